@@ -1,0 +1,7 @@
+"""Data to try things on: public sections, and a tissue whose truth is known everywhere."""
+
+from __future__ import annotations
+
+from pixnet.datasets._her2st import her2st
+
+__all__ = ["her2st"]
