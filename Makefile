@@ -1,0 +1,65 @@
+# Every target makes .venv on its own, so that a fresh clone needs nothing but Python and a package index.
+# What is installed is renewed only when pyproject.toml or constraints.txt change (stamps under .venv/).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-timm lint format docs clean
+
+help:  ## Say what the targets do.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; results in demo/.
+	$(BIN)/python -m pixnet._demo --out demo
+
+test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" to choose; PIXNET_DATA_DIR for real data).
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-timm: $(STAMPS)/timm  ## Run the tests of encoders that come from timm.
+	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS)
+
+lint: $(STAMPS)/lint  ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMPS)/lint  ## Mend style and formatting where that can be done by a tool.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMPS)/docs  ## Build the site into docs/_build/html, warnings as errors, no network.
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky -q -b html docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html"
+
+clean:  ## Remove what the other targets made, .venv excepted.
+	rm -rf demo docs/_build docs/generated .pytest_cache .ruff_cache
+
+# pip itself first: dependency groups (PEP 735) need 25.1.
+$(STAMPS)/pip:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/package: pyproject.toml constraints.txt | $(STAMPS)/pip
+	$(PIP) --editable .
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/package
+	$(PIP) --group test
+	@touch $@
+
+$(STAMPS)/timm: $(STAMPS)/test
+	$(PIP) --editable ".[timm]"
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/package
+	$(PIP) --group docs
+	@touch $@
+
+# Style alone needs no torch.
+$(STAMPS)/lint: pyproject.toml | $(STAMPS)/pip
+	$(PIP) --group lint
+	@touch $@
