@@ -11,8 +11,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
-TOTAL = "__total__"
-"""Name of the channel that holds the density of all transcripts: the last one of every gene map."""
+from pixnet._names import TOTAL
 
 _ROLES = ("mpp", "defaults", "images", "tables", "masks")
 
@@ -29,7 +28,7 @@ def record(sdata: SpatialData) -> dict[str, Any]:
 
 
 def _recorded(sdata: SpatialData, role: str) -> dict[str, Any]:
-    """One part of the record, without creating it."""
+    """Return one part of the record, without creating it."""
     return sdata.attrs.get("pixnet", {}).get(role, {})
 
 
@@ -115,7 +114,7 @@ def _check_known(key: Any, candidates: Iterable[str], what: str, argument: str) 
 
 
 def _only(candidates: Sequence[str], what: str, argument: str, hint: str) -> str:
-    """The only candidate, or the error that lists them."""
+    """Return the only candidate, or raise the error that lists them."""
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

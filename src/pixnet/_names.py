@@ -1,0 +1,36 @@
+"""Names of genes and of the channel that holds all transcripts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+TOTAL = "__total__"
+"""Name of the channel that holds the density of all transcripts: the last one of every gene map."""
+
+
+def check_genes(genes: Sequence[str]) -> list[str]:
+    """Return gene names as a list of str, or refuse them.
+
+    Raises
+    ------
+    TypeError
+        If it is one string or holds anything but strings.
+    ValueError
+        If it is empty, names a gene twice, or names one ``__total__``.
+    """
+    if isinstance(genes, str):
+        raise TypeError(f"genes is the string {genes!r}; a list of names is needed: [{genes!r}]")
+    genes = list(genes)
+    wrong = [g for g in genes if not isinstance(g, str)]
+    if wrong:
+        raise TypeError(f"genes holds {wrong[0]!r}, which is no name (str)")
+    genes = [str(g) for g in genes]
+    if not genes:
+        raise ValueError("genes is empty; at least one gene is needed")
+    twice = [g for g, n in Counter(genes).items() if n > 1]
+    if twice:
+        raise ValueError(f"genes names {len(twice)} gene(s) more than once: {', '.join(twice[:5])}")
+    if TOTAL in genes:
+        raise ValueError(f"{TOTAL!r} is no gene: it names the density of all transcripts, which is always predicted")
+    return genes

@@ -1,0 +1,174 @@
+"""The decoder: from a pyramid of features to one map at the output stride."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DECODERS = ("safb", "plain", "none")
+
+ATTENTION_PX = 64
+"""Attention runs inside segments of this many image pixels, anchored at the slide's origin: never across a tile's edge."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel of ``(N, C, H, W)``: a pixel's value depends on that pixel alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over channels."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvBlock(nn.Sequential):
+    """Depthwise 3x3, norm, activation, pointwise, norm, activation (the CB of MCADS and PixNet)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(
+            nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in),
+            ChannelNorm(c_in),
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(c_in, c_out, 1),
+            ChannelNorm(c_out),
+            nn.LeakyReLU(0.01),
+        )
+
+
+class SeparableAttentionFusion(nn.Module):
+    """Fuse an encoder map with the map decoded so far by separable convolutions and attention along image rows (SAFB).
+
+    Attention runs along the rows, inside segments of ``segment`` positions anchored at the slide's origin, so that the
+    result does not depend on how a slide is tiled.
+
+    Parameters
+    ----------
+    skip
+        Channels of the encoder's map.
+    up
+        Channels of the decoded map; the output has as many.
+    segment
+        Positions of a row that attend to each other.
+
+    References
+    ----------
+    PixNet (arXiv 2503.01347), official figure 2: ``D = U + A``; the block of MCADS-Decoder.
+    """
+
+    def __init__(self, skip: int, up: int, segment: int) -> None:
+        super().__init__()
+        self.segment = segment
+        self.mid = nn.Sequential(
+            nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.SiLU(), nn.Conv2d(skip, up, 1), ChannelNorm(up)
+        )
+        self.direct = nn.Sequential(nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.Conv2d(skip, up, 1))
+        self.norm = ChannelNorm(up)
+        self.qkv = nn.Conv2d(2 * up, 3 * up, 1)
+
+    def forward(self, skip: Tensor, up: Tensor) -> Tensor:
+        """Return the fused map ``(N, up, H, W)``."""
+        fused = self.norm(F.silu(self.direct(skip) + self.mid(skip)))
+        query, key, value = self.qkv(torch.cat([fused, up], dim=1)).chunk(3, dim=1)
+        return up + self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        n, c, h, w = query.shape
+        length = min(self.segment, w)
+
+        def rows(x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1).reshape(n * h, w // length, length, c)
+
+        out = F.scaled_dot_product_attention(rows(query), rows(key), rows(value))
+        return out.reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+class PlainFusion(nn.Module):
+    """Fuse by concatenation, the plain U-Net's way: what the attention block is compared with."""
+
+    def __init__(self, skip: int, up: int) -> None:
+        super().__init__()
+        self.block = ConvBlock(skip + up, up)
+
+    def forward(self, skip: Tensor, up: Tensor) -> Tensor:
+        """Return the fused map ``(N, up, H, W)``."""
+        return self.block(torch.cat([skip, up], dim=1))
+
+
+class UNetDecoder(nn.Module):
+    """U-Net decoder over a feature pyramid, ending at the output stride.
+
+    Parameters
+    ----------
+    channels, strides
+        Of the encoder's maps, finest first.
+    widths
+        Channels of the decoded map at each of the encoder's levels, finest first.
+    stride
+        Output stride; finer than the finest map, the last steps only upsample.
+    fusion
+        ``"safb"`` or ``"plain"``.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], widths: Sequence[int], stride: int, fusion: str = "safb"
+    ) -> None:
+        super().__init__()
+        self.used = [i for i, s in enumerate(strides) if s >= stride] or [len(strides) - 1]
+        self.ratio = max(strides[self.used[0]] // stride, 1)
+        self.deepest = ConvBlock(channels[self.used[-1]], widths[self.used[-1]])
+        self.lift, self.fuse = nn.ModuleList(), nn.ModuleList()
+        for i in reversed(self.used[:-1]):
+            self.lift.append(ConvBlock(widths[i + 1], widths[i]))
+            if fusion == "safb":
+                self.fuse.append(SeparableAttentionFusion(channels[i], widths[i], max(ATTENTION_PX // strides[i], 1)))
+            else:
+                self.fuse.append(PlainFusion(channels[i], widths[i]))
+        self.last = ConvBlock(widths[self.used[0]], widths[self.used[0]])
+        self.width = widths[self.used[0]]
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the map ``(N, width, H/stride, W/stride)``."""
+        x = self.deepest(features[self.used[-1]])
+        for i, lift, fuse in zip(reversed(self.used[:-1]), self.lift, self.fuse):
+            skip = features[i]
+            x = F.interpolate(lift(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = fuse(skip, x)
+        if self.ratio > 1:
+            x = F.interpolate(x, scale_factor=self.ratio, mode="bilinear", align_corners=False)
+        return self.last(x)
+
+
+class HypercolumnDecoder(nn.Module):
+    """No decoder: every map brought to the output stride, stacked, and a two-layer perceptron on each pixel.
+
+    The first layer is applied to each map at its own size, which is the same sum for less work.
+
+    Parameters
+    ----------
+    channels, strides, stride
+        As for `UNetDecoder`.
+    width
+        Channels of the hidden layer and of the output.
+    """
+
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.strides, self.width = stride, tuple(strides), width
+        self.project = nn.ModuleList(nn.Conv2d(c, width, 1, bias=i == 0) for i, c in enumerate(channels))
+        self.mix = nn.Sequential(
+            ChannelNorm(width), nn.GELU(), nn.Dropout2d(0.0), nn.Conv2d(width, width, 1), nn.GELU()
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the map ``(N, width, H/stride, W/stride)``."""
+        size = [n * self.strides[0] // self.stride for n in features[0].shape[-2:]]
+        total = None
+        for stride, project, feature in zip(self.strides, self.project, features):
+            x = project(feature)
+            if stride < self.stride:
+                x = F.avg_pool2d(x, self.stride // stride)
+            elif stride > self.stride:
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            total = x if total is None else total + x
+        return self.mix(total)

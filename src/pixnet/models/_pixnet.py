@@ -1,0 +1,297 @@
+"""PixNet: H&E in, dense densities of transcripts out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixnet._names import TOTAL, check_genes
+from pixnet.models._decoder import DECODERS, HypercolumnDecoder, UNetDecoder
+from pixnet.models._encoders import build_encoder, check_encoder
+
+LINKS = ("exp", "softplus")
+MAX_MAP_UM = 4.0
+"""A map is kept at this many um per pixel or finer."""
+
+
+def default_stride(mpp: float) -> int:
+    """Return the largest of 4, 2, 1 that keeps the map at 4 um per pixel or finer (1 where none does)."""
+    return next((s for s in (4, 2) if s * mpp <= MAX_MAP_UM * 1.02), 1)
+
+
+class PixNet(nn.Module):
+    """Dense prediction of gene expression from H&E: encoder, decoder, and one density channel per gene.
+
+    The densities are those of transcripts in linear space, so they add up over any shape. The last channel,
+    ``__total__``, is the density of all transcripts; it averages 10,000 over the training shapes. A gene's density is the
+    product of the total and the gene's share.
+
+    Parameters
+    ----------
+    genes
+        Names of the genes, the channels of the map.
+    mpp
+        um per pixel of the images it sees.
+    stride
+        Image pixels per map pixel: 4, 2 or 1. None: the largest that keeps the map at 4 um per pixel or finer.
+    encoder
+        A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol.
+    decoder
+        ``"safb"``: U-Net with separable attention fusion; ``"plain"``: U-Net with concatenation; ``"none"``: a perceptron
+        on stacked features.
+    widths
+        Channels of the decoder at each of the encoder's levels, finest first; one number for all.
+    members
+        Decoders side by side on the one encoder; the map is their mean.
+    link
+        ``"exp"`` or ``"softplus"``: what makes densities nonnegative.
+    window
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted.
+    halo
+        Image pixels that a window sees beyond each of its edges.
+    pretrained
+        Load the encoder's pretrained weights.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, if genes repeat or one is named ``__total__``.
+
+    References
+    ----------
+    Zhang, Yang & Pan, "From Spots to Pixels", arXiv 2503.01347: the dense map, the decoder and the sum over shapes.
+
+    Examples
+    --------
+    >>> import torch, pixnet as px
+    >>> model = px.models.PixNet(["ERBB2", "CD74"], mpp=0.5)
+    >>> model(torch.rand(1, 3, 128, 128)).shape  # two genes and the total, at stride 4
+    torch.Size([1, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        genes: Sequence[str],
+        *,
+        mpp: float = 0.5,
+        stride: int | None = None,
+        encoder: str | nn.Module = "efficientnet_lite0",
+        decoder: str = "safb",
+        widths: int | Sequence[int] = 128,
+        members: int = 1,
+        link: str = "exp",
+        window: int = 1024,
+        halo: int = 192,
+        pretrained: bool = True,
+    ) -> None:
+        super().__init__()
+        genes = check_genes(genes)
+        if not mpp > 0:
+            raise ValueError(f"mpp is {mpp!r}; um per pixel must be positive")
+        stride = default_stride(mpp) if stride is None else stride
+        if stride not in {1, 2, 4}:
+            raise ValueError(f"stride is {stride!r}; valid: 4, 2, 1")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder is {decoder!r}; valid: {', '.join(map(repr, DECODERS))}")
+        if link not in LINKS:
+            raise ValueError(f"link is {link!r}; valid: {', '.join(map(repr, LINKS))}")
+        if members < 1:
+            raise ValueError(f"members is {members!r}; at least 1 is needed")
+        for name, value in (("window", window), ("halo", halo)):
+            if value % 64 or value < (64 if name == "window" else 0):
+                raise ValueError(f"{name} is {value!r}; a multiple of 64 is needed")
+        name, module = build_encoder(encoder, pretrained)
+        check_encoder(name, module)
+        levels = len(module.channels)
+        widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
+        if len(widths) != levels:
+            raise ValueError(f"widths has {len(widths)} entries; encoder {name!r} has {levels} levels")
+
+        self.config: dict[str, Any] = {
+            "genes": genes,
+            "mpp": float(mpp),
+            "stride": stride,
+            "encoder": name,
+            "decoder": decoder,
+            "widths": widths,
+            "members": members,
+            "link": link,
+            "window": window,
+            "halo": halo,
+            "quantity": "density",
+            "unit": "CP10k density (__total__ averages 1e4 over the training shapes)",
+        }
+        self.history: list[dict[str, float]] = []
+        self.encoder = module
+        self.members = nn.ModuleList(
+            _Member(module.channels, module.strides, widths, stride, decoder, len(genes)) for _ in range(members)
+        )
+        for i, channels in enumerate(module.channels):
+            self.register_buffer(f"feature_mean_{i}", torch.zeros(channels))
+            self.register_buffer(f"feature_sd_{i}", torch.ones(channels))
+
+    # what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def genes(self) -> list[str]:
+        """Names of the gene channels; ``__total__`` follows them."""
+        return self.config["genes"]
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of all channels of the map."""
+        return [*self.genes, TOTAL]
+
+    @property
+    def mpp(self) -> float:
+        """um per pixel of the images it sees."""
+        return self.config["mpp"]
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per map pixel."""
+        return self.config["stride"]
+
+    @property
+    def window(self) -> int:
+        """Size of its windows in image pixels."""
+        return self.config["window"]
+
+    @property
+    def halo(self) -> int:
+        """Image pixels seen beyond each edge of a window."""
+        return self.config["halo"]
+
+    def extra_repr(self) -> str:
+        """Return the line that `print` shows first."""
+        c = self.config
+        return (
+            f"{len(self.genes)} genes, {c['mpp']:g} um/px in, {c['mpp'] * c['stride']:g} um/px out, "
+            f"encoder={c['encoder']}, decoder={c['decoder']}, members={c['members']}"
+        )
+
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.parameters()) / 1e6
+        return f"PixNet({self.extra_repr()}, {n:.1f} M parameters)"
+
+    def copy(self) -> PixNet:
+        """Return a copy that shares nothing with this model."""
+        return copy.deepcopy(self)
+
+    # what it does ------------------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Predict densities.
+
+        Parameters
+        ----------
+        image
+            RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
+        channels
+            Indices of the wanted channels (of `channels`); None: all.
+
+        Returns
+        -------
+        Tensor
+            Densities ``(N, channels, H / stride, W / stride)``, nonnegative.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 64 or image.shape[3] % 64:
+            raise ValueError(
+                f"the image has shape {tuple(image.shape)}; (N, 3, H, W) with H and W multiples of 64 is needed"
+            )
+        return self.decode(self.encode(image), channels)
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """Return the encoder's features, standardised by their statistics over the training tissue."""
+        features = self.encoder(image)
+        out = []
+        for i, f in enumerate(features):
+            mean, sd = getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
+            out.append((f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None])
+        return out
+
+    def decode(self, features: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+        """Return the densities ``(N, channels, h, w)`` of standardised features: the mean over the members."""
+        maps = [self.density(member(features, channels)) for member in self.members]
+        return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
+
+    def density(self, logits: Tensor) -> Tensor:
+        """Return densities of logits, whose last channel is the total's and the others the genes' shares'."""
+        # Logarithms and exponentials in float32: bfloat16 would keep 3 digits of a value that spans decades.
+        logits = logits.float()
+        share, total = logits[:, :-1], logits[:, -1:]
+        if self.config["link"] == "exp":
+            share, total = share.clamp(max=0).exp(), total.clamp(-10, 4).exp()
+        else:
+            share, total = F.softplus(share) * 1e-3, F.softplus(total)
+        total = total * 1e4
+        return torch.cat([share * total, total], dim=1)
+
+    def set_baseline(self, share: Tensor) -> None:
+        """Start from the mean composition: ``share`` holds each gene's mean share of all transcripts, ``(G,)``."""
+        share = share.clamp(min=1e-8)
+        for member in self.members:
+            bias = member.head.bias.data
+            if self.config["link"] == "exp":
+                bias[:-1], bias[-1] = share.log(), 0.0
+            else:
+                target = share * 1e3
+                bias[:-1] = target + torch.log(-torch.expm1(-target))
+                bias[-1] = 0.5413  # softplus of it is 1
+
+    def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
+        """Write the model to one ``.safetensors`` file: weights, genes, um/px, configuration and history.
+
+        Parameters
+        ----------
+        path
+            The file.
+        dtype
+            ``"float16"`` halves the file; the weights are loaded as float32 either way.
+        overwrite
+            Replace an existing file.
+
+        Raises
+        ------
+        FileExistsError
+            If the file exists and ``overwrite`` is False.
+        ValueError
+            If the path does not end in ``.safetensors``.
+        """
+        from pixnet.models._checkpoint import save
+
+        save(self, path, dtype=dtype, overwrite=overwrite)
+
+
+class _Member(nn.Module):
+    """One decoder and its head."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        widths: list[int],
+        stride: int,
+        decoder: str,
+        n_genes: int,
+    ) -> None:
+        super().__init__()
+        if decoder == "none":
+            self.decoder: nn.Module = HypercolumnDecoder(channels, strides, widths[0], stride)
+        else:
+            self.decoder = UNetDecoder(channels, strides, widths, stride, decoder)
+        self.head = nn.Conv2d(self.decoder.width, n_genes + 1, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+
+    def forward(self, features: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+        """Return logits ``(N, channels, h, w)``."""
+        x = self.decoder(features)
+        if channels is None:
+            return self.head(x)
+        return F.conv2d(x, self.head.weight[channels], self.head.bias[channels])
