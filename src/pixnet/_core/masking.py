@@ -1,0 +1,77 @@
+"""Which output pixels are tissue."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+class TissueMask:
+    """A tissue mask of any resolution, asked per output pixel: tissue when at least half of the pixel is.
+
+    Parameters
+    ----------
+    mask
+        ``(y, x)``, nonzero on tissue: numpy or dask; read into memory (a bit per pixel would do, a byte is kept).
+    to_mask
+        Matrix ``(3, 3)`` that takes ``(x, y, 1)`` from output pixels to mask pixels; any affine.
+    """
+
+    def __init__(self, mask: Any, to_mask: np.ndarray) -> None:
+        self.mask = np.asarray(mask) != 0
+        self.to_mask = np.asarray(to_mask, dtype=float)
+
+    def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        """Return tissue ``(height, width)`` bool of a window of output pixels; nothing is tissue outside the mask."""
+        linear = self.to_mask[:2, :2]
+        # Sample points per pixel and axis: a multiple of the mask's pixels in it, so that aligned masks are counted exactly.
+        whole = max(1, math.ceil(np.abs(linear).sum(axis=0).max() - 1e-6))
+        k = whole * max(1, math.ceil(4 / whole))
+        out = np.empty((height, width), dtype=bool)
+        rows = max(1, int(4e6 // max(1, width * k * k)))  # bounds the samples held at once
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            share = self._samples(y0 + start, x0, stop - start, width, k)
+            out[start:stop] = share.reshape(stop - start, k, width, k).mean(axis=(1, 3)) >= 0.5
+        return out
+
+    def _samples(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
+        """Return the mask at ``k`` x ``k`` points in each pixel, ``(height * k, width * k)``."""
+        ys = y0 + (np.arange(height * k) + 0.5) / k
+        xs = x0 + (np.arange(width * k) + 0.5) / k
+        (a, b, c), (d, e, f) = self.to_mask[0], self.to_mask[1]
+        rows, cols = self.mask.shape
+        if b == 0 and d == 0:  # no rotation: rows and columns separate
+            i = np.floor(e * ys + f + 1e-9).astype(int)
+            j = np.floor(a * xs + c + 1e-9).astype(int)
+            inside_i, inside_j = (i >= 0) & (i < rows), (j >= 0) & (j < cols)
+            found = np.zeros((len(i), len(j)), dtype=bool)
+            found[np.ix_(inside_i, inside_j)] = self.mask[np.ix_(i[inside_i], j[inside_j])]
+            return found
+        j = np.floor(a * xs[None, :] + b * ys[:, None] + c + 1e-9).astype(int)
+        i = np.floor(d * xs[None, :] + e * ys[:, None] + f + 1e-9).astype(int)
+        inside = (i >= 0) & (i < rows) & (j >= 0) & (j < cols)
+        found = np.zeros(inside.shape, dtype=bool)
+        found[inside] = self.mask[i[inside], j[inside]]
+        return found
+
+
+class SlideExtent:
+    """Everything on the slide is tissue: what ``mask_key=False`` means.
+
+    Parameters
+    ----------
+    shape
+        Size of the slide in output pixels, ``(y, x)``; need not be whole numbers.
+    """
+
+    def __init__(self, shape: tuple[float, float]) -> None:
+        self.shape = shape
+
+    def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        """Return which pixels of a window lie at least half on the slide, ``(height, width)`` bool."""
+        inside_y = np.clip(self.shape[0] - np.arange(y0, y0 + height), 0, 1)
+        inside_x = np.clip(self.shape[1] - np.arange(x0, x0 + width), 0, 1)
+        return inside_y[:, None] * inside_x[None, :] >= 0.5 - 1e-9
