@@ -42,6 +42,8 @@ def open_mask(
     return TissueMask(full_resolution(sdata.labels[key]).data, to_mask)
 
 
-def mask_on_grid(sdata: SpatialData, image_key: str, mask_key: str | bool | None, grid: ModelGrid) -> TissueMask | SlideExtent:
+def mask_on_grid(
+    sdata: SpatialData, image_key: str, mask_key: str | bool | None, grid: ModelGrid
+) -> TissueMask | SlideExtent:
     """Return the tissue mask of an image on the output pixels of a model's grid."""
     return open_mask(sdata, image_key, mask_key, grid.out_px)

@@ -1,0 +1,219 @@
+"""Measured tables: raw counts of genes and the totals they are normalised by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from spatialdata import SpatialData
+
+from pixnet._sdata.elements import annotated_regions, full_resolution, listed
+
+SUM_RATIO = 1.5
+"""Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of some shapes.
+
+    Attributes
+    ----------
+    rows
+        Position in the shapes element of each observation, ``(n,)``.
+    counts
+        Raw counts of the chosen genes, ``(n, genes)`` float32.
+    total
+        All UMI of each observation, ``(n,)`` float64.
+    """
+
+    rows: np.ndarray
+    counts: np.ndarray
+    total: np.ndarray
+
+
+def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
+    """Return the matrix of raw counts of a table, observations by genes, sparse or dense, in memory.
+
+    Raises
+    ------
+    KeyError
+        If there is no such layer.
+    ValueError
+        If it holds NaN, negative or fractional values: no raw counts.
+    """
+    if layer is not None and layer not in table.layers:
+        raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {listed(table.layers)}")
+    matrix = table.X if layer is None else table.layers[layer]
+    where = f"table {table_key!r} ({'X' if layer is None else f'layer {layer!r}'})"
+    if matrix is None:
+        raise ValueError(
+            f"{where} is empty: there are no counts in X; name a layer with layer= ({listed(table.layers)})"
+        )
+    if hasattr(matrix, "to_memory"):  # anndata's backed sparse matrices
+        matrix = matrix.to_memory()
+    elif not sparse.issparse(matrix):
+        matrix = np.asarray(matrix)
+    if sparse.issparse(matrix):
+        matrix = matrix.tocsr()
+    values = matrix.data if sparse.issparse(matrix) else matrix
+    if values.dtype.kind not in "iufb":
+        raise TypeError(f"{where} is {values.dtype}; counts are numbers")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(
+            f"{where} holds NaN or infinite values; counts are whole numbers from 0: mend or drop those rows"
+        )
+    if values.size and values.min() < 0:
+        raise ValueError(
+            f"{where} holds negative values: these are no raw counts; name the layer that has them with layer="
+        )
+    if values.dtype.kind == "f" and values.size and (values != np.rint(values)).any():
+        raise ValueError(
+            f"{where} holds fractions such as {float(values[values != np.rint(values)][0]):g}: it looks normalised. "
+            f"Raw counts are needed; name the layer that has them with layer= ({listed(table.layers)})"
+        )
+    return matrix
+
+
+def totals(table: AnnData, table_key: str, matrix, total_key: str | None = None) -> np.ndarray:
+    """Return all UMI of each observation, ``(n,)``: ``obs[total_key]``, else the sum over all columns.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If it holds NaN or negative values, or less than the counts of the table's own genes.
+    """
+    sums = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+    if total_key is None:
+        return sums
+    if total_key not in table.obs:
+        raise KeyError(f"table {table_key!r} has no obs column {total_key!r} (total_key=); it has: {listed(table.obs)}")
+    total = pd.to_numeric(table.obs[total_key], errors="coerce").to_numpy(dtype=np.float64)
+    if not np.isfinite(total).all() or (total < 0).any():
+        raise ValueError(
+            f"obs[{total_key!r}] of table {table_key!r} holds NaN, negative or non-numeric values; totals are UMI counts"
+        )
+    if (total < sums * (1 - 1e-6)).any():
+        raise ValueError(
+            f"obs[{total_key!r}] of table {table_key!r} is smaller than the sum of the counts in {int((total < sums).sum())} rows: "
+            "a total counts all UMI of the observation, those of the table's genes among them"
+        )
+    return total
+
+
+def check_totals_alike(columns: dict[str, int], total_key: str | None) -> None:
+    """Refuse tables whose totals would mean different things.
+
+    Parameters
+    ----------
+    columns
+        Number of columns of each table, by name.
+    total_key
+        If given, all use the same obs column, which settles it.
+    """
+    if total_key is not None or len(columns) < 2:
+        return
+    least, most = min(columns, key=columns.get), max(columns, key=columns.get)
+    if columns[most] > SUM_RATIO * columns[least]:
+        raise ValueError(
+            f"tables {least!r} ({columns[least]} genes) and {most!r} ({columns[most]} genes) sum over too different sets of "
+            "genes for their totals to mean the same: name the obs column that holds the UMI over all genes with total_key="
+        )
+
+
+def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
+    """Return the ids of a shapes element, or the labels (without 0) of a labels element, in order."""
+    if shapes_key in sdata.shapes:
+        return sdata.shapes[shapes_key].index
+    labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
+    return pd.Index(labels[labels != 0])
+
+
+def gene_positions(table: AnnData, table_key: str, genes: Sequence[str]) -> np.ndarray:
+    """Return the column of each gene.
+
+    Raises
+    ------
+    KeyError
+        If genes are missing; the first few are named.
+    ValueError
+        If the table's names repeat.
+    """
+    if not table.var_names.is_unique:
+        twice = table.var_names[table.var_names.duplicated()].unique()
+        raise ValueError(
+            f"table {table_key!r} names {len(twice)} gene(s) more than once: {listed(twice[:5])}; "
+            "make them unique, for instance with table.var_names_make_unique()"
+        )
+    positions = table.var_names.get_indexer(list(genes))
+    if (positions < 0).any():
+        missing = [g for g, p in zip(genes, positions) if p < 0]
+        raise KeyError(
+            f"table {table_key!r} lacks {len(missing)} of the {len(positions)} genes: {listed(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; its names look like {listed(table.var_names[:3])}"
+        )
+    return positions
+
+
+def read_counts(
+    sdata: SpatialData,
+    table_key: str,
+    shapes_key: str,
+    genes: Sequence[str],
+    *,
+    layer: str | None = None,
+    total_key: str | None = None,
+) -> Counts:
+    """Read the counts of the shapes of one element.
+
+    Raises
+    ------
+    KeyError
+        If the layer, the total or genes are missing.
+    ValueError
+        If the counts are not raw, or the table's ids do not match the element's.
+    """
+    table = sdata.tables[table_key]
+    positions = gene_positions(table, table_key, genes)
+    rows = match_rows(sdata, table_key, shapes_key)
+    matrix = counts_matrix(table, table_key, layer)
+    total = totals(table, table_key, matrix, total_key)
+    counts = matrix[:, positions]
+    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    here = rows >= 0
+    return Counts(rows[here], counts[here].astype(np.float32), total[here])
+
+
+def match_rows(sdata: SpatialData, table_key: str, shapes_key: str) -> np.ndarray:
+    """Return, for each row of a table, its position in a shapes element; -1 for rows of other elements.
+
+    Raises
+    ------
+    ValueError
+        If the table does not annotate the element, ids repeat, or ids have no shape.
+    """
+    table = sdata.tables[table_key]
+    if shapes_key not in annotated_regions(table):
+        raise ValueError(f"table {table_key!r} does not annotate {shapes_key!r} but {listed(annotated_regions(table))}")
+    attrs = table.uns["spatialdata_attrs"]
+    of_element = (table.obs[attrs["region_key"]].astype(str) == shapes_key).to_numpy()
+    ids = table.obs[attrs["instance_key"]]
+    if ids[of_element].duplicated().any():
+        raise ValueError(
+            f"table {table_key!r} has several rows for one shape of {shapes_key!r}: {listed(ids[ids.duplicated()][:3])}"
+        )
+    index = element_ids(sdata, shapes_key)
+    found = index.get_indexer(ids)
+    lost = of_element & (found < 0)
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} of the {int(of_element.sum())} rows of table {table_key!r} have no shape in {shapes_key!r}: ids such as "
+            f"{listed(ids[lost][:3])} against {listed(index[:3])}; drop those rows or correct obs[{attrs['instance_key']!r}]"
+        )
+    return np.where(of_element, found, -1)
