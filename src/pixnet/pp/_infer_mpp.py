@@ -1,0 +1,146 @@
+"""um per pixel: measured on shapes whose size is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from pixnet._logging import logger
+from pixnet._sdata import elements
+from pixnet._sdata.geometry import affine_to_pixels, read_shapes
+from pixnet.pp._set_mpp import set_mpp
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+# How far the two axes of a transformation may differ, or a median size from its neighbours.
+TOLERANCE = 0.01
+SPREAD = 0.2
+
+
+def infer_mpp(
+    sdata: SpatialData,
+    shapes: str,
+    *,
+    image_key: str | None = None,
+    pitch_um: float | None = None,
+    diameter_um: float | None = None,
+    edge_um: float | None = None,
+    coordinate_system: str | None = None,
+) -> float:
+    """Measure an image's um per pixel on shapes of known size, and record it.
+
+    Parameters
+    ----------
+    sdata
+        Object that holds both.
+    shapes
+        A shapes element of a regular array: spots or bins.
+    image_key
+        The image; ``None`` resolves it.
+    pitch_um
+        Distance between the centres of neighbouring shapes (Visium 100, legacy ST 200).
+    diameter_um
+        Diameter of a shape (Visium 55, legacy ST 100).
+    edge_um
+        Edge of a square bin (Visium HD 2, 8 or 16). Exactly one of the three is given; the pitch is measured most
+        exactly, because spots are often drawn at a nominal size.
+    coordinate_system
+        Where shapes and image meet; ``None`` takes "global" if shared, else the first shared one.
+
+    Returns
+    -------
+    float
+        um per pixel of the full-resolution level, recorded as by :func:`set_mpp`.
+
+    Raises
+    ------
+    KeyError
+        If an element is missing.
+    ValueError
+        If not exactly one size is given, the shapes are no regular array, or the transformation between shapes and
+        image stretches x and y differently or shears.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=600)
+    >>> round(px.pp.infer_mpp(sdata, "spots", pitch_um=100), 3)
+    0.5
+    """
+    elements.check_sdata(sdata, "pp.infer_mpp")
+    sizes = {"pitch_um": pitch_um, "diameter_um": diameter_um, "edge_um": edge_um}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"give exactly one of pitch_um, diameter_um and edge_um (given: {elements.listed(given)}); for Visium "
+            "pitch_um=100, for Visium HD bins edge_um=8 (their size), for legacy ST pitch_um=200"
+        )
+    ((name, value),) = given.items()
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value!r}; a positive number of um is needed")
+    image_key = elements.resolve_image(sdata, image_key)
+    (shapes,) = elements.resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
+    matrix = affine_to_pixels(sdata, shapes, image_key, coordinate_system)
+    long, short = np.linalg.svd(matrix[:2, :2], compute_uv=False)
+    if long > short * (1 + TOLERANCE):
+        raise ValueError(
+            f"the transformation between {shapes!r} and image {image_key!r} stretches one direction {long / short:.3f} "
+            "times more than the other (or shears): there is no one um per pixel; correct it with "
+            "spatialdata.transformations.set_transformation, or record what is known with pixnet.pp.set_mpp"
+        )
+    geometries = read_shapes(sdata, shapes, image_key, coordinate_system).geometries
+    if len(geometries) == 0:
+        raise ValueError(f"{shapes!r} is empty: nothing to measure")
+    bounds = geometries.bounds
+    if name == "pitch_um":
+        pixels = _pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
+    else:
+        # A disc of diameter d has the area pi d^2 / 4, a square its edge squared, whichever way it is turned.
+        ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
+        pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
+    mpp = float(value / pixels)
+    set_mpp(sdata, image_key, mpp)
+    logger.info(
+        "image %r has %.4f um per pixel (%s %g um of %r is %.2f px)", image_key, mpp, name, value, shapes, pixels
+    )
+    return mpp
+
+
+def _drawn_as_circles(sdata: SpatialData, shapes: str) -> bool:
+    """Whether bins are kept as circles of the bin's width, as readers may do."""
+    return "radius" in getattr(sdata[shapes], "columns", ())
+
+
+def _middle(sizes: NDArray, shapes: str) -> float:
+    middle = float(np.median(sizes))
+    low, high = np.quantile(sizes, [0.1, 0.9])
+    if high - low > SPREAD * middle:
+        raise ValueError(
+            f"the shapes of {shapes!r} differ in size (80 % are between {low:.1f} and {high:.1f} px across); "
+            "um per pixel is measured on spots or bins of one size"
+        )
+    return middle
+
+
+def _pitch(centres: NDArray, shapes: str) -> float:
+    """Mean distance, in pixels, of neighbours in a square or hexagonal array."""
+    if len(centres) < 4:
+        raise ValueError(f"{shapes!r} has {len(centres)} shapes; at least 4 are needed to measure their pitch")
+    tree = cKDTree(centres)
+    distances = tree.query(centres, k=min(7, len(centres)))[0][:, 1:]
+    nearest = float(np.median(distances[:, 0]))
+    if nearest <= 0:
+        raise ValueError(f"the shapes of {shapes!r} lie on one another; a regular array is needed")
+    for _ in range(3):
+        # Only the nearest neighbour would be short where centres were jittered by measurement; diagonals of a square
+        # array are 1.41 away and stay out.
+        neighbours = distances[(distances > 0.75 * nearest) & (distances < 1.25 * nearest)]
+        nearest = float(neighbours.mean())
+    usual = distances[:, 0]
+    if np.mean(np.abs(usual - nearest) < SPREAD * nearest) < 0.8:
+        raise ValueError(f"the centres of {shapes!r} form no regular array: there is no pitch to measure")
+    return nearest

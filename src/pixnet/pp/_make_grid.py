@@ -1,0 +1,165 @@
+"""A regular grid of squares or hexagons over the tissue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import geopandas
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import get_transformation
+
+from pixnet._core.coverage import coverage
+from pixnet._core.packing import pack
+from pixnet._logging import logger
+from pixnet._sdata import elements
+from pixnet._sdata.geometry import affine_to_pixels
+from pixnet._sdata.store import put
+from pixnet.pp._tissue_mask import compute_mask, read_coarse
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from spatialdata import SpatialData
+
+# Shapes of the grid whose share of tissue is worked out at once.
+BATCH = 200_000
+MAX_SHAPES = 50_000_000
+
+
+def make_grid(
+    sdata: SpatialData,
+    size_um: float,
+    *,
+    image_key: str | None = None,
+    shape: str = "square",
+    mask_key: str | bool | None = None,
+    key_added: str = "grid",
+    overwrite: bool = False,
+    inplace: bool = True,
+) -> GeoDataFrame | None:
+    """Lay a grid over an image, for :func:`pixnet.tl.aggregate`.
+
+    Parameters
+    ----------
+    sdata
+        Object that holds the image; its um/px must be known.
+    size_um
+        Distance between neighbouring centres in um: the edge of a square, the width across flats of a hexagon.
+    image_key
+        The image; ``None`` resolves it.
+    shape
+        ``"square"`` or ``"hex"``.
+    mask_key
+        Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it; ``False`` takes everything
+        for tissue. Shapes of which less than half is tissue are left out; what lies outside the image is no tissue.
+    key_added
+        Name of the shapes element.
+    overwrite
+        Replace an element of that name.
+    inplace
+        Add the element to ``sdata`` (and to its store when it is backed) and return None; ``False`` returns it.
+
+    Returns
+    -------
+    GeoDataFrame or None
+        Polygons in the image's pixels and coordinate systems, starting at its upper left corner, with columns ``row``
+        and ``col`` (place in the grid) and ``tissue`` (share of the area on tissue).
+
+    Raises
+    ------
+    KeyError
+        If an element is missing.
+    ValueError
+        If ``size_um`` is not positive, ``shape`` is unknown, um/px is unknown, or ``key_added`` exists.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=300)
+    >>> px.pp.make_grid(sdata, 50, mask_key=False)
+    >>> len(sdata["grid"])
+    36
+    """
+    elements.check_sdata(sdata, "pp.make_grid")
+    if shape not in {"square", "hex"}:
+        raise ValueError(f"shape is {shape!r}; valid: 'square', 'hex'")
+    if isinstance(size_um, bool) or not isinstance(size_um, int | float | np.number):
+        raise TypeError(f"size_um is {size_um!r}; a number of um is needed")
+    if not (np.isfinite(size_um) and size_um > 0):
+        raise ValueError(f"size_um is {size_um!r}; a positive number of um is needed")
+    image_key = elements.resolve_image(sdata, image_key)
+    size = float(size_um) / elements.get_mpp(sdata, image_key)
+    mask_key = elements.tissue_key(sdata, image_key, mask_key)
+    if inplace:
+        elements.check_key_free(sdata, key_added, overwrite)
+        elements.check_replaces(sdata, key_added, "shapes")
+    full = elements.full_resolution(sdata[image_key])
+    height, width = full.sizes["y"], full.sizes["x"]
+    if height * width / size**2 > MAX_SHAPES:
+        raise ValueError(
+            f"a grid of {size_um:g} um would have {height * width / size**2:,.0f} shapes, more than {MAX_SHAPES:,}; "
+            "take a larger size_um"
+        )
+    polygons, row, col = (_squares if shape == "square" else _hexagons)(size, height, width)
+    mask, matrix = _tissue(sdata, image_key, mask_key, (height, width))
+    share = np.concatenate(
+        [_share(polygons[i : i + BATCH], mask, matrix) for i in range(0, len(polygons), BATCH)] or [np.empty(0)]
+    )
+    keep = share >= 0.5 - 1e-6
+    if not keep.any():
+        logger.warning("no shape of the grid is at least half on tissue: %r is empty", key_added)
+    grid = geopandas.GeoDataFrame(
+        {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
+    )
+    element = ShapesModel.parse(grid, transformations=dict(get_transformation(full, get_all=True)))
+    if not inplace:
+        return element
+    put(sdata, key_added, element, overwrite=overwrite)
+    logger.info("%d shapes of %g um added as %r", len(element), size_um, key_added)
+    return None
+
+
+def _squares(size: float, height: int, width: int) -> tuple[NDArray, NDArray, NDArray]:
+    # A last row or column of which less than half lies in the image is never kept.
+    rows, cols = (int(np.floor(length / size + 0.5 + 1e-9)) for length in (height, width))
+    row, col = (index.ravel() for index in np.indices((rows, cols)))
+    return shapely.box(col * size, row * size, (col + 1) * size, (row + 1) * size), row, col
+
+
+def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, NDArray]:
+    radius = size / np.sqrt(3)  # from the centre to a corner, which points up
+    rows = int(np.floor((height - radius) / (1.5 * radius) + 1e-9)) + 2
+    cols = int(np.floor(width / size + 1e-9)) + 1
+    row, col = (index.ravel() for index in np.indices((rows, cols)))
+    x = size * (col + 0.5 + 0.5 * (row % 2))
+    y = radius * (1 + 1.5 * row)
+    angles = np.deg2rad(30 + 60 * np.arange(6))
+    corners = np.stack([x[:, None] + radius * np.cos(angles), y[:, None] + radius * np.sin(angles)], axis=-1)
+    return shapely.polygons(corners), row, col
+
+
+def _tissue(
+    sdata: SpatialData, image_key: str, mask_key: str | bool | None, shape: tuple[int, int]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return the mask, and the affine map from the image's level-0 pixels to its pixels."""
+    if mask_key is False:
+        # One pixel for the whole image: inside is tissue.
+        return np.ones((1, 1), dtype=bool), np.diag([1 / shape[1], 1 / shape[0], 1.0])
+    if mask_key is None:
+        pixels, (scale_y, scale_x), mpp = read_coarse(sdata, image_key)
+        return compute_mask(pixels, mpp), np.diag([1 / scale_x, 1 / scale_y, 1.0])
+    labels = np.asarray(elements.full_resolution(sdata[mask_key]).data)
+    return labels != 0, np.linalg.inv(affine_to_pixels(sdata, str(mask_key), image_key))
+
+
+def _share(polygons: NDArray, mask: NDArray[np.bool_], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of each polygon's area that is tissue."""
+    geometries = pack(polygons).transform(matrix)
+    x0, y0 = np.maximum(np.floor(geometries.bounds[:, :2].min(axis=0)).astype(int), 0)
+    x1, y1 = np.minimum(np.ceil(geometries.bounds[:, 2:].max(axis=0)).astype(int), mask.shape[::-1])
+    if x1 <= x0 or y1 <= y0:
+        return np.zeros(len(polygons))
+    weights = coverage(geometries, window=(y0, x0, y1 - y0, x1 - x0))
+    return weights @ mask[y0:y1, x0:x1].ravel().astype(np.float64) / geometries.area

@@ -1,0 +1,180 @@
+"""The genes a model is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
+
+from pixnet._logging import logger
+from pixnet._names import TOTAL
+from pixnet._sdata import elements
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from spatialdata import SpatialData
+
+# Rows of a backed table read at once.
+ROWS = 20_000
+
+
+def select_genes(
+    sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
+    *,
+    table_key: str | Sequence[str] | None = None,
+    n_top: int | None = 250,
+    total_key: str | None = None,
+    exclude_prefixes: Sequence[str] = ("MT-", "mt-"),
+    min_fraction: float = 0.0,
+    layer: str | None = None,
+) -> list[str]:
+    """Choose the genes of highest mean expression.
+
+    The mean is that of CP10k (1e4 * counts / total) over all spots of all tables. Only genes that every table has are
+    considered; spots whose total is 0 are left out.
+
+    Parameters
+    ----------
+    sdata
+        One object, a list or a dict of them.
+    table_key
+        Table of raw counts in each object, or several; ``None`` resolves it.
+    n_top
+        Number of genes; ``None`` is all that qualify, ordered.
+    total_key
+        Column of ``obs`` with all transcripts of the spot; ``None`` takes the sum over all columns of the table.
+    exclude_prefixes
+        Genes whose names begin so are left out.
+    min_fraction
+        Least share of spots in which the gene is detected.
+    layer
+        Layer that holds the raw counts; ``None`` is ``X``.
+
+    Returns
+    -------
+    list of str
+        Gene names, highest mean first; ties in alphabetical order.
+
+    Raises
+    ------
+    KeyError
+        If a table, layer or ``obs`` column is missing.
+    ValueError
+        If no gene qualifies, names are repeated, or values are NaN, infinite or negative.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=600, n_genes=20)
+    >>> len(px.pp.select_genes(sdata, n_top=5))
+    5
+    """
+    if n_top is not None and (isinstance(n_top, bool) or not isinstance(n_top, int | np.integer) or n_top < 1):
+        raise ValueError(f"n_top is {n_top!r}; a positive whole number or None is needed")
+    if not 0 <= min_fraction <= 1:
+        raise ValueError(f"min_fraction is {min_fraction!r}; a share between 0 and 1 is needed")
+    prefixes = (exclude_prefixes,) if isinstance(exclude_prefixes, str) else tuple(exclude_prefixes)
+    tables = list(_tables(sdata, table_key))
+    genes = _common_genes(tables)
+    genes = genes[[not name.startswith(prefixes) for name in genes]] if prefixes else genes
+    genes = genes[genes != TOTAL]
+    if len(genes) == 0:
+        raise ValueError(f"every gene that all tables have begins with one of exclude_prefixes={prefixes!r}")
+
+    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), 0
+    for name, table in tables:
+        part_total, part_detected, part_n = _sums(table, genes, name, total_key, layer)
+        total += part_total
+        detected += part_detected
+        n += part_n
+    if n == 0:
+        raise ValueError("no spot has any counts")
+    enough = detected / n >= min_fraction
+    genes, mean = genes[enough], total[enough] / n
+    if len(genes) == 0:
+        raise ValueError(f"no gene is detected in at least {min_fraction:g} of the spots (min_fraction)")
+    if n_top is not None and len(genes) < n_top:
+        logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
+    order = np.lexsort([genes.to_numpy(dtype=str), -mean])
+    return [str(name) for name in genes[order[:n_top]]]
+
+
+def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Any:
+    """Yield the tables of all objects, each with a name for messages."""
+    if isinstance(sdata, Mapping):
+        objects = {str(name): one for name, one in sdata.items()}
+    elif isinstance(sdata, Sequence):
+        objects = {str(i): one for i, one in enumerate(sdata)}
+    else:
+        objects = {"": sdata}
+    if not objects:
+        raise ValueError("sdata is empty; at least one SpatialData object is needed")
+    keys = [table_key] if table_key is None or isinstance(table_key, str) else list(table_key)
+    for name, one in objects.items():
+        elements.check_sdata(one, "pp.select_genes")
+        for wanted in keys:
+            key = elements.resolve_table(one, wanted)
+            yield (f"table {key!r} of object {name!r}" if name else f"table {key!r}"), one.tables[key]
+
+
+def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
+    common: pd.Index | None = None
+    for name, table in tables:
+        if not table.var_names.is_unique:
+            repeated = table.var_names[table.var_names.duplicated()].unique()
+            raise ValueError(
+                f"{name} names {len(repeated)} genes more than once ({', '.join(map(repr, repeated[:3]))}); "
+                "call table.var_names_make_unique() or sum them first"
+            )
+        common = table.var_names if common is None else common[common.isin(table.var_names)]
+    assert common is not None
+    if len(common) == 0:
+        (first, a), (last, b) = tables[0], tables[-1]
+        raise ValueError(
+            f"no gene is in all {len(tables)} tables: {first} has {', '.join(map(repr, a.var_names[:3]))}, {last} has "
+            f"{', '.join(map(repr, b.var_names[:3]))}; ids and symbols mixed? Set var_names alike"
+        )
+    return common
+
+
+def _sums(
+    table: AnnData, genes: pd.Index, name: str, total_key: str | None, layer: str | None
+) -> tuple[NDArray, NDArray, int]:
+    """Sum of CP10k and number of spots with counts, per gene, and the number of spots."""
+    if layer is not None and layer not in table.layers:
+        raise KeyError(f"{name} has no layer {layer!r} (layer=); it has: {elements.listed(table.layers)}")
+    if total_key is not None and total_key not in table.obs:
+        raise KeyError(f"{name} has no obs column {total_key!r} (total_key=); it has: {elements.listed(table.obs)}")
+    columns = table.var_names.get_indexer(genes)
+    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), 0
+    values = table.X if layer is None else table.layers[layer]
+    if values is None:
+        raise ValueError(f"{name} has no X; name the layer that holds the counts with layer=")
+    for start in range(0, table.n_obs, ROWS):
+        rows = slice(start, min(start + ROWS, table.n_obs))
+        block = values[rows]
+        block = block.compute() if hasattr(block, "compute") else block
+        block = block.tocsr() if sparse.issparse(block) else np.asarray(block)
+        stored = block.data if sparse.issparse(block) else block
+        if not np.isfinite(stored).all():
+            raise ValueError(f"{name} has NaN or infinite values; raw counts are needed")
+        if (stored < 0).any():
+            raise ValueError(f"{name} has negative values; raw counts are needed (scaled or centred data? give layer=)")
+        if total_key is None:
+            depth = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
+        else:
+            depth = table.obs[total_key].to_numpy(dtype=np.float64)[rows]
+            if not np.isfinite(depth).all() or (depth < 0).any():
+                raise ValueError(f"obs column {total_key!r} of {name} has NaN, infinite or negative values")
+        usable = depth > 0
+        weight = np.zeros(len(depth))
+        weight[usable] = 1e4 / depth[usable]
+        chosen = block[:, columns]
+        total += np.asarray(chosen.T @ weight).ravel()
+        detected += np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
+        n += int(usable.sum())
+    return total, detected, n
