@@ -1,0 +1,9 @@
+"""Look: gene maps, tables at several scales, training and evaluation as figures."""
+
+from pixnet.pl._compare import compare
+from pixnet.pl._evaluation import evaluation
+from pixnet.pl._gene_map import gene_map
+from pixnet.pl._scales import scales
+from pixnet.pl._training import training
+
+__all__ = ["compare", "evaluation", "gene_map", "scales", "training"]

@@ -1,0 +1,154 @@
+"""Measured beside predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from spatialdata import SpatialData
+
+from pixnet._sdata.elements import check_sdata, listed
+from pixnet.pl._frame import Frame, make_frame
+from pixnet.pl._gene_map import draw_he, shown_he
+from pixnet.pl._shapes import draw_filled, shown_box
+from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
+from pixnet.pl._values import table_values
+
+
+def compare(
+    sdata: SpatialData,
+    gene: str,
+    *,
+    table_key: str,
+    reference_key: str,
+    he_key: str | Literal[False] | None = None,
+    layer: str | None = None,
+    total_key: str | None = None,
+    log: bool = True,
+    cmap: str | Colormap | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    box: Sequence[float] | None = None,
+    percentiles: tuple[float, float] = (1.0, 99.0),
+    shared_scale: bool = False,
+    scalebar: bool = True,
+) -> Axes | np.ndarray:
+    """Show one gene as measured and as predicted, shape by shape, beside the H&E.
+
+    Parameters
+    ----------
+    sdata
+        Object with both tables.
+    gene
+        The gene.
+    table_key
+        The predicted table (:func:`pixnet.tl.aggregate`).
+    reference_key
+        The table of measured counts, of the same shapes.
+    he_key
+        The H&E image; ``None``: the object's only one. ``False``: no H&E panel.
+    layer
+        Layer of the measured table that holds the counts; ``None``: ``X``.
+    total_key
+        Column of the measured table's ``obs`` with all counts of each shape; ``None``: the sum over its columns.
+    log
+        Show log1p of CP10k, the scale on which :func:`pixnet.tl.evaluate` scores; ``False``: CP10k.
+    cmap
+        Colour map; ``None``: ``"magma"``.
+    ax
+        Axes to draw in: one, which is divided, or one for each panel. ``None``: a new figure.
+    box
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E; ``None``: where
+        the shapes are.
+    percentiles
+        Lower and upper percentile at which colours end.
+    shared_scale
+        Give both the same colour limits. By default each has its own, since predictions vary less than counts.
+    scalebar
+        Draw a scale bar in um below the first panel.
+
+    Returns
+    -------
+    Array of Axes: H&E (where shown), measured, predicted. The last one's title gives Pearson's r over the shapes.
+
+    Raises
+    ------
+    KeyError
+        If a table, image, gene, layer or column is not in the object.
+    TypeError
+        If ``sdata`` or ``ax`` is of the wrong type.
+    ValueError
+        If the tables annotate different shapes, share no instance, or the object has no image to place them on.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=300)
+    >>> px.tl.aggregate(sdata, "spots", image_key="truth")
+    >>> gene = sdata["spots_counts"].var_names[0]
+    >>> axes = px.pl.compare(sdata, gene, table_key="spots_genes", reference_key="spots_counts")
+    """
+    check_sdata(sdata, "pl.compare")
+    shapes, predicted = table_values(sdata, table_key, gene, log=log)
+    reference_shapes, measured = table_values(sdata, reference_key, gene, layer=layer, total_key=total_key, log=log)
+    if shapes != reference_shapes:
+        raise ValueError(
+            f"table {table_key!r} is of shapes {shapes!r}, but {reference_key!r} of {reference_shapes!r}; aggregate the "
+            f"same shapes: pixnet.tl.aggregate(sdata, {reference_shapes!r})"
+        )
+    both = measured.index.intersection(predicted.index)
+    if len(both) == 0:
+        raise ValueError(f"tables {table_key!r} and {reference_key!r} have no instance of {shapes!r} in common")
+    he_key = shown_he(sdata, None, he_key)
+    frame = shapes_frame(sdata, shapes, he_key, box)
+    chosen = colour_map(cmap, "magma")
+    own = [limits(v.to_numpy(), percentiles) for v in (measured, predicted)]
+    pooled = limits(np.concatenate([measured.to_numpy(), predicted.to_numpy()]), percentiles)
+    r, n = _pearson(measured.loc[both].to_numpy(), predicted.loc[both].to_numpy())
+
+    with style():
+        axes = panels(2 + (he_key is not None), ax, ncols=3, aspect=frame.aspect)
+        if he_key is not None:
+            draw_he(axes[0], frame, he_key)
+            axes[0].set_title("H&E")
+        titles = ("measured", f"predicted  (r = {r:.2f}, n = {n:,})")
+        for panel, values, norm, title in zip(axes[-2:], (measured, predicted), own, titles, strict=True):
+            if he_key is not None:
+                draw_he(panel, frame, he_key, faint=True)
+            drawn = draw_filled(panel, frame, shapes, values, chosen, pooled if shared_scale else norm)
+            panel.set_title(title)
+            frame.show(panel)
+            bare(panel)
+            colour_bar(panel, drawn, values.to_numpy(), "log1p CP10k" if log else "CP10k")
+        axes[-2].set_title(rf"{gene}, measured")
+        if scalebar:
+            scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
+    return returned(axes)
+
+
+def shapes_frame(sdata: SpatialData, shapes: str, he_key: str | None, box: Sequence[float] | None) -> Frame:
+    """Return the frame of shapes on the H&E, or on whatever raster shares a coordinate system with them.
+
+    Raises
+    ------
+    ValueError
+        If there is no raster, or ``box`` is wrong.
+    """
+    anchor = he_key or next(iter([*sdata.images, *(key for key in sdata.labels if key != shapes)]), None)
+    anchor = anchor or (shapes if shapes in sdata.labels else None)
+    if anchor is None:
+        raise ValueError(f"there is no image to place {shapes!r} on; this object has {listed(sdata.images)}")
+    frame = make_frame(sdata, anchor, box)
+    if box is not None:
+        return frame
+    return Frame(sdata, anchor, frame.unit_per_pixel, frame.unit, shown_box(frame, shapes))
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan"), len(a)
+    return float(np.corrcoef(a, b)[0, 1]), len(a)

@@ -1,0 +1,145 @@
+"""How well genes are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from pixnet.pl._style import GROUPS, INK, MUTED, style
+
+
+def evaluation(
+    df: pd.DataFrame | Mapping[str, pd.DataFrame],
+    *,
+    n_named: int = 5,
+    ax: Axes | None = None,
+) -> Axes:
+    """Show how well each gene is predicted: Pearson's r, genes ranked from best to worst.
+
+    Parameters
+    ----------
+    df
+        What :func:`pixnet.tl.evaluate` returns, or several by name, for instance one for each scale. A table with a
+        column ``section`` makes a curve for each of its sections.
+    n_named
+        How many of the best and of the worst genes are named, where there is one curve.
+    ax
+        Axes to draw in; ``None``: a new figure.
+
+    Returns
+    -------
+    The Axes: x the share of genes in percent, y Pearson's r; the legend gives the mean of each curve.
+
+    Raises
+    ------
+    KeyError
+        If a table has no column ``pearson``.
+    TypeError
+        If ``df`` is no DataFrame nor a mapping of them, or ``ax`` no Axes.
+    ValueError
+        If no gene has a finite Pearson's r, or ``n_named`` is negative.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> import pixnet as px
+    >>> scores = pd.DataFrame({"pearson": [0.6, 0.4, 0.1]}, index=["FASN", "ERBB2", "ACTB"])
+    >>> ax = px.pl.evaluation({"spots": scores, "8 um": scores * 0.6}, n_named=1)
+    """
+    curves = _curves(df)
+    if isinstance(n_named, bool) or not isinstance(n_named, (int, np.integer)) or n_named < 0:
+        raise ValueError(f"n_named is {n_named!r}; a whole number of at least 0 is needed")
+    if ax is not None and not isinstance(ax, Axes):
+        raise TypeError(f"ax is {type(ax).__name__}; matplotlib Axes are needed")
+    with style():
+        if ax is None:
+            _, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+        for i, (name, scores) in enumerate(curves.items()):
+            colour = GROUPS[i % len(GROUPS)]
+            x = _positions(len(scores))
+            few = len(scores) <= 400
+            ax.plot(
+                x,
+                scores.to_numpy(),
+                color=colour,
+                linewidth=1.4 if len(curves) > 1 or not few else 0.7,
+                marker="o" if few and len(curves) == 1 else None,
+                markersize=3,
+                markeredgewidth=0,
+                label=f"{name}   mean {scores.mean():.2f}, median {scores.median():.2f}".strip(),
+                zorder=3,
+            )
+        ax.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
+        low = min(scores.min() for scores in curves.values())
+        high = max(scores.max() for scores in curves.values())
+        span = max(high - low, 0.2)
+        ax.set_xlim(-2, 102)
+        ax.set_ylim(min(low, 0) - 0.08 * span, high + 0.10 * span)
+        ax.set_xlabel("genes, best to worst (%)")
+        ax.set_ylabel("Pearson's r")
+        ax.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
+        ax.tick_params(length=0)
+        ax.spines["left"].set_visible(False)
+        if len(curves) == 1:
+            _name_genes(ax, next(iter(curves.values())), int(n_named))
+        ax.legend(loc="upper right", handlelength=1.2)
+    return ax
+
+
+def _curves(df: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
+    """Sorted Pearson's r by name of the curve."""
+    if isinstance(df, pd.DataFrame):
+        if "section" in df.columns and df["section"].nunique() > 1:
+            frames = {str(name): part for name, part in df.groupby("section", sort=False)}
+        else:
+            frames = {"": df}
+    elif isinstance(df, Mapping):
+        frames = dict(df)
+    else:
+        raise TypeError(f"df is {type(df).__name__}; a DataFrame of pixnet.tl.evaluate, or a dict of them, is needed")
+    curves = {}
+    for name, frame in frames.items():
+        if not isinstance(frame, pd.DataFrame):
+            raise TypeError(f"df[{name!r}] is {type(frame).__name__}; a DataFrame is needed")
+        if "pearson" not in frame.columns:
+            raise KeyError(f"no column 'pearson' in the evaluation; it has: {list(frame.columns)}")
+        scores = frame["pearson"].dropna().sort_values(ascending=False)
+        if len(scores):
+            curves[str(name)] = scores
+    if not curves:
+        raise ValueError("no gene has a finite Pearson's r: there is nothing to show")
+    return curves
+
+
+def _positions(n: int) -> np.ndarray:
+    return np.array([50.0]) if n == 1 else np.linspace(0, 100, n)
+
+
+def _name_genes(ax: Axes, scores: pd.Series, n_named: int) -> None:
+    """Name the best genes at the curve's start and the worst at its end, as two short lists."""
+    n_named = min(n_named, len(scores) // 2)
+    if n_named == 0:
+        return
+    # The curve falls: there is room to the right of its start and to the left of its end.
+    x = _positions(len(scores))
+    best, worst = scores.index[:n_named], scores.index[-n_named:]
+    for genes, position, value, offset, align in (
+        (best, x[0], scores.iloc[0], (8, 0), "left"),
+        (worst, x[-n_named], scores.iloc[-1], (-8, 0), "right"),
+    ):
+        ax.annotate(
+            ", ".join(map(str, genes)),
+            (position, value),
+            xytext=offset,
+            textcoords="offset points",
+            ha=align,
+            va="center",
+            fontsize=8,
+            style="italic",
+            color=INK,
+            zorder=4,
+        )

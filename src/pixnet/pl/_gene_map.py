@@ -1,0 +1,216 @@
+"""Gene maps as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from spatialdata import SpatialData
+
+from pixnet._sdata.elements import (
+    TOTAL,
+    channel_names,
+    check_sdata,
+    is_gene_map,
+    record,
+    resolve_any_image,
+    resolve_image,
+    resolve_shapes,
+)
+from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, read_pixels
+from pixnet.pl._shapes import draw_outlines
+from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
+from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, to_cp10k
+
+
+def gene_map(
+    sdata: SpatialData,
+    genes: str | Sequence[str],
+    *,
+    image_key: str | None = None,
+    he_key: str | Literal[False] | None = None,
+    shapes: str | Sequence[str] | None = None,
+    ncols: int = 4,
+    cmap: str | Colormap | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    he: Literal["beside", "under"] = "beside",
+    quantity: Literal["density", "cp10k"] = "density",
+    box: Sequence[float] | None = None,
+    percentiles: tuple[float, float] = (1.0, 99.0),
+    vmin: float | None = None,
+    vmax: float | None = None,
+    shared_scale: bool = False,
+    outline_color: str | None = None,
+    outline_width: float = 0.8,
+    scalebar: bool = True,
+) -> Axes | np.ndarray:
+    """Show the map of one or several genes, with the H&E beside or under it.
+
+    The picture is read from the pyramid level that fits the figure, so that slides of any size show at once. Pixels
+    without prediction (background) are transparent.
+
+    Parameters
+    ----------
+    sdata
+        Object with a gene map (:func:`pixnet.tl.predict`).
+    genes
+        Gene or genes; ``"__total__"`` is the density of all transcripts.
+    image_key
+        The gene map; ``None``: the only one.
+    he_key
+        The H&E image; ``None``: the one that the map was predicted from, or the object's only one. ``False``: none.
+    shapes
+        Shapes or labels elements to outline.
+    ncols
+        Panels a row.
+    cmap
+        Colour map; ``None``: ``"magma"``, or ``"viridis"`` over H&E. Both are perceptually uniform and safe for any
+        colour vision.
+    ax
+        Axes to draw in: one (divided when several panels are needed), or one for each panel. ``None``: a new figure.
+    he
+        ``"beside"``: the H&E is the first panel. ``"under"``: the map lies over the H&E, clearer where expression is
+        low.
+    quantity
+        ``"density"``: what the map holds, which reads as CP10k where tissue is of average richness. ``"cp10k"``: the
+        gene's part of 10,000 transcripts at each pixel (``"__total__"`` stays a density).
+    box
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E (of the map where
+        no H&E is shown). In pixels where um per pixel is unknown.
+    percentiles
+        Lower and upper percentile of the shown pixels at which colours end.
+    vmin, vmax
+        Ends of the colours, in place of the percentiles.
+    shared_scale
+        Give all genes the same colour limits.
+    outline_color
+        Colour of the outlines; ``None``: white on maps, black on H&E.
+    outline_width
+        Line width of the outlines, in points.
+    scalebar
+        Draw a scale bar in um below the first panel.
+
+    Returns
+    -------
+    The Axes where one panel is drawn, else an array of them: the H&E first where it is beside, then the genes.
+
+    Raises
+    ------
+    KeyError
+        If an element or gene is not in the object.
+    TypeError
+        If ``sdata``, ``genes`` or ``ax`` is of the wrong type.
+    ValueError
+        If the image is no gene map, or a value is not one of those listed.
+
+    See Also
+    --------
+    pixnet.pl.compare : A predicted table beside the measured one.
+    pixnet.pl.scales : One gene at several scales.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=300)
+    >>> genes = px.pp.select_genes(sdata, table_key="spots_counts", n_top=2)
+    >>> axes = px.pl.gene_map(sdata, genes, image_key="truth", shapes="spots")
+    >>> len(axes)  # the H&E and two genes
+    3
+    """
+    check_sdata(sdata, "pl.gene_map")
+    image_key = resolve_any_image(sdata, image_key)
+    names = channel_names(sdata[image_key])
+    if not is_gene_map(sdata[image_key]):
+        raise ValueError(
+            f"image {image_key!r} is no gene map (its last channel is not {TOTAL!r}); make one with pixnet.tl.predict"
+        )
+    genes = check_genes(genes, names, f"gene map {image_key!r}")
+    check_quantity(quantity)
+    if he not in ("beside", "under"):
+        raise ValueError(f"he is {he!r}; valid: 'beside', 'under' (he_key=False shows none)")
+    outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
+    he_key = shown_he(sdata, image_key, he_key)
+    # One Axes for one gene is a map: there is no room for a second picture, unless it lies under.
+    beside = he_key is not None and he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1)
+    under = he_key is not None and he == "under"
+    chosen = colour_map(cmap, "viridis" if under else "magma")
+    limits(np.zeros(1), percentiles, vmin, vmax)  # checks the numbers before any pixel is read
+    frame = make_frame(sdata, he_key or image_key, box)
+
+    with style():
+        axes = panels(len(genes) + beside, ax, ncols=ncols, aspect=frame.aspect)
+        if beside:
+            draw_he(axes[0], frame, he_key)
+            axes[0].set_title("H&E")
+        values, affine = _read(frame, image_key, genes, names, quantity, panel_pixels(axes[-1]))
+        shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
+        # The unit of the genes stands once, beside the last of them.
+        bar_labels = dict.fromkeys(genes, "")
+        bar_labels.update(dict.fromkeys([g for g in genes if g != TOTAL][-1:], LABELS[quantity]))
+        bar_labels[TOTAL] = LABELS[TOTAL]
+        for panel, gene, picture in zip(axes[beside:], genes, values, strict=True):
+            if under:
+                draw_he(panel, frame, he_key)
+            norm = shared or limits(picture, percentiles, vmin, vmax)
+            # Over H&E, low values let the tissue through.
+            alpha = np.nan_to_num(np.clip(0.25 + 0.6 * norm(picture).filled(0), 0, 0.85)) if under else None
+            image = draw_image(panel, np.ma.masked_invalid(picture), affine, cmap=chosen, norm=norm, alpha=alpha)
+            panel.set_title(gene_title(gene), style="italic" if gene != TOTAL else "normal")
+            frame.show(panel)
+            bare(panel)
+            bar = colour_bar(panel, image, picture, bar_labels[gene])
+            bar.solids.set_alpha(1)
+        for i, panel in enumerate(axes):
+            on_he = under or (beside and i == 0)
+            for key in outlined:
+                draw_outlines(
+                    panel, frame, key, color=outline_color or ("black" if on_he else "white"), linewidth=outline_width
+                )
+        if scalebar:
+            scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
+    return returned(axes)
+
+
+def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[False] | None) -> str | None:
+    """Return the H&E image to show: the one named, the one a map was made from, the only one; else None."""
+    if he_key is False:
+        return None
+    if he_key is not None:
+        return resolve_image(sdata, he_key)
+    source = record(sdata)["images"].get(map_key, {}).get("image_key")
+    if source in sdata.images:
+        return source
+    try:
+        return resolve_image(sdata)
+    except (TypeError, ValueError):
+        return None  # no H&E, or several: a map shows without
+
+
+def draw_he(ax: Axes, frame: Frame, he_key: str, *, faint: bool = False) -> None:
+    """Draw the H&E image and nothing else; faint and grey where it is to lie under coloured shapes."""
+    pixels = read_pixels(frame, he_key, panel_pixels(ax))
+    picture = np.moveaxis(pixels.values, 0, -1)
+    if faint:
+        grey = picture.mean(axis=-1, keepdims=True)
+        picture = np.repeat(255 - 0.45 * (255 - grey), 3, axis=-1).astype(np.uint8)
+    draw_image(ax, picture, pixels.affine)
+    frame.show(ax)
+    bare(ax)
+
+
+def _read(
+    frame: Frame, image_key: str, genes: list[str], names: list[str], quantity: str, width: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values ``(gene, y, x)`` and where they lie."""
+    where = [names.index(gene) for gene in genes]
+    if quantity == "density":
+        pixels = read_pixels(frame, image_key, width, where)
+        return pixels.values, pixels.affine
+    pixels = read_pixels(frame, image_key, width, [*where, len(names) - 1])
+    cp10k = to_cp10k(pixels.values[:-1], pixels.values[-1])
+    if TOTAL in genes:  # its part of itself says nothing
+        cp10k[genes.index(TOTAL)] = pixels.values[-1]
+    return cp10k, pixels.affine

@@ -1,0 +1,162 @@
+"""Draw shapes and labels: as outlines, or filled by a value for each."""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PathCollection
+from matplotlib.colors import Colormap, Normalize, to_rgba
+from matplotlib.path import Path
+from pandas import Series
+
+from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels
+
+_MANY = 3000  # from here on a vector file holds shapes as one picture
+
+
+def draw_outlines(ax: Axes, frame: Frame, key: str, *, color: str, linewidth: float) -> None:
+    """Draw the outlines of a shapes or labels element.
+
+    Parameters
+    ----------
+    ax
+        Axes in frame units.
+    frame
+        What is shown.
+    key
+        The element.
+    color
+        A matplotlib colour.
+    linewidth
+        In points; thinner where the shapes are many.
+    """
+    if key in frame.sdata.labels:
+        labels = read_pixels(frame, key, panel_pixels(ax))
+        edges = _edges(labels.values)
+        picture = np.zeros((*edges.shape, 4), dtype=np.float32)
+        picture[edges] = to_rgba(color)
+        draw_image(ax, picture, labels.affine, interpolation="nearest", zorder=3)
+        return
+    geometries, _ = _visible(frame, key)
+    if len(geometries) > 1000:
+        linewidth = max(0.25, linewidth * (1000 / len(geometries)) ** 0.3)
+    ax.add_collection(
+        PathCollection(
+            _paths(geometries),
+            facecolors="none",
+            edgecolors=color,
+            linewidths=linewidth,
+            zorder=3,
+            rasterized=len(geometries) > _MANY,
+            gid=f"outlines-{key}",
+        ),
+        autolim=False,
+    )
+
+
+def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap, norm: Normalize) -> ScalarMappable:
+    """Draw each shape filled by its value; shapes without one stay empty.
+
+    Parameters
+    ----------
+    ax
+        Axes in frame units.
+    frame
+        What is shown.
+    key
+        A shapes or labels element.
+    values
+        A value for each instance, by the element's own index (or label).
+    cmap, norm
+        Colours.
+
+    Returns
+    -------
+    What a colour bar is made from.
+    """
+    if key in frame.sdata.labels:
+        labels = read_pixels(frame, key, panel_pixels(ax))
+        names, where = np.unique(labels.values, return_inverse=True)
+        by_name = values.reindex(names).to_numpy(dtype=np.float64)
+        by_name[names == 0] = np.nan  # background
+        picture = by_name[where].reshape(labels.values.shape)
+        return draw_image(ax, picture, labels.affine, cmap=cmap, norm=norm, interpolation="nearest")
+    geometries, index = _visible(frame, key)
+    shown = values.reindex(index).to_numpy(dtype=np.float64)
+    known = np.isfinite(shown)
+    collection = PathCollection(
+        _paths(geometries[known]),
+        cmap=cmap,
+        norm=norm,
+        linewidths=0.0,
+        antialiaseds=bool(known.sum() <= _MANY),  # neighbouring bins would show seams
+        rasterized=bool(known.sum() > _MANY),
+        gid=f"filled-{key}",
+    )
+    collection.set_array(shown[known])
+    ax.add_collection(collection, autolim=False)
+    return collection
+
+
+def shown_box(frame: Frame, key: str, margin: float = 0.03) -> tuple[float, float, float, float]:
+    """Return the box that holds all of a shapes element, in frame units, with a margin; labels: all of the frame."""
+    if key in frame.sdata.labels or len(frame.sdata[key]) == 0:
+        return frame.box
+    x0, y0, x1, y1 = shapely.total_bounds(_placed(frame, key))
+    pad = margin * max(x1 - x0, y1 - y0)
+    return float(x0 - pad), float(y0 - pad), float(x1 + pad), float(y1 + pad)
+
+
+def _placed(frame: Frame, key: str) -> np.ndarray:
+    """Polygons of an element in frame units; circles as polygons, so that any affine holds."""
+    element = frame.sdata[key]
+    geometries = element.geometry.to_numpy()
+    if "radius" in element.columns:
+        points = shapely.get_type_id(geometries) == shapely.GeometryType.POINT
+        if points.any():
+            quad_segs = 8 if len(geometries) <= 20_000 else 3
+            radius = element["radius"].to_numpy(dtype=np.float64)
+            geometries = np.where(points, shapely.buffer(geometries, radius, quad_segs=quad_segs), geometries)
+    matrix = frame.affine(key)
+    return shapely.transform(geometries, lambda xy: xy @ matrix[:2, :2].T + matrix[:2, 2])
+
+
+def _visible(frame: Frame, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Polygons that touch what is shown, and their index."""
+    placed = _placed(frame, key)
+    bounds = shapely.bounds(placed)
+    x0, y0, x1, y1 = frame.box
+    seen = (bounds[:, 2] >= x0) & (bounds[:, 0] <= x1) & (bounds[:, 3] >= y0) & (bounds[:, 1] <= y1)
+    return placed[seen], frame.sdata[key].index.to_numpy()[seen]
+
+
+def _paths(geometries: np.ndarray) -> list[Path]:
+    """One compound path for each geometry: holes stay open because rings are oriented."""
+    parts, owner = shapely.get_parts(shapely.orient_polygons(geometries), return_index=True)
+    rings, ring_owner = shapely.get_rings(parts, return_index=True)
+    points, point_owner = shapely.get_coordinates(rings, return_index=True)
+    lengths = np.bincount(point_owner, minlength=len(rings))
+    codes = np.full(len(points), Path.LINETO, dtype=Path.code_type)
+    ends = np.cumsum(lengths)
+    codes[ends - lengths] = Path.MOVETO
+    codes[ends - 1] = Path.CLOSEPOLY
+    rings_of_shape = np.bincount(owner[ring_owner], minlength=len(geometries)) if len(rings) else np.zeros(0, int)
+    last_ring = np.cumsum(rings_of_shape)
+    last_point = np.concatenate([[0], ends])
+    starts = last_point[last_ring - rings_of_shape]
+    stops = last_point[last_ring]
+    return [Path(points[a:b], codes[a:b]) for a, b in zip(starts, stops, strict=True)]
+
+
+def _edges(labels: np.ndarray) -> np.ndarray:
+    """Pixels of a label that touch another label or the background."""
+    edge = np.zeros(labels.shape, dtype=bool)
+    for axis in (0, 1):
+        lower = tuple(slice(None, -1) if i == axis else slice(None) for i in (0, 1))
+        upper = tuple(slice(1, None) if i == axis else slice(None) for i in (0, 1))
+        differs = labels[lower] != labels[upper]
+        edge[lower] |= differs & (labels[lower] != 0)
+        edge[upper] |= differs & (labels[lower] == 0)  # one pixel wide between neighbours
+    return edge

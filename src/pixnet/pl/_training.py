@@ -1,0 +1,111 @@
+"""How training went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from pixnet.pl._style import ACCENT, SECOND, panels, returned, style
+
+if TYPE_CHECKING:
+    from pixnet.models import PixNet
+
+_PREFIXES = {"train_": "training", "val_": "validation", "validation_": "validation"}
+_NAMES = {"loss": "loss", "pcc": "Pearson's r", "pearson": "Pearson's r", "pcc_mean": "Pearson's r", "mse": "MSE"}
+_COLOURS = {"training": ACCENT, "validation": SECOND}
+
+
+def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes | np.ndarray:
+    """Show how training went: the loss and, where it was measured, Pearson's r, epoch by epoch.
+
+    Parameters
+    ----------
+    model
+        A model with a history (:func:`pixnet.tl.train`; :func:`pixnet.models.load` keeps it). Its ``history``, a list
+        with a dict for each epoch, will do as well.
+    ax
+        Axes to draw in: one, which is divided, or one for each panel. ``None``: a new figure.
+
+    Returns
+    -------
+    The Axes where only the loss is known, else an array of two: loss, Pearson's r. A ring marks the best epoch
+    of each validation curve.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` has no history, or ``ax`` is of the wrong type.
+    ValueError
+        If the history is empty or holds no loss.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> history = [{"epoch": 1, "loss": 1.9, "val_loss": 2.0}, {"epoch": 2, "loss": 1.5, "val_loss": 1.8}]
+    >>> ax = px.pl.training(history)
+    """
+    curves = _curves(model)
+    metrics = list(dict.fromkeys(metric for metric, _ in curves))
+    with style():
+        axes = panels(len(metrics), ax, ncols=2, aspect=1.35, bar_inches=0.7)
+        for panel, metric in zip(axes, metrics, strict=True):
+            for (its_metric, part), values in curves.items():
+                if its_metric != metric:
+                    continue
+                panel.plot(values.index, values, color=_COLOURS[part], linewidth=1.6, label=part)
+                if part == "validation":
+                    best = values.idxmin() if metric in ("loss", "MSE") else values.idxmax()
+                    panel.plot(
+                        best,
+                        values[best],
+                        marker="o",
+                        markersize=7,
+                        markerfacecolor="none",
+                        markeredgecolor=_COLOURS[part],
+                        gid="best-epoch",
+                    )
+                    panel.annotate(
+                        f"{values[best]:.3g}",
+                        (best, values[best]),
+                        xytext=(0, 8 if metric in ("loss", "MSE") else -15),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8.5,
+                        color=_COLOURS[part],
+                    )
+            panel.set_xlabel("epoch")
+            panel.set_ylabel(metric)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
+            panel.set_axisbelow(True)
+            panel.tick_params(length=0)
+            panel.margins(x=0.03, y=0.12)
+        axes[0].legend(loc="best", handlelength=1.2)
+    return returned(axes)
+
+
+def _curves(model: Any) -> dict[tuple[str, str], pd.Series]:
+    """Values by epoch for each metric (as shown) and part of the data."""
+    history = model if isinstance(model, (list, tuple)) else getattr(model, "history", None)
+    if history is None:
+        raise TypeError(f"model is {type(model).__name__}, which has no history; pass what pixnet.tl.train returns")
+    frame = pd.DataFrame(list(history))
+    if frame.empty:
+        raise ValueError("the model's history is empty: it has not been trained with pixnet.tl.train")
+    frame.index = frame["epoch"] if "epoch" in frame else np.arange(1, len(frame) + 1)
+    curves: dict[tuple[str, str], pd.Series] = {}
+    for metric in _NAMES:
+        for prefix, part in {"": "training", **_PREFIXES}.items():
+            column = prefix + metric
+            if column in frame:
+                values = pd.to_numeric(frame[column], errors="coerce").dropna()
+                if len(values):
+                    curves.setdefault((_NAMES[metric], part), values)
+    if not any(metric == "loss" for metric, _ in curves):
+        raise ValueError(f"the model's history holds no loss; it has: {list(frame.columns)}")
+    return curves
