@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import sparse
 
 from pixnet._logging import logger
 from pixnet._names import TOTAL
 from pixnet._sdata import elements
+from pixnet._sdata.counts import check_totals_alike, counts_matrix, totals
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-# Rows of a backed table read at once.
-ROWS = 20_000
 
 
 def select_genes(
@@ -64,7 +61,8 @@ def select_genes(
     KeyError
         If a table, layer or ``obs`` column is missing.
     ValueError
-        If no gene qualifies, names are repeated, or values are NaN, infinite or negative.
+        If no gene qualifies, names are repeated, values are no raw counts, or totals
+        without ``total_key`` would be sums over very different numbers of genes.
 
     Examples
     --------
@@ -79,6 +77,7 @@ def select_genes(
         raise ValueError(f"min_fraction is {min_fraction!r}; a share between 0 and 1 is needed")
     prefixes = (exclude_prefixes,) if isinstance(exclude_prefixes, str) else tuple(exclude_prefixes)
     tables = list(_tables(sdata, table_key))
+    check_totals_alike({name: table.n_vars for name, table in tables}, total_key)
     genes = _common_genes(tables)
     genes = genes[[not name.startswith(prefixes) for name in genes]] if prefixes else genes
     genes = genes[genes != TOTAL]
@@ -118,7 +117,7 @@ def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Any:
         elements.check_sdata(one, "pp.select_genes")
         for wanted in keys:
             key = elements.resolve_table(one, wanted)
-            yield (f"table {key!r} of object {name!r}" if name else f"table {key!r}"), one.tables[key]
+            yield (f"{key} of object {name}" if name else key), one.tables[key]
 
 
 def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
@@ -127,7 +126,7 @@ def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
         if not table.var_names.is_unique:
             repeated = table.var_names[table.var_names.duplicated()].unique()
             raise ValueError(
-                f"{name} names {len(repeated)} genes more than once ({', '.join(map(repr, repeated[:3]))}); "
+                f"table {name!r} names {len(repeated)} genes more than once ({', '.join(map(repr, repeated[:3]))}); "
                 "call table.var_names_make_unique() or sum them first"
             )
         common = table.var_names if common is None else common[common.isin(table.var_names)]
@@ -135,7 +134,7 @@ def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
     if len(common) == 0:
         (first, a), (last, b) = tables[0], tables[-1]
         raise ValueError(
-            f"no gene is in all {len(tables)} tables: {first} has {', '.join(map(repr, a.var_names[:3]))}, {last} has "
+            f"no gene is in all {len(tables)} tables: {first!r} has {', '.join(map(repr, a.var_names[:3]))}, {last!r} has "
             f"{', '.join(map(repr, b.var_names[:3]))}; ids and symbols mixed? Set var_names alike"
         )
     return common
@@ -145,36 +144,12 @@ def _sums(
     table: AnnData, genes: pd.Index, name: str, total_key: str | None, layer: str | None
 ) -> tuple[NDArray, NDArray, int]:
     """Sum of CP10k and number of spots with counts, per gene, and the number of spots."""
-    if layer is not None and layer not in table.layers:
-        raise KeyError(f"{name} has no layer {layer!r} (layer=); it has: {elements.listed(table.layers)}")
-    if total_key is not None and total_key not in table.obs:
-        raise KeyError(f"{name} has no obs column {total_key!r} (total_key=); it has: {elements.listed(table.obs)}")
-    columns = table.var_names.get_indexer(genes)
-    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), 0
-    values = table.X if layer is None else table.layers[layer]
-    if values is None:
-        raise ValueError(f"{name} has no X; name the layer that holds the counts with layer=")
-    for start in range(0, table.n_obs, ROWS):
-        rows = slice(start, min(start + ROWS, table.n_obs))
-        block = values[rows]
-        block = block.compute() if hasattr(block, "compute") else block
-        block = block.tocsr() if sparse.issparse(block) else np.asarray(block)
-        stored = block.data if sparse.issparse(block) else block
-        if not np.isfinite(stored).all():
-            raise ValueError(f"{name} has NaN or infinite values; raw counts are needed")
-        if (stored < 0).any():
-            raise ValueError(f"{name} has negative values; raw counts are needed (scaled or centred data? give layer=)")
-        if total_key is None:
-            depth = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
-        else:
-            depth = table.obs[total_key].to_numpy(dtype=np.float64)[rows]
-            if not np.isfinite(depth).all() or (depth < 0).any():
-                raise ValueError(f"obs column {total_key!r} of {name} has NaN, infinite or negative values")
-        usable = depth > 0
-        weight = np.zeros(len(depth))
-        weight[usable] = 1e4 / depth[usable]
-        chosen = block[:, columns]
-        total += np.asarray(chosen.T @ weight).ravel()
-        detected += np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
-        n += int(usable.sum())
-    return total, detected, n
+    matrix = counts_matrix(table, name, layer)
+    depth = totals(table, name, matrix, total_key)
+    usable = depth > 0
+    weight = np.zeros(len(depth))
+    weight[usable] = 1e4 / depth[usable]
+    chosen = matrix[:, table.var_names.get_indexer(genes)]
+    total = np.asarray(chosen.T @ weight).ravel()
+    detected = np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
+    return total, detected, int(usable.sum())
