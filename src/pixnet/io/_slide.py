@@ -1,0 +1,218 @@
+"""Whole-slide images as SpatialData."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dask.array as da
+import numpy as np
+
+from pixnet._logging import logger
+from pixnet.io import _tiff
+from pixnet.io._lazy import OpenSlideLevel, TiffLevel
+from pixnet.io._raster import MAX_WHOLE_PIXELS, halve, open_picture, pyramid, raster_element, read_picture
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+# The coarsest level that a file brings may be this much larger than wanted before levels are added to it.
+COARSEST = 4096
+_MULTI_FILE = {".mrxs", ".dcm", ".vms", ".vmu", ".svslide", ".czi"}
+
+
+def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_key: str = "he") -> SpatialData:
+    """Open a whole-slide image; pixels are read when they are used.
+
+    Reads Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and whatever else
+    OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions, and plain JPEG
+    and PNG. All but JPEG and PNG need the extra ``pixnet[io]``.
+
+    Parameters
+    ----------
+    path
+        The file.
+    mpp
+        um per pixel of the finest level, in place of what the file states. ``False`` leaves it unknown, to be measured
+        with :func:`pixnet.pp.infer_mpp`.
+    image_key
+        Name of the image element.
+
+    Returns
+    -------
+    SpatialData
+        One multiscale image ``uint8 (3, y, x)`` in coordinate systems ``"global"`` (pixels of the finest level) and
+        ``"um"``, with um/px recorded as by :func:`pixnet.pp.set_mpp`. Transparent pixels are white.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        If ``path`` is no file.
+    ValueError
+        If the file states no um/px and none is given, is truncated, damaged or absurdly large, or is no 8-bit RGB.
+    ImportError
+        If the reader is not installed.
+
+    Examples
+    --------
+    >>> import numpy as np, pixnet as px
+    >>> from PIL import Image
+    >>> Image.fromarray(np.full((400, 300, 3), 240, dtype=np.uint8)).save("small.png")
+    >>> sdata = px.io.slide("small.png", mpp=0.5)
+    >>> sdata["he"].shape
+    (3, 400, 300)
+    """
+    from spatialdata import SpatialData
+    from spatialdata.transformations import Identity, Scale
+
+    from pixnet._sdata.elements import record
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give one file (of a DICOM series: any of its files)")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    if mpp is True or (mpp is not None and mpp is not False and not (np.isfinite(mpp) and mpp > 0)):
+        raise ValueError(f"mpp is {mpp!r}; a positive number of um per pixel, None or False is needed")
+
+    levels, scales, stated = _read(path)
+    value = _resolution(path, mpp, stated)
+    transformations: dict[str, Any] = {"global": Identity()}
+    if value is not None:
+        transformations["um"] = Scale([value, value], axes=("x", "y"))
+    sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
+    entry = record(sdata)
+    entry["defaults"]["image_key"] = image_key
+    if value is not None:
+        entry["mpp"][image_key] = value
+    return sdata
+
+
+def _resolution(path: Path, mpp: float | bool | None, stated: tuple[float, float] | None) -> float | None:
+    if mpp is False:
+        return None
+    if mpp is not None:
+        if stated is not None and abs(np.log(mpp / stated[0])) > np.log(1.05):
+            logger.warning("%s states %.4g um per pixel; mpp=%g is taken as asked", path.name, stated[0], mpp)
+        return float(mpp)
+    if stated is None:
+        raise ValueError(
+            f"{path} does not state its resolution: give mpp= (um per pixel, about 0.25 at 40x and 0.5 at 20x), or "
+            "mpp=False and record it later with pixnet.pp.set_mpp or pixnet.pp.infer_mpp"
+        )
+    x, y = stated
+    if abs(x - y) > 0.01 * max(x, y):
+        raise ValueError(
+            f"{path} states {x:.4g} um per pixel in x and {y:.4g} in y; square pixels are needed: give mpp="
+        )
+    return float((x + y) / 2)
+
+
+Levels = tuple[Sequence[np.ndarray | da.Array], Sequence[tuple[float, float]], tuple[float, float] | None]
+
+
+def _read(path: Path) -> Levels:
+    """Levels finest first, their scales in level-0 pixels (y, x), and the stated um/px (x, y)."""
+    if _tiff.is_tiff(path):
+        _need("imagecodecs", "tifffile")
+        with _tiff.open_tiff(path) as tiff:
+            _tiff.check_whole(tiff, path)
+            scanner = any(getattr(tiff, f"is_{name}", False) for name in ("svs", "ndpi", "scn", "bif", "philips"))
+        if scanner:
+            _need("openslide")
+        if find_spec("openslide") and _vendor(path) not in {None, "generic-tiff"}:
+            return _read_openslide(path)
+        return _read_tiff(path)
+    if path.suffix.lower() in _MULTI_FILE:
+        _need("openslide")
+    if find_spec("openslide") and _vendor(path) is not None:
+        return _read_openslide(path)
+    return _read_picture(path)
+
+
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"reading this file needs {', '.join(missing)}: pip install 'pixnet[io]'")
+
+
+def _vendor(path: Path) -> str | None:
+    import openslide
+
+    try:
+        return openslide.OpenSlide.detect_format(str(path))
+    except openslide.OpenSlideError:
+        return None
+
+
+def _read_openslide(path: Path) -> Levels:
+    import openslide
+
+    try:
+        with openslide.OpenSlide(str(path)) as file:
+            dimensions, downsamples = file.level_dimensions, file.level_downsamples
+            properties = dict(file.properties)
+    except openslide.OpenSlideError as error:
+        raise ValueError(f"{path} is damaged, or lacks the files that belong to it: {error}") from error
+    levels, scales = [], []
+    for i, ((width, height), down) in enumerate(zip(dimensions, downsamples)):
+        tile = tuple(int(properties.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("height", "width"))
+        levels.append(OpenSlideLevel(path, i, (height, width), down).lazy(tile))
+        scales.append(_scale(dimensions[0][::-1], (height, width)))
+    try:
+        stated = _tiff.plausible(float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
+    except (KeyError, ValueError):
+        stated = None
+    return *_complete(levels, scales), stated
+
+
+def _read_tiff(path: Path) -> Levels:
+    content = _tiff.inspect(path)
+    rows, columns = content.tile
+    if rows * columns > _tiff.MAX_TILE_PIXELS or max(content.shape) <= 2048:
+        if content.shape[0] * content.shape[1] > MAX_WHOLE_PIXELS:
+            raise ValueError(
+                f"{path} keeps {content.shape[1]:,} x {content.shape[0]:,} px in one piece, which must be decoded at once; "
+                "convert it to a tiled pyramidal TIFF"
+            )
+        whole = TiffLevel(path, content.series, 0, content.axes, content.levels[0])[:]
+        return *pyramid(whole), content.mpp
+    y, x = content.axes.index("Y"), content.axes.index("X")
+    levels = [
+        TiffLevel(path, content.series, i, content.axes, sizes).lazy(content.tile)
+        for i, sizes in enumerate(content.levels)
+    ]
+    scales = [_scale(content.shape, (sizes[y], sizes[x])) for sizes in content.levels]
+    return *_complete(levels, scales), content.mpp
+
+
+def _read_picture(path: Path) -> Levels:
+    picture = open_picture(path)
+    # Pillow gives dots per inch; 72 and the like are defaults of no meaning.
+    dots = picture.info.get("dpi", (0, 0))
+    stated = _tiff.plausible(25_400 / float(dots[0]), 25_400 / float(dots[1])) if min(dots) > 0 else None
+    return *pyramid(read_picture(path)), stated
+
+
+def _scale(full: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """Level-0 pixels per pixel: the whole number that scanners mean, where the sizes allow it."""
+    scales = []
+    for large, small in zip(full, size):
+        whole = round(large / small)
+        scales.append(float(whole) if abs(large / whole - small) < 1 else large / small)
+    return scales[0], scales[1]
+
+
+def _complete(
+    levels: list[da.Array], scales: list[tuple[float, float]]
+) -> tuple[list[da.Array], list[tuple[float, float]]]:
+    """Add lazy levels where the file ends with a large one."""
+    while max(levels[-1].shape[1:]) > COARSEST:
+        levels.append(halve(levels[-1]))
+        scales.append((scales[-1][0] * 2, scales[-1][1] * 2))
+    return levels, scales
