@@ -126,16 +126,30 @@ def read_shapes(
 ) -> PixelShapes:
     """Return the shapes of an element in level-0 pixels of an image, with their ids; see :func:`pixel_shapes`."""
     matrix = affine_to_pixels(sdata, shapes_key, image_key, coordinate_system)
+    check_element(sdata, shapes_key)
     element = sdata[shapes_key]
     if isinstance(element, GeoDataFrame):
-        check_shapes(element, shapes_key)
         radius = element["radius"].to_numpy() if "radius" in element.columns else None
         return PixelShapes(pack(element.geometry.to_numpy(), radius).transform(matrix), element.index)
-    if isinstance(element, DataArray | DataTree) and "c" not in full_resolution(element).dims:
-        check_labels(element, shapes_key)
-        geometries, ids = _label_rectangles(full_resolution(element))
-        return PixelShapes(geometries.transform(matrix), pd.Index(ids))
-    raise ValueError(f"{shapes_key!r} is neither a shapes nor a labels element")
+    geometries, ids = _label_rectangles(full_resolution(element))
+    return PixelShapes(geometries.transform(matrix), pd.Index(ids))
+
+
+def check_element(sdata: SpatialData, key: str) -> None:
+    """Refuse anything but shapes with an area in the plane and unique ids, or a plane of labels; reads no pixel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`pixel_shapes` does.
+    """
+    element = sdata[key]
+    if isinstance(element, GeoDataFrame):
+        check_shapes(element, key)
+    elif isinstance(element, DataArray | DataTree) and "c" not in full_resolution(element).dims:
+        check_labels(element, key)
+    else:
+        raise ValueError(f"{key!r} is neither a shapes nor a labels element")
 
 
 def check_shapes(element: GeoDataFrame, key: str) -> None:

@@ -1,0 +1,400 @@
+"""Sum the pixels of an image up over shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from spatialdata import SpatialData
+from spatialdata.models import TableModel
+from xarray import DataArray
+
+from pixnet._core.coverage import WEIGHTS, Geometries
+from pixnet._core.reduce import STATISTICS, Sums, reduce
+from pixnet._logging import logger
+from pixnet._sdata import elements, store
+from pixnet._sdata.geometry import PixelShapes, check_element, read_shapes, to_coordinate_system
+
+AggFunc = Literal["mean", "sum", "std", "min", "max"]
+
+
+def aggregate(
+    sdata: SpatialData,
+    shapes: str | Sequence[str],
+    *,
+    image_key: str | None = None,
+    genes: Sequence[str] | None = None,
+    agg_func: AggFunc | Sequence[AggFunc] = "mean",
+    weights: Literal["area", "center"] = "area",
+    min_coverage: float = 0.0,
+    coordinate_system: str | None = None,
+    key_added: str | Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    inplace: bool = True,
+) -> AnnData | dict[str, AnnData] | None:
+    """Aggregate an image over shapes: a table with one row for each spot, cell, bin or region.
+
+    Every pixel counts with the exact share of its area that lies inside the shape, so shapes of any size work, down to
+    parts of a pixel, and bins added up give the spots that they make up. The shapes are moved into the pixels of the
+    image's full-resolution level; the image is never resampled, and is read once for all shapes elements.
+
+    Parameters
+    ----------
+    sdata
+        Object with the image and the shapes.
+    shapes
+        Name of a shapes element (polygons, multipolygons, circles; overlaps and holes count as they are) or of a labels
+        element (one row for each label but 0), or a list of names: one table is made for each.
+    image_key
+        Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet recorded, or
+        the only one.
+    genes
+        Channels to aggregate; None: all.
+    agg_func
+        Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``. The mean, sum and
+        standard deviation weight pixels by their coverage; min and max are over all pixels with any. ``"mean"`` is for
+        what has a level (intensity), ``"sum"`` for what adds up (counts per pixel).
+    weights
+        ``"area"``: the exact share of each pixel. ``"center"``: whole pixels, those whose centre is inside; quicker,
+        and wrong by some percent for shapes a few pixels across.
+    min_coverage
+        Rows of which a smaller share (0 to 1) has predictions become NaN.
+    coordinate_system
+        Where shapes and image meet. None: "global" if shared, else the first shared one.
+    key_added
+        Name of the table, or a dict of them by shapes element. None: ``"{shapes}_genes"``.
+    overwrite
+        Replace a table of that name.
+    inplace
+        Add the tables to ``sdata``, and to its store if it has one. Otherwise return them and write nothing.
+
+    Returns
+    -------
+    AnnData, dict or None
+        None if ``inplace``; else a table or, for a list of shapes, a dict of tables by name of the shapes. Rows are the
+        shapes, in their order, NaN where nothing was predicted. A table has
+
+        ``X``
+            float32. From a gene map: CP10k, counts per 10,000 transcripts, as the ratio of sums
+            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). From any other image:
+            the (first) statistic of each channel.
+        ``layers``
+            From a gene map: ``"density"``, the area mean of the map; statistics other than the mean are layers of the
+            density (``"sum"`` times um^2). From any other image: the further statistics; ``"sum"`` is over pixels.
+        ``obs``
+            ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in um^2;
+            ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
+            over the predicted pixels / 1e4, so that ``X = density / total``.
+        ``obsm["spatial"]``
+            Centroids in the coordinate system.
+        ``uns["pixnet"]``
+            Parameters, units and the model.
+
+    Raises
+    ------
+    KeyError
+        If an element or a gene is not there.
+    TypeError
+        If an argument or a geometry is of the wrong type.
+    ValueError
+        If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, or the
+        name of a table is taken. All of this is checked before any pixel is read.
+
+    Notes
+    -----
+    If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the um per pixel of
+    the image is not recorded, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=200, n_genes=5)
+    >>> px.tl.aggregate(sdata, ["cells", "spots"], image_key="truth")
+    >>> sdata.tables["cells_genes"].X.shape[1]
+    5
+    """
+    elements.check_sdata(sdata, "tl.aggregate")
+    image_key = elements.resolve_any_image(sdata, image_key)
+    names = elements.resolve_shapes(sdata, shapes)
+    plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system)
+    keys = _table_keys(names, key_added)
+    if inplace:
+        for key in keys.values():
+            elements.check_key_free(sdata, key, overwrite)
+            elements.check_replaces(sdata, key, "tables")
+    # Labels are read last: reading shapes checks them, and no pixel may be read before all is checked.
+    for name in set(names) - set(sdata.shapes):
+        check_element(sdata, name)
+    order = sorted(names, key=lambda name: name not in sdata.shapes)
+    found = {name: read_shapes(sdata, name, image_key, plan.systems[name]) for name in order}
+    for name, element in found.items():
+        if not len(element.ids):
+            raise ValueError(f"{name!r} is empty: it has no shapes to aggregate over")
+    sums = reduce(
+        plan.data.data,
+        Geometries.concatenate([element.geometries for element in found.values()]),
+        channels=plan.channels,
+        validity=len(plan.channels) - 1 if plan.is_map else None,
+        statistics=plan.agg_func,
+        weights=weights,
+        description=f"aggregate {image_key}",
+    )
+
+    tables: dict[str, AnnData] = {}
+    start = 0
+    for name, element in found.items():
+        rows = slice(start, start + len(element.ids))
+        tables[name] = _table(sdata, plan, name, element, _rows(sums, rows))
+        start = rows.stop
+    del sums
+    if not inplace:
+        return tables if not isinstance(shapes, str) and shapes is not None else tables[names[0]]
+    for name, table in tables.items():
+        _store(sdata, keys[name], table, overwrite)
+    return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for, resolved and checked."""
+
+    image_key: str
+    data: DataArray
+    is_map: bool
+    names: list[str]  # of the genes
+    channels: list[int]  # of the genes, then of the total
+    agg_func: list[str]
+    weights: str
+    min_coverage: float
+    systems: dict[str, str]
+    mpp: float | None
+
+
+def _check(
+    sdata: SpatialData,
+    image_key: str,
+    names: list[str],
+    genes: Sequence[str] | None,
+    agg_func: Any,
+    weights: str,
+    min_coverage: float,
+    coordinate_system: str | None,
+) -> _Plan:
+    image = sdata.images[image_key]
+    data = elements.full_resolution(image)
+    if data.dims != ("c", "y", "x"):
+        raise ValueError(f"image {image_key!r} has dimensions {data.dims}; a 2D image (c, y, x) is needed")
+    if 0 in data.shape:
+        what = "no channels" if data.sizes["c"] == 0 else "no pixels"
+        raise ValueError(f"image {image_key!r} has {what}: its shape (c, y, x) is {data.shape}")
+    if data.dtype.kind not in "biuf":
+        raise TypeError(f"image {image_key!r} is {data.dtype}; numbers are needed")
+
+    functions = [agg_func] if isinstance(agg_func, str) else agg_func
+    if not isinstance(functions, Sequence) or not all(isinstance(function, str) for function in functions):
+        raise TypeError(f"agg_func is {agg_func!r}; a name or a list of names is needed")
+    valid = ", ".join(map(repr, STATISTICS))
+    for function in functions:
+        if function not in STATISTICS:
+            raise ValueError(f"agg_func has {function!r}; valid: {valid}")
+    if not functions or len(set(functions)) != len(functions):
+        raise ValueError(f"agg_func is {agg_func!r}; one or several different ones of {valid} are needed")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; valid: {', '.join(map(repr, WEIGHTS))}")
+    if isinstance(min_coverage, bool) or not isinstance(min_coverage, int | float | np.number):
+        raise TypeError(f"min_coverage is {min_coverage!r}; a number from 0 to 1 is needed")
+    if not 0 <= min_coverage <= 1:
+        raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
+
+    is_map = elements.is_gene_map(image)
+    chosen, channels = _channels(image_key, elements.channel_names(image), is_map, genes)
+    systems = {}
+    for name in names:
+        systems[name] = elements.shared_coordinate_system(sdata, name, image_key, coordinate_system)
+        for key in (name, image_key):
+            to_coordinate_system(sdata, key, systems[name])
+    mpp = elements.map_mpp(sdata, image_key)
+    if mpp is None:
+        if is_map and "sum" in functions:
+            raise ValueError(
+                f"agg_func='sum' gives densities times um^2, but the um per pixel of {image_key!r} is unknown; "
+                f"record it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
+            )
+        logger.warning(
+            "the um per pixel of %r is unknown, so obs['area'] is in pixels; record it with pixnet.pp.set_mpp",
+            image_key,
+        )
+    return _Plan(image_key, data, is_map, chosen, channels, list(functions), weights, float(min_coverage), systems, mpp)
+
+
+def _channels(
+    image_key: str, available: list[str], is_map: bool, genes: Sequence[str] | None
+) -> tuple[list[str], list[int]]:
+    """Names and indices of the channels asked for; of a gene map the total comes last."""
+    duplicates = pd.Index(available)
+    if not duplicates.is_unique:
+        repeated = elements.listed(duplicates[duplicates.duplicated()].unique()[:5])
+        raise ValueError(f"image {image_key!r} has several channels of one name: {repeated}; rename them")
+    offered = available[:-1] if is_map else available
+    if genes is None:
+        chosen = list(offered)
+    elif isinstance(genes, str):
+        chosen = [genes]
+    elif isinstance(genes, Sequence | np.ndarray | pd.Index | pd.Series):
+        chosen = [str(gene) for gene in genes]
+    else:
+        raise TypeError(f"genes is {genes!r}; a list of names is needed")
+    if is_map and elements.TOTAL in chosen:
+        raise ValueError(
+            f"genes has {elements.TOTAL!r}, which is no gene but the density of all transcripts; it is always used and "
+            "comes as obs['total']"
+        )
+    position = {name: index for index, name in enumerate(offered)}
+    unknown = [gene for gene in chosen if gene not in position]
+    if unknown:
+        shown = elements.listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
+        raise KeyError(f"image {image_key!r} has no channel {elements.listed(unknown[:5])} (genes=); it has {shown}")
+    if not chosen:
+        raise ValueError("genes is empty; pass at least one name, or None for all channels")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError("genes names a channel twice")
+    channels = [position[name] for name in chosen]
+    return chosen, channels + [len(available) - 1] * is_map
+
+
+def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Name of the table of each shapes element."""
+    keys = {name: f"{name}_genes" for name in names}
+    if isinstance(key_added, Mapping):
+        for name in key_added:
+            if name not in keys:
+                raise KeyError(f"key_added has {name!r}, which is not among the shapes: {elements.listed(names)}")
+        keys |= key_added
+    elif isinstance(key_added, str):
+        if len(names) > 1:
+            raise ValueError(f"key_added is one name for {len(names)} tables; pass a dict by name of the shapes")
+        keys[names[0]] = key_added
+    elif key_added is not None:
+        raise TypeError(f"key_added is {key_added!r}; a name or a dict of names is needed")
+    if len(set(keys.values())) != len(keys):
+        raise ValueError(f"key_added gives two tables one name: {keys}")
+    return keys
+
+
+def _rows(sums: Sums, rows: slice) -> Sums:
+    return Sums(*(None if value is None else value[rows] for value in vars(sums).values()))
+
+
+def _table(sdata: SpatialData, plan: _Plan, name: str, element: PixelShapes, sums: Sums) -> AnnData:
+    """Build the table of one shapes element."""
+    area = element.geometries.area
+    seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
+    with np.errstate(invalid="ignore", divide="ignore"):
+        coverage = np.nan_to_num(seen / area)
+    # Rounding aside, a shape that is all there has coverage 1; whole pixels (center) may cover more than the shape.
+    coverage = np.where(coverage > 1 - 1e-9, 1.0, coverage)
+    thin = coverage < plan.min_coverage
+
+    obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
+    obs["region"] = pd.Categorical([name] * len(obs), categories=[name])
+    integer = pd.api.types.is_integer_dtype(element.ids.dtype)
+    obs["instance_id"] = element.ids.to_numpy(dtype=np.int64 if integer else object)
+    obs["area"] = area * (plan.mpp or 1.0) ** 2
+    obs["coverage"] = coverage
+
+    values, layers, units = _map_values(plan, sums, obs) if plan.is_map else _image_values(plan, sums)
+    if thin.any():
+        for value in (values, *layers.values()):
+            value[thin] = np.nan
+        if plan.is_map:
+            obs.loc[thin, "total"] = np.nan
+
+    to_system = to_coordinate_system(sdata, plan.image_key, plan.systems[name])
+    centroids = element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2]
+    parameters = {
+        "kind": "aggregate",
+        "shapes": name,
+        "image_key": plan.image_key,
+        "agg_func": plan.agg_func,
+        "weights": plan.weights,
+        "min_coverage": plan.min_coverage,
+        "coordinate_system": plan.systems[name],
+        "genes": plan.names,
+        "area_unit": "um^2" if plan.mpp is not None else "pixel",
+        **units,
+    }
+    if plan.mpp is not None:
+        parameters["mpp"] = plan.mpp
+    model = sdata.attrs.get("pixnet", {}).get("images", {}).get(plan.image_key, {}).get("model")
+    if model is not None:
+        parameters["model"] = model
+    empty = int((seen == 0).sum())
+    if empty or thin.any():
+        logger.info(
+            "%s: of %d shapes %d have no predictions, %d too few", name, len(obs), empty, (thin & (seen > 0)).sum()
+        )
+    table = AnnData(
+        X=values,
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(plan.names)),
+        layers=layers,
+        obsm={"spatial": centroids},
+        uns={"pixnet": parameters},
+    )
+    return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
+
+
+def _map_values(plan: _Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """CP10k as the ratio of sums, and statistics of the density."""
+    density = np.ascontiguousarray(sums.mean[:, :-1])
+    total = sums.mean[:, -1].astype(np.float64) / 1e4
+    obs["total"] = total
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
+    layers, units = {"density": density}, {"X": "CP10k", "density": "density"}
+    for function in plan.agg_func:
+        if function == "sum":
+            layers["sum"] = density * (sums.weight * plan.mpp**2).astype(np.float32)
+            units["sum"] = "density x um^2"
+        elif function != "mean":
+            layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
+            units[function] = "density"
+    return values, layers, {"unit": units["X"], "layer_units": {k: v for k, v in units.items() if k != "X"}}
+
+
+def _image_values(plan: _Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """Plain statistics, the first of them as X."""
+    values, units = {}, {}
+    for function in plan.agg_func:
+        if function == "sum":
+            values["sum"] = np.where(sums.weight > 0, sums.mean * sums.weight, np.nan).astype(np.float32)
+            units["sum"] = "value x pixel"
+        else:
+            values[function] = getattr(sums, function)
+            units[function] = "value"
+    first = plan.agg_func[0]
+    layers = {function: value for function, value in values.items() if function != first}
+    return (
+        values[first],
+        layers,
+        {"unit": units[first], "layer_units": {function: units[function] for function in layers}},
+    )
+
+
+def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:
+    """Put a table into the object, with its parameters on record, or leave both as they were."""
+    tables = elements.record(sdata)["tables"]
+    before = tables.get(key)
+    tables[key] = {k: v for k, v in table.uns["pixnet"].items() if k != "genes"}
+    try:
+        store.put(sdata, key, table, overwrite=overwrite)
+    except BaseException:
+        del tables[key]
+        if before is not None:
+            tables[key] = before
+        raise
+    logger.info("added table sdata.tables[%r]: %d shapes x %d channels", key, *table.shape)
