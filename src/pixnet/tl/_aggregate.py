@@ -152,9 +152,10 @@ def aggregate(
         start = rows.stop
     del sums
     if not inplace:
-        return tables if not isinstance(shapes, str) and shapes is not None else tables[names[0]]
-    for name, table in tables.items():
-        _store(sdata, keys[name], table, overwrite)
+        one = isinstance(shapes, str) or shapes is None
+        return tables[names[0]] if one else {name: tables[name] for name in names}
+    for name in names:
+        _store(sdata, keys[name], tables[name], overwrite)
     return None
 
 
