@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from pixnet.datasets._her2st import her2st
+from pixnet.datasets._synthetic_tissue import synthetic_tissue
 
-__all__ = ["her2st"]
+__all__ = ["her2st", "synthetic_tissue"]

@@ -1,0 +1,1 @@
+"""The generator behind :func:`pixnet.datasets.synthetic_tissue`."""
