@@ -89,7 +89,7 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False) 
     check_key_free(sdata, key, overwrite)
     root = local_store(sdata)
     if root is None:
-        _bind(sdata, key, element)
+        set_element(sdata, key, element)
         return
     heal(sdata)
     with work_folder(root, {"key": key, "resumable": False}) as work:
@@ -101,9 +101,9 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False) 
             single.write(work.path / NEW, consolidate_metadata=False, update_sdata_path=False)
         commit(sdata, work, kind, key)
     if isinstance(element, AnnData | GeoDataFrame):
-        _bind(sdata, key, element)
+        set_element(sdata, key, element)
     else:
-        _bind(sdata, key, read_element(root, kind, key))
+        set_element(sdata, key, read_element(root, kind, key))
 
 
 def forget(sdata: SpatialData, key: str) -> None:
@@ -162,7 +162,7 @@ def heal(sdata: SpatialData) -> list[str]:
             journal = _read_json(folder / JOURNAL)
             _move(root, work, journal)
             if journal["kind"] is not None:
-                _bind(sdata, journal["key"], read_element(root, journal["kind"], journal["key"]))
+                set_element(sdata, journal["key"], read_element(root, journal["kind"], journal["key"]))
                 healed.append(journal["key"])
             sdata.attrs["pixnet"] = journal["pixnet"]
             _write_metadata(sdata, journal["consolidated"])
@@ -192,7 +192,7 @@ class Work:
             path.mkdir(parents=True)
             lock = _lock(path)
             work = cls(path, job, lock)
-            _write_json(path / JOB, job)
+            write_json(path / JOB, job)
         except PermissionError as error:
             raise PermissionError(
                 f"the store {root} cannot be written to ({error.strerror}): predict on a copy "
@@ -347,14 +347,14 @@ def commit(sdata: SpatialData, work: Work, kind: str | None, key: str) -> None:
     }
     if kind is not None:
         zarr.open_group(root, mode="r+", use_consolidated=False).require_group(kind)
-    _write_json(work.path / JOURNAL, journal)
+    write_json(work.path / JOURNAL, journal)
     _move(root, work, journal)
     _write_metadata(sdata, journal["consolidated"])
     work.remove()
 
 
 def _move(root: Path, work: Work, journal: dict[str, Any]) -> None:
-    """Steps 3 and 4. Each move is done only if it has not been done before, so that this can be run again."""
+    """Do steps 3 and 4. Each move is done only if it has not been done before, so that this can be run again."""
     key, kind = journal["key"], journal["kind"]
     group = zarr.open_group(root, mode="r+", use_consolidated=False)
     group.attrs.put(dict(group.attrs))  # rewrites the metadata without what was consolidated
@@ -391,7 +391,8 @@ def _type_of(sdata: SpatialData, key: str) -> str:
     return next(kind for kind, name, _ in sdata.gen_elements() if name == key)
 
 
-def _bind(sdata: SpatialData, key: str, element: Any) -> None:
+def set_element(sdata: SpatialData, key: str, element: Any) -> None:
+    """Set an element in memory, in place of one of any type."""
     if key in sdata:
         del sdata[key]
     sdata[key] = element
@@ -401,7 +402,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file that is either whole or not there."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:

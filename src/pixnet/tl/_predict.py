@@ -1,0 +1,401 @@
+"""Dense gene maps of a slide."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from spatialdata.models import Image2DModel
+from spatialdata.transformations import Scale, get_transformation
+from spatialdata.transformations import Sequence as Chain
+from tqdm import tqdm
+
+from pixnet._logging import logger
+from pixnet._names import TOTAL, check_genes
+from pixnet._sdata.elements import (
+    check_key_free,
+    check_replaces,
+    check_sdata,
+    full_resolution,
+    get_mpp,
+    levels,
+    listed,
+    record,
+    resolve_image,
+    tissue_key,
+)
+from pixnet._sdata.store import local_store
+from pixnet._sdata.stream import MapSpec, MapStream, fingerprint, store_level
+from pixnet._settings import settings
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+    from xarray import DataArray
+
+    from pixnet._core.inference import TileRunner
+    from pixnet.models import PixNet
+
+DTYPES = ("float32", "float16")
+
+
+def predict(
+    sdata: SpatialData,
+    model: PixNet | str | Path | None = None,
+    *,
+    image_key: str | None = None,
+    genes: Sequence[str] | None = None,
+    mask_key: str | bool | None = None,
+    out_mpp: float | None = None,
+    tile_size: int | None = None,
+    precision: str | None = None,
+    key_added: str | None = None,
+    dtype: str = "float32",
+    scale_factors: Sequence[int] = (2, 2),
+    device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    inplace: bool = True,
+) -> DataArray | None:
+    """Predict dense gene maps of a slide.
+
+    The map is an image element with one channel per gene and a last channel ``__total__``: expected densities of
+    transcripts, in linear space, NaN on background. The slide is predicted tile by tile, so memory does not grow with
+    it, and the map streams to a zarr store: the object's own, or one under ``settings.scratch_dir`` that goes at exit.
+    With a ``dask.distributed`` client in scope the tiles run on its workers.
+
+    Parameters
+    ----------
+    sdata
+        Object that holds the H&E image; its um/px must be known (`pixnet.pp.set_mpp`).
+    model
+        The model, or a checkpoint's path or name; ``None`` is the model that ships with the package.
+    image_key
+        The H&E image. ``None`` resolves it.
+    genes
+        Genes of the map, in this order; ``None``: all of the model's. ``__total__`` comes in any case.
+    mask_key
+        Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
+        and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
+    out_mpp
+        um per map pixel, the model's own (its um/px times its stride) or coarser: then the mean over the tissue in each
+        pixel, by area.
+    tile_size
+        Model pixels a side of the tiles, rounded up to the model's windows. It sets the memory, not the result.
+        ``None``: about 256 map pixels.
+    precision
+        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only); ``None`` is ``settings.precision``, else bfloat16 where
+        the device computes in it natively, else float32.
+    key_added
+        Name of the map; ``None`` is ``"{image_key}_genes"``.
+    dtype
+        Of the stored map: ``"float32"``, or ``"float16"``, which halves it but overflows where ``__total__`` exceeds
+        65,504 and is refused by some of SpatialData's operations.
+    scale_factors
+        How much coarser each level of the map's pyramid is than the one before.
+    device
+        Torch device; ``None`` is ``settings.device``, else a GPU where there is one.
+    overwrite
+        Replace an element of that name. The old one stays whole until the new one is.
+    resume
+        Go on with the map of an interrupted call with the same arguments.
+    inplace
+        Store the map, add it to ``sdata`` and return None. ``False`` returns it as a lazy, single-scale DataArray and
+        writes nothing.
+
+    Returns
+    -------
+    DataArray or None
+        ``(c, y, x)`` with gene names on ``c``, in the coordinate systems of the image.
+
+    Raises
+    ------
+    KeyError
+        If an image, labels element or gene is unknown.
+    OSError
+        If the disk is full; what was written is deleted.
+    PermissionError
+        If the store cannot be written to.
+    RuntimeError
+        If a part of the image cannot be read: the message says which.
+    TypeError
+        If an argument or the image's pixels are of the wrong type.
+    ValueError
+        If um/px is unknown or more than 2 times coarser than the model's, if there is no tissue, if ``key_added``
+        exists, or an argument is out of range.
+
+    Notes
+    -----
+    Interrupted by an exception, Ctrl-C or a kill, the store stays readable and what is done is kept:
+    ``resume=True`` goes on and ends with the same bytes. The next call for the same map without it starts again.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=300)
+    >>> model = px.models.PixNet(["GENE1", "GENE2"], mpp=0.5, pretrained=False)
+    >>> px.tl.predict(sdata, model, mask_key=False)
+    >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
+    3
+    """
+    from pixnet._core.inference import PackedModel, TileRunner, resolve_device, resolve_precision
+    from pixnet._core.layout import choose_layout
+    from pixnet._core.stain import differences, sample
+    from pixnet._core.tiling import SlideReader, choose_grid
+    from pixnet._sdata.tissue import open_mask
+
+    # what is meant, and whether it can be done
+    check_sdata(sdata, "tl.predict")
+    image_key = resolve_image(sdata, image_key)
+    mpp = get_mpp(sdata, image_key)
+    tissue_key(sdata, image_key, mask_key)
+    key = f"{image_key}_genes" if key_added is None else key_added
+    if inplace:
+        check_key_free(sdata, key, overwrite)
+        check_replaces(sdata, key, "images")
+        if key == image_key:
+            raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
+        local_store(sdata)
+    _check_arguments(dtype, scale_factors, tile_size, out_mpp, resume, inplace)
+    device = resolve_device(settings.device if device is None else device)
+    precision = resolve_precision(settings.precision if precision is None else precision, device)
+    model, model_name = _resolve_model(model)
+    genes, channels = _resolve_genes(model, genes)
+    pyramid = levels(sdata.images[image_key])
+    grid = choose_grid(
+        [level.scale for level in pyramid],
+        [(level.data.sizes["y"], level.data.sizes["x"]) for level in pyramid],
+        mpp,
+        model.mpp,
+        model.stride,
+    )
+    gpu = device.type == "cuda"
+    layout = choose_layout(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
+    if grid.enlarged:
+        logger.warning(
+            "image %r has %.3g um/px, coarser than the %.3g um/px of the model: it is enlarged, and detail that the model "
+            "was trained on is missing; expect worse maps",
+            image_key,
+            mpp,
+            model.mpp,
+        )
+
+    # the tissue, and the runner
+    mask = open_mask(sdata, image_key, mask_key, grid.out_px)
+    if not getattr(mask, "mask", np.True_).any():
+        raise ValueError(
+            f"the mask of image {image_key!r} has no tissue; check it, name another with mask_key=, or pass mask_key=False to "
+            "predict everywhere"
+        )
+    packed = PackedModel(model)
+    runner = TileRunner(
+        SlideReader(pyramid[grid.level].data.data, grid),
+        mask,
+        packed,
+        layout,
+        channels=channels,
+        n_channels=len(genes) + 1,
+        dtype=dtype,
+        device=str(device),
+        precision=precision,
+        batch=4 if gpu else 1,
+        name=image_key,
+    )
+    samples = sample(runner)
+    differs = differences(samples, model.config.get("stain"))
+    if differs:
+        logger.warning(
+            "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
+            "without checking it against measured genes",
+            image_key,
+            "; ".join(differs),
+        )
+    to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
+    systems = get_transformation(full_resolution(sdata.images[image_key]), get_all=True)
+    transformations = {name: Chain([to_image, system]) for name, system in systems.items()}
+    names = [*genes, TOTAL]
+    if not inplace:
+        from pixnet._core.inference import lazy_map
+
+        array = lazy_map(runner, uuid.uuid4().hex)
+        return Image2DModel.parse(array, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
+
+    # the map, and what is known of it
+    entry = {
+        "kind": "gene_map",
+        "image_key": image_key,
+        "model": model_name,
+        "genes": list(genes),
+        "unit": model.config.get("unit"),
+        "quantity": model.config.get("quantity", "density"),
+        "mpp": layout.mpp,
+        "params": {
+            "model_hash": packed.hash,
+            "model_mpp": model.mpp,
+            "image_mpp": mpp,
+            "mask_key": mask_key,
+            "out_mpp": None if out_mpp is None else float(out_mpp),
+            "precision": precision,
+            "device": device.type,
+            "dtype": dtype,
+            "scale_factors": [int(f) for f in scale_factors],
+            "tile_size": layout.window * max(1, round(layout.tile * layout.ratio / layout.core)),
+        },
+    }
+    spec = MapSpec(names, layout.shape, dtype, layout.chunk, tuple(int(f) for f in scale_factors), transformations)
+    job = {
+        **{k: entry[k] for k in ("image_key", "genes", "mpp")},
+        **entry["params"],
+        "mask": fingerprint([np.packbits(mask.mask), mask.to_mask] if hasattr(mask, "mask") else []),
+        "image": fingerprint([pixels for pixels, _ in samples]),
+        "shape": list(layout.shape),
+    }
+    stream = MapStream.open(sdata, key, spec, job, resume)
+    _store(runner, stream, sdata, key, entry)
+    return None
+
+
+def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, entry: dict[str, Any]) -> None:
+    """Run all tiles and levels into the stream, and finish it."""
+    from pixnet._core.inference import Work, run_tasks, store_tile
+
+    started, total = time.perf_counter(), Work()
+    rows, cols = runner.layout.tiles
+    tiles = [(i, j) for i in range(rows) for j in range(cols) if runner.may_have_tissue(i, j)]
+    todo = [tile for tile in tiles if tile not in stream.done]
+    if stream.done:
+        logger.info("resuming %r: %d of %d tiles are done", key, len(tiles) - len(todo), len(tiles))
+    try:
+        if not tiles:
+            raise ValueError("no tissue on the slide: the mask lies outside it; check its transformation")
+        _warn_if_full(stream, len(todo), entry["params"]["dtype"])
+        with tqdm(
+            total=len(tiles),
+            initial=len(tiles) - len(todo),
+            desc=f"predict {key}",
+            unit="tile",
+            file=sys.stderr,
+            disable=not settings.progress,
+        ) as bar:
+            for i, j, work in run_tasks(store_tile, [runner, stream.arrays[0]], todo):
+                stream.mark(i, j)
+                total.add(work)
+                speed = total.windows * runner.layout.window**2 / 1e6 / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
+                bar.update()
+        for level in range(1, len(stream.arrays)):
+            tasks = stream.level_tasks(level, tiles, runner.layout.tile)
+            for _ in run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks):
+                pass
+        record(sdata)["images"][key] = entry
+        size = stream.size
+        stream.finish(sdata)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            stream.discard()
+            raise OSError(
+                error.errno,
+                f"the disk of {stream.root} is full; the unfinished map {key!r} was deleted. Make room, ask for fewer "
+                "genes (genes=) or a coarser map (out_mpp=)",
+            ) from error
+        _interrupted(stream, key)
+        raise
+    except BaseException:
+        _interrupted(stream, key)
+        raise
+    wall = time.perf_counter() - started
+    logger.info(
+        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s, %.0f %% of it in the model); "
+        "%.2f GB in %s",
+        key,
+        runner.n_channels,
+        *runner.layout.shape,
+        runner.layout.mpp,
+        total.pixels / 1e6,
+        wall,
+        total.windows * runner.layout.window**2 / 1e6 / wall,
+        100 * total.forward / wall,
+        size / 1e9,
+        stream.root,
+    )
+
+
+def _interrupted(stream: MapStream, key: str) -> None:
+    stream.interrupt()
+    logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
+
+
+def _resolve_model(model: Any) -> tuple[PixNet, str]:
+    from pixnet.models import PixNet, load
+
+    if model is None:
+        model = "her2st"
+    if isinstance(model, str | Path):
+        return load(model), Path(model).stem
+    if not isinstance(model, PixNet):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; pass a PixNet, the path or name of a checkpoint, or None"
+        )
+    return model, str(model.config.get("name") or f"{len(model.genes)} genes, {model.config.get('encoder', 'PixNet')}")
+
+
+def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str], list[int] | None]:
+    """Return the genes of the map, and the model's channels that it takes (None: all)."""
+    if genes is None:
+        return list(model.genes), None
+    genes = check_genes(genes)
+    position = {gene: k for k, gene in enumerate(model.genes)}
+    unknown = [gene for gene in genes if gene not in position]
+    if unknown:
+        shown = listed(model.genes[:10]) + (f", ... ({len(model.genes)} in all)" if len(model.genes) > 10 else "")
+        raise KeyError(
+            f"the model does not predict {listed(unknown[:5])}{' ...' if len(unknown) > 5 else ''}; its genes (model.genes): "
+            f"{shown}"
+        )
+    if genes == list(model.genes):
+        return genes, None
+    return genes, [*(position[gene] for gene in genes), len(model.genes)]
+
+
+def _check_arguments(dtype: Any, scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; valid: {', '.join(map(repr, DTYPES))}")
+    try:
+        factors = list(scale_factors)
+    except TypeError:
+        raise TypeError(f"scale_factors is {scale_factors!r}; a sequence such as (2, 2) is needed") from None
+    if any(isinstance(f, bool) or not isinstance(f, int | np.integer) or f < 2 for f in factors):
+        raise ValueError(
+            f"scale_factors is {scale_factors!r}; whole numbers of at least 2 are needed, or () for one level"
+        )
+    if tile_size is not None and (isinstance(tile_size, bool) or not isinstance(tile_size, int | np.integer)):
+        raise TypeError(f"tile_size is {tile_size!r}; a number of pixels (int) or None is needed")
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"tile_size is {tile_size!r}; it must be positive")
+    if out_mpp is not None and (isinstance(out_mpp, bool) or not isinstance(out_mpp, int | float | np.number)):
+        raise TypeError(f"out_mpp is {out_mpp!r}; um per map pixel (a number) or None is needed")
+    if out_mpp is not None and not (np.isfinite(out_mpp) and out_mpp > 0):
+        raise ValueError(f"out_mpp is {out_mpp!r}; it must be positive")
+    if resume and not inplace:
+        raise ValueError("resume=True goes on with a stored map, and inplace=False stores none: pass one of them")
+
+
+def _warn_if_full(stream: MapStream, n_tiles: int, dtype: str) -> None:
+    """Say early that the disk will not do; what compression saves is not known, so this is no error."""
+    array = stream.arrays[0]
+    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(stream.root).free
+    if needed > free:
+        logger.warning(
+            "the map may take %.1f GB and %s has %.1f GB free: ask for fewer genes (genes=), a coarser map (out_mpp=), "
+            "or make room",
+            needed / 1e9,
+            stream.root,
+            free / 1e9,
+        )
