@@ -186,7 +186,7 @@ def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArr
             areas[name] = packed[name].area * pixel
         else:
             areas[name] = np.full(len(geometries), _BINS[name] ** 2)
-    rows, cols = (-(-length // SQUARE) for length in made.truth_shape)
+    rows, cols = (-(-length // SQUARE) if places else 0 for length in made.truth_shape)
     for row in range(rows):
         for col in range(cols):
             sources = made.square(row, col).reshape(n_sources, -1).astype(np.float64)

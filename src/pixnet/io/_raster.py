@@ -67,9 +67,18 @@ def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
 
 
 def pyramid(array: np.ndarray | da.Array) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
-    """Levels of an image by halving, finest first, with the exact scale of each in level-0 pixels (y, x)."""
-    levels, scales = [array], [(1.0, 1.0)]
-    while max(levels[-1].shape[-2:]) > SMALLEST and min(levels[-1].shape[-2:]) >= 2:
+    """Make the levels of an image by halving: finest first, with the exact scale of each in level-0 pixels (y, x).
+
+    There are at least two: SpatialData reads a stored pyramid of one level as no pyramid.
+    """
+    return extend([array], [(1.0, 1.0)], SMALLEST)
+
+
+def extend(
+    levels: list[np.ndarray | da.Array], scales: list[tuple[float, float]], smallest: int
+) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
+    """Add levels until the longer side is at most ``smallest`` and there are two."""
+    while (max(levels[-1].shape[-2:]) > smallest or len(levels) < 2) and min(levels[-1].shape[-2:]) >= 2:
         levels.append(halve(levels[-1]))
         scales.append((scales[-1][0] * 2, scales[-1][1] * 2))
     return levels, scales

@@ -14,7 +14,7 @@ import numpy as np
 from pixnet._logging import logger
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
-from pixnet.io._raster import MAX_WHOLE_PIXELS, halve, open_picture, pyramid, raster_element, read_picture
+from pixnet.io._raster import MAX_WHOLE_PIXELS, extend, open_picture, pyramid, raster_element, read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -62,7 +62,7 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     >>> from PIL import Image
     >>> Image.fromarray(np.full((400, 300, 3), 240, dtype=np.uint8)).save("small.png")
     >>> sdata = px.io.slide("small.png", mpp=0.5)
-    >>> sdata["he"].shape
+    >>> sdata["he"]["scale0"]["image"].shape
     (3, 400, 300)
     """
     from spatialdata import SpatialData
@@ -168,7 +168,7 @@ def _read_openslide(path: Path) -> Levels:
         stated = _tiff.plausible(float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
     except (KeyError, ValueError):
         stated = None
-    return *_complete(levels, scales), stated
+    return *extend(levels, scales, COARSEST), stated
 
 
 def _read_tiff(path: Path) -> Levels:
@@ -188,7 +188,7 @@ def _read_tiff(path: Path) -> Levels:
         for i, sizes in enumerate(content.levels)
     ]
     scales = [_scale(content.shape, (sizes[y], sizes[x])) for sizes in content.levels]
-    return *_complete(levels, scales), content.mpp
+    return *extend(levels, scales, COARSEST), content.mpp
 
 
 def _read_picture(path: Path) -> Levels:
@@ -206,13 +206,3 @@ def _scale(full: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
         whole = round(large / small)
         scales.append(float(whole) if abs(large / whole - small) < 1 else large / small)
     return scales[0], scales[1]
-
-
-def _complete(
-    levels: list[da.Array], scales: list[tuple[float, float]]
-) -> tuple[list[da.Array], list[tuple[float, float]]]:
-    """Add lazy levels where the file ends with a large one."""
-    while max(levels[-1].shape[1:]) > COARSEST:
-        levels.append(halve(levels[-1]))
-        scales.append((scales[-1][0] * 2, scales[-1][1] * 2))
-    return levels, scales

@@ -264,12 +264,19 @@ def _outside(x: NDArray, y: NDArray, shapes: NDArray, factor: float, times_wall:
         return free
     limit = factor * (shapes[:, 11] if times_wall else np.ones(len(shapes)))
     reach = 1.35 * np.maximum(shapes[:, 2], shapes[:, 3]) * limit
-    tree = cKDTree(np.column_stack([x, y]))
-    for shape, far, within in zip(shapes, reach, limit):
-        for i in tree.query_ball_point(shape[:2], far):
-            if place_in(shape, x[i], y[i]) < within:
-                free[i] = False
+    order = np.argsort(y, kind="stable")
+    low, high = (np.searchsorted(y, shapes[:, 1] + side * reach, sorter=order) for side in (-1, 1))
+    for shape, far, within, start, stop in zip(shapes, reach, limit, low, high):
+        _mark(shape, far, within, order[start:stop], x, y, free)
     return free
+
+
+@jit
+def _mark(shape, far, within, index, x, y, free):
+    """Mark the points that lie in a round thing."""
+    for i in index:
+        if abs(x[i] - shape[0]) < far and place_in(shape, x[i], y[i]) < within:
+            free[i] = False
 
 
 @jit
