@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -143,7 +144,7 @@ def shapes_frame(sdata: SpatialData, shapes: str, he_key: str | None, box: Seque
     frame = make_frame(sdata, anchor, box)
     if box is not None:
         return frame
-    return Frame(sdata, anchor, frame.unit_per_pixel, frame.unit, shown_box(frame, shapes))
+    return replace(frame, box=shown_box(frame, shapes))
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:

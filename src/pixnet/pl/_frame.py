@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from pixnet._logging import logger
-from pixnet._sdata.elements import full_resolution, levels, map_mpp, record
+from pixnet._sdata.elements import full_resolution, levels, map_mpp
 from pixnet._sdata.geometry import affine_to_pixels
 
 Box = tuple[float, float, float, float]
@@ -66,6 +67,11 @@ class Frame:
         ax.set_aspect("equal")
 
 
+def recorded(sdata: SpatialData, role: str) -> dict[str, Any]:
+    """Return one part of what pixnet recorded; looking at an object changes nothing in it."""
+    return sdata.attrs.get("pixnet", {}).get(role, {})
+
+
 def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = None) -> Frame:
     """Return the frame of a raster, the whole of it or a box in um.
 
@@ -96,12 +102,28 @@ def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = No
     return Frame(sdata, anchor, per_pixel, unit, (x0, y0, x1, y1))
 
 
+def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
+    """Return the box that holds what a gene map predicts, in frame units, with a margin: slides are mostly glass."""
+    last = full_resolution(frame.sdata[key]).sizes["c"] - 1
+    pixels = read_pixels(frame, key, 400, [last])
+    known = np.isfinite(pixels.values[0])
+    if not known.any():
+        return frame.box
+    y0, y1 = np.flatnonzero(known.any(axis=1))[[0, -1]]
+    x0, x1 = np.flatnonzero(known.any(axis=0))[[0, -1]]
+    corners = pixels.affine[:2] @ np.array([[x0, x1 + 1, x1 + 1, x0], [y0, y0, y1 + 1, y1 + 1], [1.0, 1.0, 1.0, 1.0]])
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    pad = margin * (high - low).max()
+    bounds = [*np.maximum(low - pad, frame.box[:2]), *np.minimum(high + pad, frame.box[2:])]
+    return tuple(float(v) for v in bounds)
+
+
 def _anchor_mpp(sdata: SpatialData, anchor: str) -> float | None:
     """Um per pixel of a raster: recorded, or by way of an image whose um per pixel is recorded."""
     known = map_mpp(sdata, anchor)
     if known is not None:
         return known
-    for other, mpp in record(sdata)["mpp"].items():
+    for other, mpp in recorded(sdata, "mpp").items():
         if other in sdata:
             try:
                 matrix = affine_to_pixels(sdata, anchor, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,12 +16,11 @@ from pixnet._sdata.elements import (
     channel_names,
     check_sdata,
     is_gene_map,
-    record,
     resolve_any_image,
     resolve_image,
     resolve_shapes,
 )
-from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, read_pixels
+from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels, recorded
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
 from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, to_cp10k
@@ -38,7 +38,7 @@ def gene_map(
     ax: Axes | Sequence[Axes] | None = None,
     he: Literal["beside", "under"] = "beside",
     quantity: Literal["density", "cp10k"] = "density",
-    box: Sequence[float] | None = None,
+    box: Sequence[float] | Literal["slide"] | None = None,
     percentiles: tuple[float, float] = (1.0, 99.0),
     vmin: float | None = None,
     vmax: float | None = None,
@@ -79,7 +79,8 @@ def gene_map(
         gene's part of 10,000 transcripts at each pixel (``"__total__"`` stays a density).
     box
         Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E (of the map where
-        no H&E is shown). In pixels where um per pixel is unknown.
+        no H&E is shown). In pixels where um per pixel is unknown. ``None``: where the map has predictions;
+        ``"slide"``: all.
     percentiles
         Lower and upper percentile of the shown pixels at which colours end.
     vmin, vmax
@@ -136,9 +137,13 @@ def gene_map(
     # One Axes for one gene is a map: there is no room for a second picture, unless it lies under.
     beside = he_key is not None and he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1)
     under = he_key is not None and he == "under"
+    if isinstance(box, str) and box != "slide":
+        raise ValueError(f"box is {box!r}; valid: (x0, y0, x1, y1), 'slide', None")
     chosen = colour_map(cmap, "viridis" if under else "magma")
     limits(np.zeros(1), percentiles, vmin, vmax)  # checks the numbers before any pixel is read
-    frame = make_frame(sdata, he_key or image_key, box)
+    frame = make_frame(sdata, he_key or image_key, None if isinstance(box, str) else box)
+    if box is None:
+        frame = replace(frame, box=predicted_box(frame, image_key))
 
     with style():
         axes = panels(len(genes) + beside, ax, ncols=ncols, aspect=frame.aspect)
@@ -180,7 +185,7 @@ def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[Fals
         return None
     if he_key is not None:
         return resolve_image(sdata, he_key)
-    source = record(sdata)["images"].get(map_key, {}).get("image_key")
+    source = recorded(sdata, "images").get(map_key, {}).get("image_key")
     if source in sdata.images:
         return source
     try:

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse
 from spatialdata import SpatialData
 
+from pixnet._sdata.counts import counts_matrix, gene_positions, totals
 from pixnet._sdata.elements import TOTAL, annotated_regions, is_predicted_table, listed
 
 QUANTITIES = ("density", "cp10k")
@@ -112,7 +113,7 @@ def table_values(
     KeyError
         If table, gene, layer or column is not there.
     ValueError
-        If the table annotates no element or several.
+        If the table annotates no element or several, or a measured one holds no raw counts.
     """
     if table_key not in sdata.tables:
         raise KeyError(f"no table {table_key!r} in this object; it has: {listed(sdata.tables)}")
@@ -121,20 +122,11 @@ def table_values(
     regions = annotated_regions(table)
     if len(regions) != 1:
         raise ValueError(f"table {table_key!r} annotates {listed(regions)}; a table of one shapes element is needed")
-    if layer is not None and layer not in table.layers:
-        raise KeyError(f"no layer {layer!r} in table {table_key!r}; it has: {listed(table.layers)}")
-    matrix = table.X if layer is None else table.layers[layer]
-    column = matrix[:, [list(map(str, table.var_names)).index(gene)]]
+    predicted = is_predicted_table(sdata, table_key)
+    matrix = table.X if predicted else counts_matrix(table, table_key, layer)
+    column = matrix[:, gene_positions(table, table_key, [gene])]
     values = np.asarray(column.todense() if sparse.issparse(column) else column, dtype=np.float64).ravel()
-    if not is_predicted_table(sdata, table_key):
-        if total_key is None:
-            total = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
-        elif total_key in table.obs:
-            total = table.obs[total_key].to_numpy(dtype=np.float64)
-        else:
-            raise KeyError(
-                f"no column {total_key!r} in obs of table {table_key!r}; it has: {listed(table.obs.columns)}"
-            )
-        values = to_cp10k(values, total)
+    if not predicted:
+        values = to_cp10k(values, totals(table, table_key, matrix, total_key))
     instances = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()
     return regions[0], pd.Series(np.log1p(values) if log else values, index=instances, name=gene)
