@@ -72,7 +72,8 @@ def make_grid(
     KeyError
         If an element is missing.
     ValueError
-        If ``size_um`` is not positive, ``shape`` is unknown, um/px is unknown, or ``key_added`` exists.
+        If ``size_um`` is not positive, ``shape`` is unknown, um/px is unknown, ``key_added`` exists, or no shape would
+        be on tissue.
 
     Examples
     --------
@@ -109,7 +110,10 @@ def make_grid(
     )
     keep = share >= 0.5 - 1e-6
     if not keep.any():
-        logger.warning("no shape of the grid is at least half on tissue: %r is empty", key_added)
+        raise ValueError(
+            f"no shape of the grid is at least half on tissue of image {image_key!r}; is the slide empty, or size_um="
+            f"{size_um:g} larger than the tissue? mask_key=False lays the grid over the whole image"
+        )
     grid = geopandas.GeoDataFrame(
         {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
     )

@@ -163,7 +163,7 @@ def compute_mask(level_array: np.ndarray, mpp_level: float) -> np.ndarray:
         mask &= ~ndimage.binary_dilation(padding, iterations=max(1, round(2 * sigma)))
     # Texture spreads over its window: what counts lies beside pixels that are darker than glass themselves.
     dark = ndimage.gaussian_filter(stain, 3 / mpp_level) - glass > 0.05
-    mask &= ndimage.distance_transform_edt(~dark) * mpp_level <= 10
+    mask &= ndimage.distance_transform_edt(~dark) * mpp_level <= 6
     mask = _closing(mask, max(1, round(20 / mpp_level)))
     pixel = mpp_level**2
     island = min(ISLAND_UM2 / pixel, 0.02 * mask.size)
