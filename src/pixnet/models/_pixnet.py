@@ -150,7 +150,7 @@ class PixNet(nn.Module):
 
     @property
     def mpp(self) -> float:
-        """um per pixel of the images it sees."""
+        """Return the um per pixel of the images it sees."""
         return self.config["mpp"]
 
     @property
@@ -184,6 +184,32 @@ class PixNet(nn.Module):
         """Return a copy that shares nothing with this model."""
         return copy.deepcopy(self)
 
+    def with_genes(self, genes: Sequence[str]) -> PixNet:
+        """Return a copy that predicts other genes: heads of genes it knows are kept, those of others start anew.
+
+        Parameters
+        ----------
+        genes
+            Names of the genes.
+        """
+        genes = check_genes(genes)
+        new = self.copy()
+        if genes == self.genes:
+            return new
+        known = {gene: i for i, gene in enumerate(self.channels)}
+        new.config["genes"] = genes
+        for member in new.members:
+            old = member.head
+            member.head = nn.Conv2d(old.in_channels, len(genes) + 1, 1)
+            nn.init.normal_(member.head.weight, std=0.01)
+            # A gene that is new starts from the composition of the average gene.
+            nn.init.constant_(member.head.bias, float(old.bias.data[:-1].mean()))
+            for i, gene in enumerate([*genes, TOTAL]):
+                if gene in known:
+                    member.head.weight.data[i] = old.weight.data[known[gene]]
+                    member.head.bias.data[i] = old.bias.data[known[gene]]
+        return new
+
     # what it does ------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, channels: Tensor | None = None) -> Tensor:
@@ -194,7 +220,7 @@ class PixNet(nn.Module):
         image
             RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
         channels
-            Indices of the wanted channels (of `channels`); None: all.
+            Indices of the wanted channels (of `channels`), the total's last; None: all.
 
         Returns
         -------
