@@ -97,6 +97,14 @@ def test_image_with_its_own_scale():
     assert px.pp.infer_mpp(sdata, "spots", pitch_um=100) == pytest.approx(0.4)
 
 
+def test_shapes_in_um_of_any_size():
+    mixed = make(
+        shapely.points(np.random.default_rng(0).random((9, 2)) * 50), np.arange(1.0, 10.0), Scale([4, 4], ("x", "y"))
+    )
+    set_transformation(mixed["he"], Scale([0.5, 0.5], ("x", "y")), "global")
+    assert px.pp.infer_mpp(mixed, "spots", unit_um=1) == pytest.approx(0.5 / 4)
+
+
 @pytest.mark.parametrize(
     "matrix",
     [[[1, 0, 0], [0, 1.05, 0], [0, 0, 1]], [[1, 0.1, 0], [0, 1, 0], [0, 0, 1]]],
@@ -112,7 +120,7 @@ def test_distorted_transformations_are_refused(matrix):
 
 def test_refusals():
     sdata = make(shapely.points(*hexagonal(50.0)), 10.0)
-    with pytest.raises(ValueError, match="exactly one of pitch_um, diameter_um and edge_um"):
+    with pytest.raises(ValueError, match="exactly one of pitch_um, diameter_um, edge_um and unit_um"):
         px.pp.infer_mpp(sdata, "spots")
     with pytest.raises(ValueError, match="exactly one"):
         px.pp.infer_mpp(sdata, "spots", pitch_um=100, diameter_um=55)

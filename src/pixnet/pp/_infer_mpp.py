@@ -29,6 +29,7 @@ def infer_mpp(
     pitch_um: float | None = None,
     diameter_um: float | None = None,
     edge_um: float | None = None,
+    unit_um: float | None = None,
     coordinate_system: str | None = None,
 ) -> float:
     """Measure an image's um per pixel on shapes of known size, and record it.
@@ -46,8 +47,10 @@ def infer_mpp(
     diameter_um
         Diameter of a shape (Visium 55, legacy ST 100).
     edge_um
-        Edge of a square bin (Visium HD 2, 8 or 16). Exactly one of the three is given; the pitch is measured most
-        exactly, because spots are often drawn at a nominal size.
+        Edge of a square bin (Visium HD 2, 8 or 16).
+    unit_um
+        um per unit of the shapes' own coordinates: 1 for the cell boundaries of Xenium, whatever their sizes. Exactly
+        one of the four is given; of spots the pitch is best, because they are often drawn at a nominal size.
     coordinate_system
         Where shapes and image meet; ``None`` takes "global" if shared, else the first shared one.
 
@@ -72,12 +75,12 @@ def infer_mpp(
     0.5
     """
     elements.check_sdata(sdata, "pp.infer_mpp")
-    sizes = {"pitch_um": pitch_um, "diameter_um": diameter_um, "edge_um": edge_um}
+    sizes = {"pitch_um": pitch_um, "diameter_um": diameter_um, "edge_um": edge_um, "unit_um": unit_um}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
-            f"give exactly one of pitch_um, diameter_um and edge_um (given: {elements.listed(given)}); for Visium "
-            "pitch_um=100, for Visium HD bins edge_um=8 (their size), for legacy ST pitch_um=200"
+            f"give exactly one of pitch_um, diameter_um, edge_um and unit_um (given: {elements.listed(given)}); for Visium "
+            "pitch_um=100, for Visium HD bins edge_um=8 (their size), for legacy ST pitch_um=200, for Xenium unit_um=1"
         )
     ((name, value),) = given.items()
     if not (np.isfinite(value) and value > 0):
@@ -92,16 +95,19 @@ def infer_mpp(
             "times more than the other (or shears): there is no one um per pixel; correct it with "
             "spatialdata.transformations.set_transformation, or record what is known with pixnet.pp.set_mpp"
         )
-    geometries = read_shapes(sdata, shapes, image_key, coordinate_system).geometries
-    if len(geometries) == 0:
-        raise ValueError(f"{shapes!r} is empty: nothing to measure")
-    bounds = geometries.bounds
-    if name == "pitch_um":
-        pixels = _pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
+    if name == "unit_um":
+        pixels = float(np.sqrt(long * short))
     else:
-        # A disc of diameter d has the area pi d^2 / 4, a square its edge squared, whichever way it is turned.
-        ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
-        pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
+        geometries = read_shapes(sdata, shapes, image_key, coordinate_system).geometries
+        if len(geometries) == 0:
+            raise ValueError(f"{shapes!r} is empty: nothing to measure")
+        bounds = geometries.bounds
+        if name == "pitch_um":
+            pixels = _pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
+        else:
+            # A disc of diameter d has the area pi d^2 / 4, a square its edge squared, whichever way it is turned.
+            ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
+            pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
     mpp = float(value / pixels)
     set_mpp(sdata, image_key, mpp)
     logger.info(

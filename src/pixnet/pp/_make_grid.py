@@ -104,7 +104,7 @@ def make_grid(
             "take a larger size_um"
         )
     polygons, row, col = (_squares if shape == "square" else _hexagons)(size, height, width)
-    mask, matrix = _tissue(sdata, image_key, mask_key, (height, width))
+    mask, matrix = read_mask(sdata, image_key, mask_key, (height, width))
     share = np.concatenate(
         [_share(polygons[i : i + BATCH], mask, matrix) for i in range(0, len(polygons), BATCH)] or [np.empty(0)]
     )
@@ -144,7 +144,7 @@ def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, N
     return shapely.polygons(corners), row, col
 
 
-def _tissue(
+def read_mask(
     sdata: SpatialData, image_key: str, mask_key: str | bool | None, shape: tuple[int, int]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Return the mask, and the affine map from the image's level-0 pixels to its pixels."""
