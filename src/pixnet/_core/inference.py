@@ -289,7 +289,7 @@ class TileRunner:
     def _windows(self, fine: Box, tissue: np.ndarray, work: Work) -> Iterator[tuple[Box, np.ndarray]]:
         """Run the windows behind a box that hold tissue; yield each one's part of the box, and its values there."""
         layout = self.layout
-        core, stride = layout.core, layout.grid.stride
+        core = layout.core
         wanted = []
         for i, j in layout.windows(fine):
             y0, x0 = max(i * core, fine.y), max(j * core, fine.x)
@@ -301,9 +301,8 @@ class TileRunner:
             part = wanted[start : start + self.batch]
             pixels = self._read(part, work)
             values = self._forward(pixels, work)
-            edge = layout.halo // stride
             for (i, j, inside), value in zip(part, values):
-                top, left = inside.y - i * core + edge, inside.x - j * core + edge
+                top, left = inside.y - i * core, inside.x - j * core
                 yield inside, value[:, top : top + inside.height, left : left + inside.width]
             work.windows += len(part)
 
@@ -338,7 +337,7 @@ class TileRunner:
         return pixels
 
     def _forward(self, pixels: np.ndarray, work: Work) -> np.ndarray:
-        """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, y / stride, x / stride)``."""
+        """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, core, core)``, without the halo."""
         device = torch.device(self.device)
         model = self.model.ready(device)
         image = torch.from_numpy(pixels)
@@ -351,7 +350,7 @@ class TileRunner:
             image = image.to(device, non_blocking=gpu).to(memory_format=torch.channels_last).float().div_(255)
             channels = None if self.channels is None else torch.tensor(self.channels, device=device)
             with torch.autocast(device.type, dtype=lowered, enabled=lowered is not None):
-                out = model(image, channels)
+                out = model(image, channels, self.layout.halo // self.layout.grid.stride)
             out = out.float()
             if gpu:
                 pinned = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)

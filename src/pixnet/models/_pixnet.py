@@ -212,7 +212,7 @@ class PixNet(nn.Module):
 
     # what it does ------------------------------------------------------------------------------------------------
 
-    def forward(self, image: Tensor, channels: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Predict densities.
 
         Parameters
@@ -221,6 +221,8 @@ class PixNet(nn.Module):
             RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
         channels
             Indices of the wanted channels (of `channels`), the total's last; None: all.
+        crop
+            Map pixels to leave out at each edge: those of a halo need no head.
 
         Returns
         -------
@@ -231,7 +233,7 @@ class PixNet(nn.Module):
             raise ValueError(
                 f"the image has shape {tuple(image.shape)}; (N, 3, H, W) with H and W multiples of 64 is needed"
             )
-        return self.decode(self.encode(image), channels)
+        return self.decode(self.encode(image), channels, crop)
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Return the encoder's features, standardised by their statistics over the training tissue."""
@@ -242,9 +244,9 @@ class PixNet(nn.Module):
             out.append((f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None])
         return out
 
-    def decode(self, features: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+    def decode(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the densities ``(N, channels, h, w)`` of standardised features: the mean over the members."""
-        maps = [self.density(member(features, channels)) for member in self.members]
+        maps = [self.density(member(features, channels, crop)) for member in self.members]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
 
     def density(self, logits: Tensor) -> Tensor:
@@ -315,9 +317,11 @@ class _Member(nn.Module):
         self.head = nn.Conv2d(self.decoder.width, n_genes + 1, 1)
         nn.init.normal_(self.head.weight, std=0.01)
 
-    def forward(self, features: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+    def forward(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return logits ``(N, channels, h, w)``."""
         x = self.decoder(features)
+        if crop:
+            x = x[..., crop:-crop, crop:-crop]
         if channels is None:
             return self.head(x)
         return F.conv2d(x, self.head.weight[channels], self.head.bias[channels])
