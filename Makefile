@@ -19,7 +19,7 @@ demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; r
 test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" to choose; PIXNET_DATA_DIR for real data).
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-test-timm: $(STAMPS)/timm  ## Run the tests of encoders that come from timm.
+test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
 	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint  ## Check style and formatting.
@@ -37,29 +37,8 @@ docs: $(STAMPS)/docs  ## Build the site into docs/_build/html, warnings as error
 clean:  ## Remove what the other targets made, .venv excepted.
 	rm -rf demo docs/_build docs/generated .pytest_cache .ruff_cache
 
-# pip itself first: dependency groups (PEP 735) need 25.1.
-$(STAMPS)/pip:
+# One editable install for each set of extras that a target needs.
+$(STAMPS)/%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PIP) --editable $(if $(filter package,$*),.,".[$*]")
 	@mkdir -p $(STAMPS) && touch $@
-
-$(STAMPS)/package: pyproject.toml constraints.txt | $(STAMPS)/pip
-	$(PIP) --editable .
-	@touch $@
-
-$(STAMPS)/test: $(STAMPS)/package
-	$(PIP) --group test
-	@touch $@
-
-$(STAMPS)/timm: $(STAMPS)/test
-	$(PIP) --editable ".[timm]"
-	@touch $@
-
-$(STAMPS)/docs: $(STAMPS)/package
-	$(PIP) --group docs
-	@touch $@
-
-# Style alone needs no torch.
-$(STAMPS)/lint: pyproject.toml | $(STAMPS)/pip
-	$(PIP) --group lint
-	@touch $@

@@ -72,7 +72,8 @@ def compare(
 
     Returns
     -------
-    Array of Axes: H&E (where shown), measured, predicted. The last one's title gives Pearson's r over the shapes.
+    ndarray of Axes
+        H&E (where shown), measured, predicted. The last one's title gives Pearson's r over the shapes.
 
     Raises
     ------

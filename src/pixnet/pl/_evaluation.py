@@ -32,7 +32,8 @@ def evaluation(
 
     Returns
     -------
-    The Axes: x the share of genes in percent, y Pearson's r; the legend gives the mean of each curve.
+    Axes
+        x is the share of genes in percent, y Pearson's r; the legend gives mean and median of each curve.
 
     Raises
     ------

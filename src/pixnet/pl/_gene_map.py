@@ -96,7 +96,8 @@ def gene_map(
 
     Returns
     -------
-    The Axes where one panel is drawn, else an array of them: the H&E first where it is beside, then the genes.
+    Axes or ndarray of Axes
+        The Axes where one panel is drawn, else an array of them: the H&E first where it is beside, then the genes.
 
     Raises
     ------

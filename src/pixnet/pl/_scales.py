@@ -87,7 +87,8 @@ def scales(
 
     Returns
     -------
-    Array of Axes (a single Axes if only one panel is drawn): H&E and map where shown, then one for each shapes element.
+    Axes or ndarray of Axes
+        H&E and map where shown, then one for each shapes element; the Axes itself where only one panel is drawn.
 
     Raises
     ------

@@ -33,8 +33,9 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
 
     Returns
     -------
-    The Axes where only the loss is known, else an array of two: loss, Pearson's r. A ring marks the best epoch
-    of each validation curve.
+    Axes or ndarray of Axes
+        The Axes where only the loss is known, else an array of two: loss, Pearson's r. A ring marks the best epoch of
+        each validation curve.
 
     Raises
     ------
