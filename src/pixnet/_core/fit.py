@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.augment import jitter
 from pixnet._core.crops import Crop, Section, crop_size, place_crops, weigh
+from pixnet._core.inference import resolve_precision
 from pixnet._logging import logger
 from pixnet.models._losses import shape_loss
 from pixnet.models._pixnet import PixNet
@@ -157,7 +158,9 @@ def _encode(model: PixNet, pixels: Tensor, halo: int, how: int, stain: float, rn
         image = jitter(image, stain, rng)
     image = turn(image, how).contiguous(memory_format=torch.channels_last)
     features = []
-    for stride, feature in zip(model.encoder.strides, model.encoder(image)):
+    with _autocast(image.device):
+        raw = model.encoder(image)
+    for stride, feature in zip(model.encoder.strides, raw):
         feature = turn_back(feature, how)
         inner = slice(halo // stride, feature.shape[-1] - halo // stride)
         features.append(feature[..., inner, inner])
@@ -173,7 +176,7 @@ def cache_features(
     store: list[list[Tensor]] = []
     hows = [0, *torch.randperm(7, generator=rng).add(1).tolist()]
     bar = tqdm(total=variants * len(material.crops), desc=label, unit="crop", file=sys.stderr, disable=not _progress())
-    with bar, _autocast(device):
+    with bar:
         for v in range(variants):
             kept: list[list[Tensor]] = []
             for start in range(0, len(material.crops), 4):
@@ -383,7 +386,7 @@ def _optimise(model, train, valid, recipe, rng, device) -> dict[str, Tensor]:
             for key, value in model.state_dict().items():
                 if value.is_floating_point():
                     averaged[key].lerp_(value, 1 - decay)
-            losses.append({k: float(sum(p[k] for p in parts)) / len(parts) for k in parts[0]})
+            losses.append({k: float(sum(p[k].detach() for p in parts)) / len(parts) for k in parts[0]})
         current = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged)
         scores = evaluate_material(model, valid, recipe, device)
@@ -471,5 +474,6 @@ def _progress() -> bool:
     return settings.progress
 
 
-def _autocast(device: str):
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
+def _autocast(device: torch.device) -> torch.autocast:
+    """Run the encoder in the arithmetic that prediction takes by default."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(None, device) == "bfloat16")

@@ -1,0 +1,11 @@
+"""The work: train, predict, aggregate, evaluate."""
+
+from __future__ import annotations
+
+from pixnet.tl._aggregate import aggregate
+from pixnet.tl._cross_validate import cross_validate
+from pixnet.tl._evaluate import evaluate
+from pixnet.tl._predict import predict
+from pixnet.tl._train import train
+
+__all__ = ["aggregate", "cross_validate", "evaluate", "predict", "train"]

@@ -1,0 +1,226 @@
+"""Train and test on different patients, sections or parts of a section, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from spatialdata import SpatialData
+
+from pixnet._logging import logger
+from pixnet._sdata.counts import match_rows
+from pixnet._sdata.geometry import pixel_shapes
+from pixnet._sdata.objects import named_objects
+from pixnet._sdata.sections import Source, resolve_sources
+from pixnet.tl._aggregate import aggregate
+from pixnet.tl._evaluate import evaluate
+from pixnet.tl._predict import predict
+from pixnet.tl._train import train
+
+
+@dataclass(frozen=True)
+class _Fold:
+    group: str
+    training: dict[str, SpatialData]
+    validation: list[str] | None
+    test: dict[str, SpatialData]
+
+
+def cross_validate(
+    sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
+    *,
+    groups: Sequence[Any] | Mapping[str, Any] | int,
+    image_key: str | None = None,
+    shapes: str | Sequence[str] | None = None,
+    table_key: str | Sequence[str] | None = None,
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
+    total_key: str | None = None,
+    mask_key: str | bool | None = None,
+    seed: int | None = 0,
+    device: str | None = None,
+    **train_options: Any,
+) -> pd.DataFrame:
+    """Measure how well training generalises: each group is held out once, as a whole.
+
+    In each fold the genes are chosen, the model trained and its epoch chosen without the test group: validation is
+    another group of the training objects where there are at least two, else the last of them, else a block in space.
+
+    Parameters
+    ----------
+    sdata
+        One object, a list or a dict of named ones.
+    groups
+        A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
+        in space into which its shapes are cut across the longer axis.
+    image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device
+        As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
+    **train_options
+        Passed on to `pixnet.tl.train`.
+
+    Returns
+    -------
+    DataFrame
+        Tidy: columns ``fold``, ``group``, ``gene``, ``metric`` ("pearson", "mse", "mae") and ``value``; also ``section``
+        where a group has several objects, and ``shapes`` where several elements are tested. Correlations are within a
+        section.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two groups, labels do not fit the objects, or a number of blocks is given for several
+        objects.
+    KeyError, TypeError
+        As `pixnet.tl.train`.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=1000, n_genes=10)
+    >>> scores = px.tl.cross_validate(sdata, groups=2, shapes="bins", max_epochs=1, variants=1)
+    >>> list(scores.columns)
+    ['fold', 'group', 'gene', 'metric', 'value']
+    """
+    if "validation" in train_options or "model" in train_options:
+        raise TypeError(
+            "cross_validate chooses validation itself and starts from new models; leave out validation= and model="
+        )
+    objects = named_objects(sdata)
+    keys = (image_key, shapes, table_key, total_key)
+    sources = resolve_sources(objects, *keys)
+    if isinstance(groups, int | np.integer) and not isinstance(groups, bool):
+        folds = list(_blocks(sources, int(groups)))
+    else:
+        folds = list(_groups(objects, groups))
+    pairs = {source.name: source.pairs for source in sources}
+    names = list(dict.fromkeys(key for found in pairs.values() for key in found))
+    tables = [next(found[key] for found in pairs.values() if key in found) for key in names]
+    options = {"image_key": image_key, "shapes": names, "table_key": tables, "layer": layer, "total_key": total_key}
+    frames = []
+    for number, fold in enumerate(folds):
+        logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)
+        model = train(
+            fold.training if len(fold.training) > 1 else next(iter(fold.training.values())),
+            genes=genes, mask_key=mask_key, seed=seed, device=device, validation=fold.validation,
+            **options, **train_options,
+        )  # fmt: skip
+        for name, one in fold.test.items():
+            scores = _test(one, model, image_key, pairs[name], mask_key, layer, total_key, device)
+            frames += [s.assign(fold=number, group=fold.group, section=name, shapes=key) for key, s in scores.items()]
+    return _tidy(pd.concat(frames), several_sections=any(len(f.test) > 1 for f in folds), several_shapes=len(names) > 1)
+
+
+def _test(
+    sdata: SpatialData,
+    model: Any,
+    image_key: str | None,
+    pairs: dict[str, str],
+    mask_key: str | bool | None,
+    layer: str | None,
+    total_key: str | None,
+    device: str | None,
+) -> dict[str, pd.DataFrame]:
+    """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
+    work = SpatialData.init_from_elements(
+        {name: element for _, name, element in sdata.gen_elements()}, attrs=dict(sdata.attrs)
+    )
+    map_key = _free(work, "map")
+    work.images[map_key] = predict(work, model, image_key=image_key, mask_key=mask_key, device=device, inplace=False)
+    tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
+    out = {}
+    for key, reference in pairs.items():
+        predicted = _free(work, f"{key}_predicted")
+        work.tables[predicted] = tables[key] if isinstance(tables, dict) else tables
+        out[key] = evaluate(work, table_key=predicted, reference_key=reference, layer=layer, total_key=total_key)
+    return out
+
+
+def _free(sdata: SpatialData, key: str) -> str:
+    """Return a name that no element has."""
+    while key in sdata:
+        key += "_"
+    return key
+
+
+def _tidy(frame: pd.DataFrame, *, several_sections: bool, several_shapes: bool) -> pd.DataFrame:
+    columns = ["fold", "group", *(["section"] * several_sections), *(["shapes"] * several_shapes), "gene"]
+    return frame.reset_index().melt(columns, ["pearson", "mse", "mae"], var_name="metric", value_name="value")
+
+
+# folds -----------------------------------------------------------------------------------------------------------
+
+
+def _groups(objects: dict[str, SpatialData], groups: Any) -> Iterator[_Fold]:
+    """Yield a fold for each label; another group validates where two are left to train."""
+    if isinstance(groups, Mapping):
+        missing = [name for name in objects if name not in groups]
+        if missing:
+            raise ValueError(f"groups has no label for object {missing[0]!r}")
+        labels = {name: str(groups[name]) for name in objects}
+    elif isinstance(groups, Sequence) and not isinstance(groups, str):
+        if len(groups) != len(objects):
+            raise ValueError(f"groups has {len(groups)} labels for {len(objects)} objects; one for each is needed")
+        labels = {name: str(label) for name, label in zip(objects, groups)}
+    else:
+        raise TypeError(f"groups is {groups!r}; a label for each object, or a number of blocks (int) is needed")
+    distinct = list(dict.fromkeys(labels.values()))
+    if len(distinct) < 2:
+        raise ValueError(f"there is one group ({distinct[0]!r}); at least two are needed to hold one out")
+    for i, group in enumerate(distinct):
+        training = {name: one for name, one in objects.items() if labels[name] != group}
+        others = [g for g in distinct if g != group]
+        inner = others[(i - 1) % len(others)]
+        validation = [name for name in training if labels[name] == inner]
+        yield _Fold(
+            group,
+            training,
+            validation if len(others) > 1 else None,
+            {name: one for name, one in objects.items() if labels[name] == group},
+        )
+
+
+def _blocks(sources: list[Source], n: int) -> Iterator[_Fold]:
+    """Yield a fold for each of ``n`` bands of equally many shapes across the longer axis of a single object."""
+    if len(sources) != 1:
+        raise ValueError(
+            f"groups={n} cuts a single object into blocks; for {len(sources)} objects give a label for each"
+        )
+    if n < 2:
+        raise ValueError(f"groups is {n}; at least two blocks are needed to hold one out")
+    source = sources[0]
+    bounds, rows = {}, {}
+    for key, table_key in source.pairs.items():
+        rows[key] = match_rows(source.sdata, table_key, key)
+        bounds[key] = pixel_shapes(source.sdata, key, source.image_key).bounds
+    first = bounds[next(iter(bounds))]
+    centres = np.stack([first[:, [0, 2]].mean(axis=1), first[:, [1, 3]].mean(axis=1)])
+    axis = int(np.argmax(np.ptp(centres, axis=1)))
+    lines = np.quantile(centres[axis], np.linspace(0, 1, n + 1))
+    lines[0], lines[-1] = -np.inf, np.inf
+    for i in range(n):
+        low, high = lines[i], lines[i + 1]
+        inside, outside = {}, {}
+        for key, table_key in source.pairs.items():
+            at = rows[key]
+            start, stop = bounds[key][at, axis], bounds[key][at, axis + 2]
+            centre = (start + stop) / 2
+            # Shapes on a line are tested where their centre lies, and train nowhere.
+            inside[table_key] = (at >= 0) & (centre >= low) & (centre < high)
+            outside[table_key] = (at >= 0) & ((stop <= low) | (start >= high))
+        yield _Fold(
+            f"block {i}",
+            {source.name: _with_rows(source.sdata, outside)},
+            None,
+            {source.name: _with_rows(source.sdata, inside)},
+        )
+
+
+def _with_rows(sdata: SpatialData, keep: dict[str, np.ndarray]) -> SpatialData:
+    """Return the object with some rows of some tables; nothing is copied but those."""
+    elements = {name: element for _, name, element in sdata.gen_elements()}
+    for key, rows in keep.items():
+        elements[key] = sdata.tables[key][rows].copy()
+    return SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))

@@ -1,0 +1,179 @@
+"""Compare predicted tables with measured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from spatialdata import SpatialData
+
+from pixnet._names import check_genes
+from pixnet._sdata.counts import check_totals_alike, counts_matrix, gene_positions, totals
+from pixnet._sdata.elements import listed
+from pixnet._sdata.objects import named_objects
+
+POOLED = "pooled"
+
+
+def evaluate(
+    sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
+    *,
+    table_key: str,
+    reference_key: str,
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
+    total_key: str | None = None,
+) -> pd.DataFrame:
+    """Score a predicted table against the measured one, gene by gene.
+
+    Both are compared as log1p of CP10k. Rows meet by element and id. Rows whose prediction is NaN or whose measured
+    total is zero are left out.
+
+    Parameters
+    ----------
+    sdata
+        One object, a list (their names are "0", "1", ...) or a dict of named ones.
+    table_key
+        Predicted table, as `pixnet.tl.aggregate` makes it: X holds CP10k.
+    reference_key
+        Measured table of raw counts.
+    genes
+        Genes to score. None: all genes of the predicted table.
+    layer
+        Layer of the measured table that holds the counts. None: X.
+    total_key
+        Column of the measured table's obs with all UMI. None: the sum over all its columns.
+
+    Returns
+    -------
+    DataFrame
+        Index ``gene``; columns ``pearson`` (NaN for genes constant in prediction or measurement), ``mse``, ``mae`` (of
+        log1p CP10k) and ``n`` (rows compared). ``.attrs["summary"]`` holds ``pcc_mean``, ``pcc_median``, ``pcc_q1`` (first
+        quartile), ``n_genes`` (genes with a correlation), ``mse`` and ``mae``. With several objects a column ``section``
+        names the object, or "pooled" for all rows together, and the summary is a dict by section.
+
+    Raises
+    ------
+    KeyError
+        If a table, layer, column or gene is missing.
+    ValueError
+        If the tables have no rows in common, or the measured one holds no raw counts.
+
+    Notes
+    -----
+    Per-section and pooled figures differ: pooled correlations include differences between sections. The first quartile,
+    median and mean are PCC@F, PCC@S and PCC@M of EGN and PixNet (arXiv 2503.01347).
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=600, n_genes=10)
+    >>> px.tl.aggregate(sdata, "bins", image_key="truth", key_added="bins_true")
+    >>> scores = px.tl.evaluate(sdata, table_key="bins_true", reference_key="bins_counts")
+    >>> list(scores.columns)
+    ['pearson', 'mse', 'mae', 'n']
+    """
+    objects = named_objects(sdata)
+    for name, one in objects.items():
+        for argument, key in (("table_key", table_key), ("reference_key", reference_key)):
+            if key not in one.tables:
+                where = f" of object {name!r}" if len(objects) > 1 else ""
+                raise KeyError(f"no table {key!r}{where} ({argument}=); it has: {listed(one.tables)}")
+    columns = {f"{reference_key} of object {n}": one.tables[reference_key].n_vars for n, one in objects.items()}
+    check_totals_alike(columns, total_key)
+    if genes is not None:
+        genes = check_genes(genes)
+    else:
+        first = next(iter(objects.values())).tables[table_key].var_names
+        genes = [g for g in first if all(g in one.tables[table_key].var_names for one in objects.values())]
+    pairs = {name: _matched(one, table_key, reference_key, genes, layer, total_key) for name, one in objects.items()}
+    if isinstance(sdata, SpatialData):
+        frame = _score(*pairs["0"], genes)
+        frame.attrs["summary"] = _summary(frame)
+        return frame
+    pairs[POOLED] = tuple(np.concatenate([pair[i] for pair in pairs.values()]) for i in range(2))
+    frames = {name: _score(*pair, genes) for name, pair in pairs.items()}
+    out = pd.concat([frame.assign(section=name) for name, frame in frames.items()])
+    out.attrs["summary"] = {name: _summary(frame) for name, frame in frames.items()}
+    return out
+
+
+def _matched(
+    sdata: SpatialData, table_key: str, reference_key: str, genes: list[str], layer: str | None, total_key: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predicted and measured log1p CP10k of the rows that both tables have, ``(rows, genes)``."""
+    predicted, reference = sdata.tables[table_key], sdata.tables[reference_key]
+    columns = gene_positions(predicted, table_key, genes)
+    measured_columns = gene_positions(reference, reference_key, genes)
+    matrix = counts_matrix(reference, reference_key, layer)
+    total = totals(reference, reference_key, matrix, total_key)
+    here, there = _keys(predicted, table_key), _keys(reference, reference_key)
+    found = here.get_indexer(there)
+    if (found < 0).all():
+        raise ValueError(
+            f"tables {table_key!r} and {reference_key!r} have no rows in common: they annotate {listed(_regions(here))} and "
+            f"{listed(_regions(there))}, with ids such as {here[0][1] if len(here) else None!r} and "
+            f"{there[0][1] if len(there) else None!r}; aggregate over the shapes that the measured table annotates"
+        )
+    rows = np.flatnonzero((found >= 0) & (total > 0))
+    values = predicted.X[found[rows]]
+    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+    values = values[:, columns].astype(np.float64)
+    if (values < 0).any():
+        raise ValueError(f"table {table_key!r} holds negative values; X must be CP10k, as pixnet.tl.aggregate makes it")
+    known = np.isfinite(values).all(axis=1)
+    rows, values = rows[known], values[known]
+    counts = matrix[rows][:, measured_columns]
+    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    measured = 1e4 * counts.astype(np.float64) / total[rows, None]
+    return np.log1p(values), np.log1p(measured)
+
+
+def _keys(table: AnnData, key: str) -> pd.MultiIndex:
+    """Return element and id of each row."""
+    attrs = table.uns.get("spatialdata_attrs")
+    if attrs is None:
+        raise ValueError(f"table {key!r} annotates no element; link it with spatialdata.models.TableModel.parse(...)")
+    out = pd.MultiIndex.from_arrays([table.obs[attrs["region_key"]].astype(str), table.obs[attrs["instance_key"]]])
+    if not out.is_unique:
+        raise ValueError(f"table {key!r} has several rows for one shape")
+    return out
+
+
+def _regions(keys: pd.MultiIndex) -> list[str]:
+    return sorted(set(keys.get_level_values(0)))
+
+
+def _score(predicted: np.ndarray, measured: np.ndarray, genes: list[str]) -> pd.DataFrame:
+    n = len(predicted)
+    if n == 0:
+        nothing = np.full(len(genes), np.nan)
+        return _frame(genes, nothing, nothing, nothing, n)
+    p, m = predicted - predicted.mean(axis=0), measured - measured.mean(axis=0)
+    # A column whose values are all equal may differ from its mean by rounding: compare the values themselves.
+    constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(measured, axis=0) == 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pearson = (p * m).sum(axis=0) / np.sqrt((p**2).sum(axis=0) * (m**2).sum(axis=0))
+    pearson = np.where(constant | (n < 2), np.nan, pearson)
+    error = predicted - measured
+    return _frame(genes, pearson, (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
+
+
+def _frame(genes: list[str], pearson: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"pearson": pearson, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
+
+
+def _summary(frame: pd.DataFrame) -> dict[str, float | int]:
+    pearson = frame["pearson"].dropna()
+    return {
+        "pcc_mean": float(pearson.mean()),
+        "pcc_median": float(pearson.median()),
+        "pcc_q1": float(pearson.quantile(0.25)),
+        "n_genes": int(len(pearson)),
+        "mse": float(frame["mse"].mean()),
+        "mae": float(frame["mae"].mean()),
+    }
