@@ -10,15 +10,34 @@ from pixnet._core.jit import jit
 @jit
 def span_sums(planes, offsets, start, weight_offsets, weights, out):
     """Sum of weight times value, ``out[k, c]``, for every shape k and plane c; ``planes`` is ``(c, h * w)``."""
-    for c in range(planes.shape[0]):
-        plane = planes[c]
+    n_planes = planes.shape[0]
+    c = 0
+    # Four planes at a time: four sums that do not wait for one another, and one reading of the weights.
+    while c + 4 <= n_planes:
+        plane_0, plane_1, plane_2, plane_3 = planes[c], planes[c + 1], planes[c + 2], planes[c + 3]
         for k in range(offsets.size - 1):
-            total = 0.0
+            total_0 = total_1 = total_2 = total_3 = 0.0
+            for s in range(offsets[k], offsets[k + 1]):
+                pixel = start[s]
+                for j in range(weight_offsets[s], weight_offsets[s + 1]):
+                    weight = weights[j]
+                    total_0 += weight * plane_0[pixel]
+                    total_1 += weight * plane_1[pixel]
+                    total_2 += weight * plane_2[pixel]
+                    total_3 += weight * plane_3[pixel]
+                    pixel += 1
+            out[k, c], out[k, c + 1], out[k, c + 2], out[k, c + 3] = total_0, total_1, total_2, total_3
+        c += 4
+    while c < n_planes:
+        plane_0 = planes[c]
+        for k in range(offsets.size - 1):
+            total_0 = 0.0
             for s in range(offsets[k], offsets[k + 1]):
                 shift = start[s] - weight_offsets[s]
                 for j in range(weight_offsets[s], weight_offsets[s + 1]):
-                    total += weights[j] * plane[j + shift]
-            out[k, c] = total
+                    total_0 += weights[j] * plane_0[j + shift]
+            out[k, c] = total_0
+        c += 1
 
 
 @jit
@@ -61,15 +80,22 @@ def rectangle_sums(planes, bounds, out):
 
     ``planes`` is ``(c, h, w)``; ``bounds`` holds ``x0, y0, x1, y1`` in pixels of the planes, and is cut to them.
     """
-    height = planes.shape[1]
-    width = planes.shape[2]
-    for c in range(planes.shape[0]):
+    n_planes, height, width = planes.shape
+    flat = planes.reshape(n_planes, height * width)
+    c = 0
+    while c < n_planes:
+        # Four planes at a time, see span_sums; of the last few, some are summed again instead.
+        first_plane = max(0, min(c, n_planes - 4))
+        plane_0 = flat[first_plane]
+        plane_1 = flat[min(first_plane + 1, n_planes - 1)]
+        plane_2 = flat[min(first_plane + 2, n_planes - 1)]
+        plane_3 = flat[min(first_plane + 3, n_planes - 1)]
         for k in range(bounds.shape[0]):
             x0 = max(bounds[k, 0], 0.0)
             y0 = max(bounds[k, 1], 0.0)
             x1 = min(bounds[k, 2], float(width))
             y1 = min(bounds[k, 3], float(height))
-            total = 0.0
+            total_0 = total_1 = total_2 = total_3 = 0.0
             if x1 > x0 and y1 > y0:
                 first = int(x0)
                 last = int(np.ceil(x1)) - 1
@@ -77,11 +103,33 @@ def rectangle_sums(planes, bounds, out):
                 left = min(first + 1.0, x1) - x0
                 right = x1 - last
                 for row in range(int(y0), int(np.ceil(y1))):
-                    line = planes[c, row]
-                    across = left * line[first]
-                    for column in range(first + 1, last):
-                        across += line[column]
+                    tall = min(row + 1.0, y1) - max(float(row), y0)
+                    base = row * width
+                    pixel = base + first
+                    across_0 = left * plane_0[pixel]
+                    across_1 = left * plane_1[pixel]
+                    across_2 = left * plane_2[pixel]
+                    across_3 = left * plane_3[pixel]
+                    for pixel in range(base + first + 1, base + last):
+                        across_0 += plane_0[pixel]
+                        across_1 += plane_1[pixel]
+                        across_2 += plane_2[pixel]
+                        across_3 += plane_3[pixel]
                     if last > first:
-                        across += right * line[last]
-                    total += across * (min(row + 1.0, y1) - max(float(row), y0))
-            out[k, c] = total
+                        pixel = base + last
+                        across_0 += right * plane_0[pixel]
+                        across_1 += right * plane_1[pixel]
+                        across_2 += right * plane_2[pixel]
+                        across_3 += right * plane_3[pixel]
+                    total_0 += across_0 * tall
+                    total_1 += across_1 * tall
+                    total_2 += across_2 * tall
+                    total_3 += across_3 * tall
+            out[k, first_plane] = total_0
+            if n_planes > 1:
+                out[k, min(first_plane + 1, n_planes - 1)] = total_1
+            if n_planes > 2:
+                out[k, min(first_plane + 2, n_planes - 1)] = total_2
+            if n_planes > 3:
+                out[k, first_plane + 3] = total_3
+        c += 4

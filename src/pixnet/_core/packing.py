@@ -211,23 +211,19 @@ def pack(geometries: ArrayLike, radius: ArrayLike | None = None) -> Geometries:
             raise ValueError(f"geometry at position {wrong[0]} {fault}")
 
     n = len(geometries)
-    # A ragged array of nothing but polygons: the points become empty entries.
-    parts, part_owner = shapely.get_parts(geometries[~is_point], return_index=True)
-    rings, ring_part = shapely.get_rings(parts, return_index=True)
-    coords, vertex_ring = shapely.get_coordinates(rings, return_index=True)
-    lengths = np.bincount(vertex_ring, minlength=len(rings))
+    coords, closed, parts, owners = _ragged(geometries[~is_point])
     # Rings come closed; the repeated vertex goes.
-    ends = np.cumsum(lengths) - 1
     keep = np.ones(len(coords), dtype=bool)
-    keep[ends] = False
+    keep[closed[1:] - 1] = False
     coords = np.ascontiguousarray(coords[keep])
-    ring_offsets = _offsets(lengths - 1)
+    ring_offsets = closed - np.arange(len(closed))
 
-    outer = np.ones(len(rings), dtype=bool)
-    outer[1:] = ring_part[1:] != ring_part[:-1]
+    outer = np.zeros(len(closed) - 1, dtype=bool)
+    outer[parts[:-1]] = True
     turns = np.where(_shoelace(coords, ring_offsets) < 0, -1.0, 1.0)
-    owner = np.flatnonzero(~is_point)[part_owner[ring_part]] if len(rings) else np.zeros(0, dtype=np.int64)
-    shape_offsets = _offsets(np.bincount(owner, minlength=n))
+    rings = np.zeros(n, dtype=np.int64)
+    rings[~is_point] = np.diff(parts[owners])
+    shape_offsets = _offsets(rings)
 
     discs = np.zeros((0, 6))
     kinds = np.full(n, POLYGON, dtype=np.uint8)
@@ -272,6 +268,17 @@ def pack_rectangles(bounds: ArrayLike, owners: ArrayLike, n: int) -> Geometries:
         discs=np.zeros((0, 6)),
         kinds=np.where(np.diff(shape_offsets) == 1, RECTANGLE, POLYGON).astype(np.uint8),
     )
+
+
+def _ragged(polygons: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Vertices of polygons and multipolygons, and the offsets of rings, of polygons and of shapes in one another."""
+    if not len(polygons):
+        return np.zeros((0, 2)), *(np.zeros(1, dtype=np.int64) for _ in range(3))
+    kind, coords, offsets = shapely.to_ragged_array(polygons, include_z=False)
+    rings, parts = (np.asarray(part, dtype=np.int64) for part in offsets[:2])
+    if kind == shapely.GeometryType.MULTIPOLYGON:
+        return coords, rings, parts, np.asarray(offsets[2], dtype=np.int64)
+    return coords, rings, parts, np.arange(len(parts), dtype=np.int64)
 
 
 def _rectangles(coords: NDArray, ring_offsets: NDArray, shape_offsets: NDArray) -> NDArray[np.int64]:

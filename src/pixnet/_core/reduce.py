@@ -270,12 +270,19 @@ class _Tile:
 
     def _fill(self, part: _Part, planes: NDArray, shared: NDArray | None, batches: list[_Batch]) -> None:
         """Fill in the sums of some channels, of which ``shared`` are the missing pixels, or each has its own."""
-        missing = shared
-        if self.job.validity is None and np.isnan(planes.sum(dtype=np.float64)):
-            missing = np.isnan(planes)
+        if self.job.validity is not None:
+            self._fill_without(part, planes, shared, batches)
+            return
+        # Whether pixels are missing shows in the sums, which spares a look at each.
+        self._fill_without(part, planes, None, batches)
+        if np.isnan(part.total).any():
+            self._fill_without(part, planes, np.isnan(planes), batches)
+
+    def _fill_without(self, part: _Part, planes: NDArray, missing: NDArray | None, batches: list[_Batch]) -> None:
+        """Fill in the sums of some channels without the missing pixels."""
         filled = planes if missing is None else np.where(missing, planes.dtype.type(0), planes)
-        if shared is not None and (self.job.std or self.job.extremes):
-            planes = np.where(shared, planes.dtype.type(np.nan), planes)
+        if missing is not None and (self.job.std or self.job.extremes):
+            planes = np.where(missing, planes.dtype.type(np.nan), planes)
         for batch in batches:
             if self.job.validity is None:
                 batch.add_weight(part.weight, missing)
