@@ -86,18 +86,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read header and tensors, or say what the file is instead."""
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise ValueError(
-            f"{path} is a pickle (torch.save); loading one can run any code, so pixnet reads .safetensors only: "
-            "save the model with model.save('model.safetensors')"
-        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a mapping
     except (SafetensorError, OSError, ValueError) as err:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start == b"PK" or (start[:1] == b"\x80" and start[1:] in {b"\x02", b"\x03", b"\x04", b"\x05"}):
+            raise ValueError(
+                f"{path} is a pickle (torch.save); loading one can run any code, so pixnet reads .safetensors only: "
+                "save the model with model.save('model.safetensors')"
+            ) from None
         raise ValueError(f"{path} is no whole safetensors file (cut short, or another format): {err}") from err
     if "pixnet" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but not of pixnet: its header has no 'pixnet' entry")
