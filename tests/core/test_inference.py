@@ -10,6 +10,8 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from pixnet._core import inference
 from pixnet._core.inference import (
     PackedModel,
@@ -26,7 +28,6 @@ from pixnet._core.inference import (
 from pixnet._core.layout import choose_layout
 from pixnet._core.masking import SlideExtent, TissueMask
 from pixnet._core.tiling import SlideReader, choose_grid
-from torch import nn
 
 WINDOW, HALO, STRIDE = 64, 64, 4
 
@@ -147,7 +148,9 @@ def test_coarser_maps_are_area_means_of_tissue(pixels, out_mpp, tile_size):
 
     def shares(n, size, extent):
         lo, hi = np.arange(n)[:, None] * r, (np.arange(n)[:, None] + 1) * r
-        return np.clip(np.minimum(np.minimum(np.arange(size) + 1, extent), hi) - np.maximum(np.arange(size), lo), 0, None)
+        return np.clip(
+            np.minimum(np.minimum(np.arange(size) + 1, extent), hi) - np.maximum(np.arange(size), lo), 0, None
+        )
 
     wy, wx = shares(rows, fine.shape[1], 303 / 4), shares(cols, fine.shape[2], 419 / 4)
     valid = ~np.isnan(fine[0])
@@ -200,7 +203,9 @@ def test_the_users_model_is_left_alone(pixels):
 
 def test_folding_norms_keeps_the_function():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2)))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2))
+    )
     model(torch.randn(4, 3, 16, 16))  # moves the running statistics
     model.eval()
     image = torch.randn(1, 3, 16, 16)
@@ -221,7 +226,9 @@ def test_graph_of_a_huge_slide_is_built_at_once_and_not_run():
     packed = PackedModel(Means())
     start = time.perf_counter()
     to_mask = np.diag([1250 / 25_000, 1250 / 25_000, 1.0])
-    runner = TileRunner(SlideReader(slide, grid), TissueMask(mask, to_mask), packed, layout, channels=None, n_channels=251)
+    runner = TileRunner(
+        SlideReader(slide, grid), TissueMask(mask, to_mask), packed, layout, channels=None, n_channels=251
+    )
     array = lazy_map(runner, "huge")
     seconds = time.perf_counter() - start
     tiles = layout.tiles[0] * layout.tiles[1]

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import spatialdata as sd
 import zarr
-from pixnet._sdata import store
-from pixnet._sdata.store import WORK, forget, heal, local_store, put
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
+
+from pixnet._sdata import store
+from pixnet._sdata.store import WORK, forget, heal, local_store, put
 
 
 def labels(value=1, n=16):
