@@ -33,18 +33,20 @@ def _load(name: str):
 platforms = _load("platforms")
 mpl.use("agg")
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+# One pass over coarse pixels: that it runs is what is tested here.
+QUICK = {"max_epochs": 1, "variants": 1, "mpp": 1.0}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def source():
-    return px.datasets.synthetic_tissue(500, n_genes=26, shapes=("spots", "cells", "bins", "spots_legacy"))
+    return px.datasets.synthetic_tissue(500, n_genes=26, shapes=("spots", "cells", "bins"))
 
 
 @pytest.fixture(scope="module")
 def model(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "my_model.safetensors"
-    px.tl.train(source, genes=["TUM1", "FIB1"], max_epochs=1).save(path)
+    px.tl.train(source, genes=["TUM1", "FIB1"], **QUICK).save(path)
     return path
 
 
@@ -125,7 +127,7 @@ def script(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells"])
 def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypatch, request):
-    """Only the number of epochs differs from what a reader runs."""
+    """Only the length of training differs from what a reader runs."""
     for link in ("my_visium", "my_visium_hd", "my_xenium"):
         (tmp_path / link).symlink_to(folders / link)
     (tmp_path / "my_model.safetensors").symlink_to(model)
@@ -135,9 +137,9 @@ def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypat
     if name == "cells":
         Image.fromarray(platforms.pixels_of(source)).save(tmp_path / "my_slide.png")
     if name == "legacy-st":
-        legacy(tmp_path / "my_st", source)
+        legacy(tmp_path / "my_st", px.datasets.synthetic_tissue(1000, mpp=1.0, n_genes=26, shapes=("spots_legacy",)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(px.tl, "train", partial(px.tl.train, max_epochs=1))
+    monkeypatch.setattr(px.tl, "train", partial(px.tl.train, **QUICK))
     namespace: dict = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -155,7 +157,7 @@ def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypat
 def legacy(folder, source):
     folder.mkdir()
     table, spots = source["spots_legacy_counts"], source["spots_legacy"]
-    x, y = ((values.to_numpy() / 400).astype(int) for values in (spots.geometry.x, spots.geometry.y))
+    x, y = ((values.to_numpy() / 200).astype(int) for values in (spots.geometry.x, spots.geometry.y))
     counts = table.to_df().astype(int)
     counts.index = [f"{a}x{b}" for a, b in zip(x, y)]
     counts.to_csv(folder / "counts.tsv.gz", sep="\t")
