@@ -16,6 +16,7 @@ from typing import Any
 
 import cloudpickle
 import dask.array as da
+import dask.base
 import numpy as np
 import torch
 from dask.highlevelgraph import HighLevelGraph
@@ -41,6 +42,8 @@ _LOADING = threading.Lock()
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the device to run on; None takes a GPU where there is one.
 
+    With a cluster in scope a device that is named is taken at its word: this machine's devices say nothing of the workers'.
+
     Raises
     ------
     ValueError
@@ -54,6 +57,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; valid: 'cpu', 'cuda', 'cuda:0', 'mps', ...") from error
+    if cluster_client() is not None:
+        return device
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -80,7 +85,7 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
 
 def _native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         names = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
@@ -437,16 +442,22 @@ def run_tasks(
     threads
         Threads, where neither a client nor a scheduler is set.
     """
-    import dask.base
-
     get = dask.base.get_scheduler()
-    client = getattr(get, "__self__", None)
-    if client is not None and "distributed" in sys.modules:
+    client = cluster_client()
+    if client is not None:
         yield from _on_cluster(client, function, shared, items)
     elif get is not None and "thread" not in getattr(get, "__module__", ""):
         yield from _on_scheduler(get, function, shared, items)
     else:
         yield from _on_threads(function, shared, items, threads)
+
+
+def cluster_client() -> Any:
+    """Return the ``dask.distributed`` client in scope; None where there is none, or another scheduler is configured."""
+    if "distributed" not in sys.modules:
+        return None
+    owner = getattr(dask.base.get_scheduler(), "__self__", None)
+    return owner if isinstance(owner, sys.modules["distributed"].Client) else None
 
 
 def _on_threads(function: Any, shared: Sequence[Any], items: Sequence[Any], threads: int) -> Iterator[Any]:

@@ -1,0 +1,562 @@
+"""tl.predict: the element it gives, what it refuses, and that no interruption harms a store."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pytest
+import spatialdata as sd
+import torch
+import zarr
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, Labels2DModel
+from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
+
+import pixnet as px
+from pixnet._core import inference
+from pixnet.tl import _predict
+
+GENES = ["A", "B", "C"]
+SHAPE = (500, 620)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    threads, progress = torch.get_num_threads(), px.settings.progress
+    torch.set_num_threads(1)
+    px.settings.progress = False
+    yield
+    torch.set_num_threads(threads)
+    px.settings.progress = progress
+
+
+@pytest.fixture(scope="session")
+def model():
+    torch.manual_seed(0)
+    net = px.models.PixNet(GENES, mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64)
+    torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
+    return net.eval()
+
+
+def slide(shape=SHAPE, mpp=0.5, tissue=True):
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(90, 220, (3, *shape), dtype=np.uint8)
+    image = Image2DModel.parse(
+        pixels,
+        dims=("c", "y", "x"),
+        scale_factors=(2,),
+        chunks=(3, 128, 128),
+        transformations={"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))},
+    )
+    sdata = SpatialData(images={"he": image}, attrs={"pixnet": {"mpp": {"he": mpp}}})
+    if tissue:
+        mask = np.zeros((shape[0] // 10, shape[1] // 10), np.uint8)
+        mask[5:30, 8:50] = 1
+        sdata["he_tissue"] = Labels2DModel.parse(
+            mask,
+            dims=("y", "x"),
+            transformations={
+                "global": Scale([10, 10], axes=("x", "y")),
+                "um": Scale([10 * mpp, 10 * mpp], axes=("x", "y")),
+            },
+        )
+    return sdata
+
+
+@pytest.fixture
+def sdata():
+    return slide()
+
+
+@pytest.fixture
+def backed(tmp_path):
+    slide().write(tmp_path / "s.zarr")
+    return sd.read_zarr(tmp_path / "s.zarr")
+
+
+def full(sdata, key="he_genes"):
+    return sdata[key]["scale0"]["image"]
+
+
+def tree_hash(path):
+    """Names and bytes of all files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(path)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# what it gives -----------------------------------------------------------------------------------------------------
+
+
+def test_map_of_an_object_in_memory(sdata, model):
+    assert px.tl.predict(sdata, model) is None
+    found = full(sdata)
+    assert found.dims == ("c", "y", "x")
+    assert found.shape == (4, 125, 155)
+    assert found.dtype == np.float32
+    assert list(found.coords["c"].values) == [*GENES, "__total__"]
+    tissue = np.zeros((125, 155), bool)
+    tissue[13:75, 20:125] = True  # 12.5 rounds to the pixel that is half tissue
+    tissue[12] = tissue[13]
+    np.testing.assert_array_equal(~np.isnan(found.values), np.broadcast_to(tissue, found.shape))
+    assert (found.values[:, tissue] >= 0).all()
+    entry = sdata.attrs["pixnet"]["images"]["he_genes"]
+    assert (entry["kind"], entry["image_key"], entry["genes"], entry["mpp"]) == ("gene_map", "he", GENES, 2.0)
+    assert not sdata.is_backed()
+
+
+def test_map_of_a_backed_object(backed, model):
+    px.tl.predict(backed, model)
+    again = sd.read_zarr(backed.path)
+    np.testing.assert_array_equal(full(again).values, full(backed).values)
+    assert again.attrs["pixnet"]["images"]["he_genes"] == backed.attrs["pixnet"]["images"]["he_genes"]
+    assert backed.is_self_contained("he_genes")
+    assert list(again["he_genes"].children) == ["scale0", "scale1", "scale2"]
+    assert not (backed.path / ".pixnet").exists()
+
+
+def test_it_lies_where_the_slide_does(sdata, model):
+    px.tl.predict(sdata, model, mask_key=False)
+    for system in ("global", "um"):
+        of_slide, of_map = (sd.get_extent(sdata[k], coordinate_system=system) for k in ("he", "he_genes"))
+        np.testing.assert_allclose(list(of_slide.values()), list(of_map.values()))
+
+
+def test_values_are_the_models(sdata, model):
+    px.tl.predict(sdata, model, mask_key=False, precision="float32")
+    pixels = sdata["he"]["scale0"]["image"].values
+    i, j = 2, 3  # any window: read with its halo, by hand
+    part = np.full((3, 192, 192), 255, np.uint8)
+    part[:] = pixels[:, i * 64 - 64 : i * 64 + 128, j * 64 - 64 : j * 64 + 128]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(part)[None].float() / 255)[0, :, 16:-16, 16:-16].numpy()
+    found = full(sdata).values[:, i * 16 : i * 16 + 16, j * 16 : j * 16 + 16]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_lazy_equals_stored_and_writes_nothing(backed, model, monkeypatch):
+    before = tree_hash(backed.path)
+    lazy = px.tl.predict(backed, model, inplace=False)
+    assert isinstance(lazy.data, da.Array)
+    assert "he_genes" not in backed
+    assert "images" not in backed.attrs["pixnet"]
+    assert tree_hash(backed.path) == before
+    px.tl.predict(backed, model)
+    np.testing.assert_array_equal(lazy.values, full(backed).values)
+    assert get_transformation(lazy, get_all=True).keys() == {"global", "um"}
+    np.testing.assert_array_equal(
+        get_transformation(lazy, "um").to_affine_matrix(("x", "y"), ("x", "y")), np.diag([2.0, 2.0, 1.0])
+    )
+
+
+def test_a_lazy_map_can_be_aggregated(backed, model):
+    px.pp.make_grid(backed, 50, image_key="he")
+    px.tl.predict(backed, model)
+    stored = px.tl.aggregate(backed, "grid", image_key="he_genes", inplace=False)
+    other = sd.read_zarr(backed.path)
+    other["lazy"] = px.tl.predict(other, model, inplace=False)
+    lazy = px.tl.aggregate(other, "grid", image_key="lazy", inplace=False)
+    np.testing.assert_allclose(lazy.X, stored.X, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile_size", [1, 256, 512, 1024])
+def test_tile_size_does_not_matter(sdata, model, tile_size):
+    px.tl.predict(sdata, model, precision="float32")
+    px.tl.predict(sdata, model, precision="float32", tile_size=tile_size, key_added="other")
+    one, other = full(sdata).values, full(sdata, "other").values
+    np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+    np.testing.assert_allclose(other, one, rtol=1e-3)
+
+
+def test_the_same_call_gives_the_same_bytes(backed, model):
+    for key in ("a", "b"):
+        px.tl.predict(backed, model, key_added=key)
+    chunks = [tree_hash(backed.path / "images" / key / "s0") for key in ("a", "b")]
+    assert chunks[0] == chunks[1]
+
+
+def test_chunks_of_the_image_do_not_matter(model):
+    one, other = slide(), slide()
+    pixels = one["he"]["scale0"]["image"].values
+    system = {"global": Identity(), "um": Scale([0.5, 0.5], axes=("x", "y"))}
+    other["he"] = Image2DModel.parse(
+        da.from_array(pixels, chunks=(1, 77, 311)), dims=("c", "y", "x"), transformations=system
+    )
+    for sdata in (one, other):
+        px.tl.predict(sdata, model)
+    np.testing.assert_array_equal(full(one).values, full(other).values)
+
+
+def test_genes_are_picked_in_order(sdata, model):
+    px.tl.predict(sdata, model, precision="float32")
+    px.tl.predict(sdata, model, precision="float32", genes=["C", "A"], key_added="some")
+    np.testing.assert_allclose(full(sdata, "some").values, full(sdata).values[[2, 0, 3]], rtol=1e-5)
+    assert list(full(sdata, "some").coords["c"].values) == ["C", "A", "__total__"]
+
+
+def test_coarser_maps(sdata, model):
+    px.tl.predict(sdata, model, mask_key=False)
+    px.tl.predict(sdata, model, mask_key=False, out_mpp=10, key_added="coarse")
+    fine, coarse = full(sdata).values, full(sdata, "coarse").values
+    assert coarse.shape == (4, 25, 31)
+    np.testing.assert_allclose(coarse, fine.reshape(4, 25, 5, 31, 5).mean(axis=(2, 4)), rtol=1e-5)
+    assert sdata.attrs["pixnet"]["images"]["coarse"]["mpp"] == pytest.approx(10)
+
+
+def test_masks_of_any_affine(sdata, model):
+    turned = Affine([[0, 10, 0], [10, 0, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
+    mask = sdata["he_tissue"].values.T.copy()
+    sdata["turned"] = Labels2DModel.parse(mask, dims=("y", "x"), transformations={"global": turned})
+    px.tl.predict(sdata, model)
+    px.tl.predict(sdata, model, mask_key="turned", key_added="b")
+    np.testing.assert_array_equal(full(sdata).values, full(sdata, "b").values)
+
+
+def test_a_missing_mask_is_computed_and_not_kept(model):
+    sdata = px.datasets.synthetic_tissue(size_um=150, n_genes=5)
+    for key in list(sdata.labels):
+        del sdata[key]
+    sdata.attrs["pixnet"]["masks"] = {}
+    px.tl.predict(sdata, model)
+    assert not list(sdata.labels)
+    assert (~np.isnan(full(sdata).values)).any()
+
+
+def test_one_level_and_float16(sdata, model):
+    px.tl.predict(sdata, model, scale_factors=(), dtype="float16")
+    assert sdata["he_genes"].dtype == np.float16
+
+
+def test_precision_bfloat16_is_close(sdata, model):
+    for precision in ("float32", "bfloat16"):
+        px.tl.predict(sdata, model, precision=precision, key_added=precision)
+    a, b = full(sdata, "float32").values, full(sdata, "bfloat16").values
+    assert np.nanmedian(np.abs(a - b) / a) < 0.05
+
+
+def test_overwrite(backed, model):
+    px.tl.predict(backed, model)
+    with pytest.raises(ValueError, match="'he_genes' exists.*overwrite=True"):
+        px.tl.predict(backed, model)
+    px.tl.predict(backed, model, genes=["B"], overwrite=True)
+    assert full(sd.read_zarr(backed.path)).shape[0] == 2
+
+
+def test_a_checkpoint_and_the_shipped_model(sdata, model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    px.tl.predict(sdata, tmp_path / "m.safetensors")
+    px.tl.predict(sdata, model, key_added="b")
+    np.testing.assert_array_equal(full(sdata).values, full(sdata, "b").values)
+    assert sdata.attrs["pixnet"]["images"]["he_genes"]["model"] == "m"
+
+
+def test_slides_finer_and_coarser_than_the_model(model, monkeypatch):
+    warned = []
+    monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
+    fine, coarse = slide(mpp=0.25, tissue=False), slide(mpp=0.8, tissue=False)
+    px.tl.predict(fine, model, mask_key=False)
+    assert full(fine).shape == (4, 63, 78)
+    assert not warned
+    px.tl.predict(coarse, model, mask_key=False)
+    assert full(coarse).shape == (4, 200, 248)
+    assert "enlarged" in warned[0]
+    with pytest.raises(ValueError, match="more than 2 times coarser"):
+        px.tl.predict(slide(mpp=1.1), model)
+
+
+def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
+    warned = []
+    monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
+    own = px.models.PixNet(GENES, mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64)
+    own.config["stain"] = [{"od_mean": [0.22, 0.22, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
+    px.tl.predict(sdata, own)
+    assert not warned
+    own.config["stain"] = [{"od_mean": [0.22, 0.9, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
+    px.tl.predict(sdata, own, key_added="b")
+    assert "mean optical density in green is 0.2" in warned[0]
+    assert "red" not in warned[0]
+
+
+# what it refuses, before any pixel is read ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"image_key": "no"}, KeyError, "'he'"),
+        ({"genes": ["A", "Z"]}, KeyError, "does not predict 'Z'.*'A', 'B', 'C'"),
+        ({"genes": ["A", "A"]}, ValueError, "more than once"),
+        ({"genes": ["__total__"]}, ValueError, "__total__"),
+        ({"genes": "A"}, TypeError, "list of names"),
+        ({"mask_key": "no"}, KeyError, "he_tissue"),
+        ({"mask_key": True}, TypeError, "mask_key"),
+        ({"out_mpp": 0.5}, ValueError, "cannot be finer"),
+        ({"out_mpp": -1}, ValueError, "positive"),
+        ({"tile_size": 0}, ValueError, "tile_size"),
+        ({"tile_size": "big"}, TypeError, "tile_size"),
+        ({"precision": "half"}, ValueError, "bfloat16"),
+        ({"dtype": "int8"}, ValueError, "float32"),
+        ({"scale_factors": (1,)}, ValueError, "scale_factors"),
+        ({"scale_factors": 2}, TypeError, "scale_factors"),
+        ({"device": "abacus"}, ValueError, "abacus"),
+        ({"key_added": "he_tissue", "overwrite": True}, ValueError, "he_tissue"),
+        ({"key_added": "he", "overwrite": True}, ValueError, "predicted from"),
+        ({"resume": True, "inplace": False}, ValueError, "resume"),
+        ({"model": 3}, TypeError, "PixNet"),
+        ({"model": "nowhere.safetensors"}, FileNotFoundError, "nowhere"),
+    ],
+)
+def test_refusals(model, arguments, error, match):
+    def unread(block_info=None):
+        raise AssertionError("a pixel was read")
+
+    pixels = da.map_blocks(unread, chunks=((3,), (500,), (620,)), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+    sdata = slide()
+    sdata["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    arguments = {"model": model, **arguments}
+    with pytest.raises(error, match=match):
+        px.tl.predict(sdata, **arguments)
+
+
+def test_um_per_pixel_must_be_known(sdata, model):
+    sdata.attrs["pixnet"] = {}
+    with pytest.raises(ValueError, match="set_mpp"):
+        px.tl.predict(sdata, model)
+
+
+def test_no_tissue(sdata, model):
+    sdata["he_tissue"].values[:] = 0
+    with pytest.raises(ValueError, match="no tissue.*mask_key=False"):
+        px.tl.predict(sdata, model)
+    away = slide()
+    set_transformation(
+        away["he_tissue"], Affine([[10, 0, 9e4], [0, 10, 0], [0, 0, 1]], ("x", "y"), ("x", "y")), "global"
+    )
+    with pytest.raises(ValueError, match="no tissue.*outside"):
+        px.tl.predict(away, model)
+
+
+def test_wrong_channels(model):
+    sdata = slide()
+    sdata["rgba"] = Image2DModel.parse(np.zeros((4, 64, 64), np.uint8), dims=("c", "y", "x"))
+    with pytest.raises(ValueError, match="RGBA"):
+        px.tl.predict(sdata, model, image_key="rgba")
+
+
+def test_a_corrupt_chunk_is_named_and_the_run_resumed(backed, model):
+    chunk = next(p for p in (backed.path / "images" / "he" / "s0").rglob("c/0/1/3") if p.is_file())
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:50])
+    with pytest.raises(RuntimeError, match=r"pixels y .* x .* of image 'he' could not be read.*resume=True"):
+        px.tl.predict(backed, model)
+    chunk.write_bytes(whole)
+    px.tl.predict(backed, model, resume=True)
+    assert "he_genes" in sd.read_zarr(backed.path)
+
+
+# interruptions -------------------------------------------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch, n, error):
+    original, count = inference.TileRunner.tile, []
+
+    def tile(self, i, j, work=None):
+        count.append((i, j))
+        if len(count) > n:
+            raise error
+        return original(self, i, j, work)
+
+    monkeypatch.setattr(inference.TileRunner, "tile", tile)
+    return count
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_interrupted_runs_resume_to_the_same_bytes(backed, model, monkeypatch, error):
+    px.tl.predict(backed, model, tile_size=64)
+    expected = tree_hash(backed.path / "images" / "he_genes")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, error)
+        with pytest.raises(type(error)):
+            px.tl.predict(backed, model, genes=["A", "B", "C"], tile_size=64, overwrite=True)
+    assert tree_hash(backed.path / "images" / "he_genes") == expected  # the old one is whole
+    assert "he_genes" in sd.read_zarr(backed.path)
+    with monkeypatch.context() as patch:
+        count = interrupt_after(patch, 1000, error)
+        px.tl.predict(backed, model, tile_size=64, overwrite=True, resume=True)
+        ran = len(count)
+    assert 0 < ran <= 40 - 6  # 40 tiles touch the tissue; what was done is left out
+    assert tree_hash(backed.path / "images" / "he_genes") == expected
+    assert not (backed.path / ".pixnet").exists()
+
+
+def test_resume_with_other_arguments_is_refused(backed, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, RuntimeError("broken"))
+        with pytest.raises(RuntimeError, match="broken"):
+            px.tl.predict(backed, model, tile_size=64)
+    with pytest.raises(ValueError, match="other genes"):
+        px.tl.predict(backed, model, tile_size=64, genes=["A"], resume=True)
+    with pytest.raises(ValueError, match="other .*tile_size"):
+        px.tl.predict(backed, model, tile_size=128, resume=True)
+    px.tl.predict(backed, model, tile_size=128)  # without resume it starts again, and clears
+    assert not (backed.path / ".pixnet").exists()
+
+
+def test_resume_with_nothing_to_resume(backed, model):
+    px.tl.predict(backed, model, resume=True)
+    assert "he_genes" in sd.read_zarr(backed.path)
+
+
+def test_objects_in_memory_resume_too(sdata, model, monkeypatch):
+    px.tl.predict(sdata, model, tile_size=64, key_added="a")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9, RuntimeError("broken"))
+        with pytest.raises(RuntimeError, match="broken"):
+            px.tl.predict(sdata, model, tile_size=64)
+    px.tl.predict(sdata, model, tile_size=64, resume=True)
+    np.testing.assert_array_equal(full(sdata).values, full(sdata, "a").values)
+
+
+KILLED = """
+import sys, time
+import numpy as np, spatialdata as sd, torch
+import pixnet as px
+from pixnet._core import inference
+torch.set_num_threads(1)
+px.settings.progress = False
+original, n = inference.store_tile, []
+def slow(runner, target, i, j):
+    n.append(0)
+    out = original(runner, target, i, j)
+    if len(n) > 6:
+        print("half", flush=True)
+        time.sleep(60)
+    return out
+if sys.argv[3] == "slow":
+    inference.store_tile = slow
+sdata = sd.read_zarr(sys.argv[1])
+px.tl.predict(sdata, sys.argv[2], tile_size=64, overwrite=True, resume=sys.argv[3] == "resume")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_run_resumes_to_the_same_bytes(backed, model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    px.tl.predict(backed, tmp_path / "m.safetensors", tile_size=64)
+    expected = tree_hash(backed.path / "images" / "he_genes")
+    script = tmp_path / "run.py"
+    script.write_text(textwrap.dedent(KILLED))
+    command = [sys.executable, str(script), str(backed.path), str(tmp_path / "m.safetensors")]
+    process = subprocess.Popen([*command, "slow"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline().strip() == b"half"
+    with pytest.raises(RuntimeError, match="another process is writing 'he_genes'"):
+        px.tl.predict(backed, tmp_path / "m.safetensors", tile_size=64, overwrite=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    opened = sd.read_zarr(backed.path)
+    assert tree_hash(backed.path / "images" / "he_genes") == expected
+    assert len(list((backed.path / ".pixnet").iterdir())) == 1
+    (log,) = (backed.path / ".pixnet").glob("*/done.txt")
+    assert 3 <= len(log.read_text().splitlines()) < 20
+    log.write_text(log.read_text() + "3 ")  # as if killed within a line
+    px.tl.predict(opened, tmp_path / "m.safetensors", tile_size=64, overwrite=True, resume=True)
+    assert tree_hash(backed.path / "images" / "he_genes") == expected
+    assert not (backed.path / ".pixnet").exists()
+
+
+def test_a_full_disk_leaves_no_debris(backed, model, monkeypatch):
+    px.tl.predict(backed, model, tile_size=64)
+    expected = tree_hash(backed.path)
+    original, count = zarr.Array.__setitem__, []
+
+    def full_disk(self, key, value):
+        count.append(1)
+        if len(count) > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", full_disk)
+        with pytest.raises(OSError, match=r"disk of .* is full.*deleted.*out_mpp") as caught:
+            px.tl.predict(backed, model, tile_size=64, overwrite=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert tree_hash(backed.path) == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounting needs root on Linux")
+def test_a_really_full_disk(tmp_path, model):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        slide().write(disk / "s.zarr")
+        sdata = sd.read_zarr(disk / "s.zarr")
+        before = tree_hash(sdata.path)
+        big = px.models.PixNet(
+            [f"g{i}" for i in range(200)], mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64
+        )
+        with pytest.raises(OSError, match="disk of .* is full"):
+            px.tl.predict(sdata, big, mask_key=False)
+        assert tree_hash(sdata.path) == before
+        assert "he" in sd.read_zarr(disk / "s.zarr")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_two_readers(backed, model):
+    px.tl.predict(backed, model)
+    other = sd.read_zarr(backed.path)
+    px.tl.predict(backed, model, overwrite=True)
+    np.testing.assert_array_equal(full(other).values, full(backed).values)
+    px.tl.predict(other, model, key_added="b")
+    assert {"he", "he_genes", "b"} == set(sd.read_zarr(backed.path).images)
+
+
+def test_progress_goes_to_stderr(sdata, model, capfd):
+    px.settings.progress = True
+    px.tl.predict(sdata, model)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "tile" in err
+    assert "Mpx/s" in err
+    assert "'he_genes': 4 channels, 125 x 155 px at 2 um/px" in err
+
+
+def test_memory_follows_the_tile_not_the_slide(model):
+    """Two slides, one nine times larger: the peak of what is held at once is the same."""
+    held = []
+    for side in (1024, 3072):
+        runner_peak = [0, 0]
+        original = inference.TileRunner.tile
+
+        def tile(self, i, j, work=None, peak=runner_peak, original=original):
+            peak[0] += 1
+            peak[1] = max(peak)
+            try:
+                time.sleep(0.002)
+                return original(self, i, j, work)
+            finally:
+                peak[0] -= 1
+
+        sdata = slide((side, side), tissue=False)
+        inference.TileRunner.tile = tile
+        try:
+            px.tl.predict(sdata, model, mask_key=False, tile_size=512)
+        finally:
+            inference.TileRunner.tile = original
+        held.append(runner_peak[1])
+    assert max(held) <= 3

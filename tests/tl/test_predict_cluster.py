@@ -1,0 +1,129 @@
+"""tl.predict on the workers of a real cluster of two processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spatialdata as sd
+import torch
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel
+
+import pixnet as px
+
+distributed = pytest.importorskip("distributed")
+
+GENES = ["A", "B", "C"]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, worker_dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = px.models.PixNet(GENES, mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64)
+    torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
+    return net.eval()
+
+
+@pytest.fixture
+def backed(tmp_path):
+    pixels = np.random.default_rng(1).integers(90, 220, (3, 500, 620), dtype=np.uint8)
+    image = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=(2,), chunks=(3, 128, 128))
+    SpatialData(images={"he": image}, attrs={"pixnet": {"mpp": {"he": 0.5}}}).write(tmp_path / "s.zarr")
+    return sd.read_zarr(tmp_path / "s.zarr")
+
+
+def tree_hash(path):
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(path)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def locally(sdata, model, **kwargs):
+    """The bytes of a run on this process's threads, with as many torch threads as a worker has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        import dask
+
+        with dask.config.set(scheduler="threads"):
+            px.tl.predict(sdata, model, mask_key=False, key_added="local", **kwargs)
+    finally:
+        torch.set_num_threads(threads)
+    return tree_hash(sdata.path / "images" / "local")
+
+
+def _loaded():
+    from pixnet._core import inference
+
+    return os.getpid(), len(inference._READY), sum(1 for _ in inference._READY)
+
+
+def test_workers_write_the_same_bytes(client, backed, model):
+    expected = locally(backed, model, tile_size=64)
+    client.run(torch.set_num_threads, 1)
+    px.tl.predict(backed, model, mask_key=False, tile_size=64)
+    assert tree_hash(backed.path / "images" / "he_genes") == expected
+    held = client.run(_loaded)
+    assert len({pid for pid, *_ in held.values()} - {os.getpid()}) == 2
+    assert all(models == 1 for _, models, _ in held.values())  # every worker ran, with one model each
+
+
+def test_a_lazy_map_computes_on_workers(client, backed, model):
+    px.tl.predict(backed, model, mask_key=False)
+    lazy = px.tl.predict(backed, model, mask_key=False, inplace=False)
+    np.testing.assert_allclose(lazy.compute().values, backed["he_genes"]["scale0"]["image"].values, rtol=1e-3)
+
+
+def test_an_error_on_a_worker_is_the_callers(client, backed, model):
+    chunk = next(p for p in (backed.path / "images" / "he" / "s0").rglob("c/0/1/3") if p.is_file())
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:50])
+    with pytest.raises(RuntimeError, match="of image 'he' could not be read"):
+        px.tl.predict(backed, model, mask_key=False, tile_size=64)
+    chunk.write_bytes(whole)
+    px.tl.predict(backed, model, mask_key=False, tile_size=64, resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_worker_does_not_lose_the_run(client, backed, model):
+    expected = locally(backed, model, tile_size=64)
+    client.run(torch.set_num_threads, 1)
+    victim = next(iter(client.run(os.getpid).values()))
+    killed = []
+
+    def kill():
+        while (
+            not (logs := list((backed.path / ".pixnet").glob("*/done.txt"))) or not logs[0].read_text().count("\n") > 3
+        ):
+            time.sleep(0.01)
+        os.kill(victim, signal.SIGKILL)
+        killed.append(logs[0].read_text().count("\n"))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    px.tl.predict(backed, model, mask_key=False, tile_size=64)
+    thread.join()
+    assert killed
+    assert killed[0] < 80  # of 80 tiles: it died in the middle
+    assert tree_hash(backed.path / "images" / "he_genes") == expected
+    assert victim not in client.run(os.getpid).values()
