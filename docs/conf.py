@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.metadata import metadata
+
+warnings.filterwarnings("ignore", message=".*is deprecated. Check CHANGES for Sphinx API modifications.*")
 
 info = metadata("pixnet")
 project = "pixnet"

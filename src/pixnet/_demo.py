@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+import pandas as pd
 from spatialdata import SpatialData
 
 import pixnet as px
@@ -68,16 +69,18 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
         model.save(out / "model.safetensors")
         save(px.pl.training(model), out / "training.png")
     with step("predicting the second, and summing its map over spots, cells and an 8 um grid"):
+        px.pp.make_grid(test, 8.0, key_added="grid_8um")
+        truth = SpatialData(
+            images={"truth": test.images.pop("truth")}, shapes=dict(test.shapes), attrs=dict(test.attrs)
+        )
         store = out / "demo.zarr"
         if store.exists():
             shutil.rmtree(store)
-        px.pp.make_grid(test, 8.0, key_added="grid_8um")
-        del test.images["truth"]  # what the model is to be compared with is kept apart
         test.write(store)
         px.tl.predict(test, model)
         px.tl.aggregate(test, ["spots", "cells", "grid_8um"])
     with step("comparing with the truth, and drawing figures"):
-        rows, scores = _compare(test, size_um, n_genes)
+        rows, scores = _compare(test, truth)
         genes = [gene for gene in GENES_SHOWN if gene in model.genes] or model.genes[:3]
         save(px.pl.gene_map(test, genes, shapes="spots"), out / "gene_maps.png")
         save(px.pl.scales(test, genes[0], ["cells", "grid_8um", "spots"]), out / "scales.png")
@@ -95,12 +98,8 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
     say()
 
 
-def _compare(test: SpatialData, size_um: float, n_genes: int) -> tuple[list[tuple], dict]:
+def _compare(test: SpatialData, truth: SpatialData) -> tuple[list[tuple], dict[str, pd.DataFrame]]:
     """Score the predicted tables of a synthetic slide: rows to print, and Pearson's r by gene and scale."""
-    import pandas as pd
-
-    truth = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=2, shapes=["spots", "cells"])
-    truth["grid_8um"] = test["grid_8um"]
     names = {"spots": "spots, 55 um", "cells": "cells", "grid_8um": "grid, 8 um"}
     tables = px.tl.aggregate(truth, list(names), image_key="truth", inplace=False)
     rows, scores = [], {}
@@ -150,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m pixnet._demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
-    parser.add_argument("--size-um", type=float, default=1400.0, help="edge of the synthetic slides in um")
+    parser.add_argument("--size-um", type=float, default=1000.0, help="edge of the synthetic slides in um")
     parser.add_argument("--genes", type=int, default=40, help="genes of the synthetic slides")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the spots at most")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the spots at most")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def compare(
             frame.show(panel)
             bare(panel)
             colour_bar(panel, drawn, values.to_numpy(), "log1p CP10k" if log else "CP10k")
-        axes[-2].set_title(rf"{gene}, measured")
+        axes[-2].set_title(f"{gene}, measured")
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)

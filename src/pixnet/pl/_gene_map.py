@@ -167,8 +167,9 @@ def gene_map(
             panel.set_title(gene_title(gene), style="italic" if gene != TOTAL else "normal")
             frame.show(panel)
             bare(panel)
-            bar = colour_bar(panel, image, picture, bar_labels[gene])
-            bar.solids.set_alpha(1)
+            if shared is None or gene == genes[-1]:  # one bar speaks for all that share it
+                bar = colour_bar(panel, image, picture if shared is None else values, bar_labels[gene])
+                bar.solids.set_alpha(1)
         for i, panel in enumerate(axes):
             on_he = under or (beside and i == 0)
             for key in outlined:

@@ -148,7 +148,8 @@ def scales(
             drawn = draw_image(panel, np.ma.masked_invalid(picture), pixels.affine, cmap=chosen, norm=norm)
             mpp = map_mpp(sdata, map_key)
             panel.set_title(f"{gene}, map" + (f" ({mpp:.2g} µm/px)" if mpp else ""))
-            colour_bar(panel, drawn, picture, label)
+            if shared is None:
+                colour_bar(panel, drawn, picture, label)
             frame.show(panel)
             bare(panel)
         for panel, name, values, norm in zip(axes[first:], names, columns, own, strict=False):
@@ -156,9 +157,12 @@ def scales(
                 draw_he(panel, frame, he_key, faint=True)
             drawn = draw_filled(panel, frame, name, values, chosen, shared or norm)
             panel.set_title(f"{name}  (n = {len(values):,})")
-            colour_bar(panel, drawn, values.to_numpy(), label)
+            if shared is None:
+                colour_bar(panel, drawn, values.to_numpy(), label)
             frame.show(panel)
             bare(panel)
+        if shared is not None:  # one bar speaks for all
+            colour_bar(axes[-1], drawn, np.concatenate(everything), label)
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)
