@@ -16,10 +16,10 @@ from pixnet._core.tiling import ModelGrid, SlideReader
 ALIGN = 64
 """Crops start at multiples of this many model pixels, as the windows of prediction do."""
 
-CONTEXT = 32
+CONTEXT = 16
 """Model pixels between a shape and the edge of its crop, at least."""
 
-SMALLEST = 320
+SMALLEST = 256
 LARGEST = 2048
 
 

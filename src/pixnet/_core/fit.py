@@ -152,18 +152,18 @@ def turn_back(x: Tensor, how: int) -> Tensor:
 
 
 def _encode(model: PixNet, pixels: Tensor, halo: int, how: int, stain: float, rng: torch.Generator) -> list[Tensor]:
-    """Return raw features of the crops themselves (no halo), seen turned and restained, in the slide's own frame."""
+    """Return raw features of the levels in use, of the crops without halo, seen turned and restained, turned back."""
     image = pixels.float() / 255
     if stain > 0:
         image = jitter(image, stain, rng)
     image = turn(image, how).contiguous(memory_format=torch.channels_last)
-    features = []
     with _autocast(image.device):
         raw = model.encoder(image)
-    for stride, feature in zip(model.encoder.strides, raw):
-        feature = turn_back(feature, how)
+    features = []
+    for level in model.levels:
+        stride, feature = model.encoder.strides[level], turn_back(raw[level], how)
         inner = slice(halo // stride, feature.shape[-1] - halo // stride)
-        features.append(feature[..., inner, inner])
+        features.append(feature[..., inner, inner].contiguous(memory_format=torch.channels_last))
     return features
 
 
@@ -184,24 +184,24 @@ def cache_features(
                 found = _encode(model, pixels.to(device), model.halo, hows[v % 8], stain if v else 0.0, rng)
                 kept.append([f.to("cpu", torch.float16) for f in found])
                 bar.update(len(pixels))
-            store.append([torch.cat(level) for level in zip(*kept)])
+            store.append([torch.cat(level).contiguous(memory_format=torch.channels_last) for level in zip(*kept)])
     material.features = store
 
 
 def set_feature_statistics(model: PixNet, material: Material) -> None:
     """Give the model mean and standard deviation of each feature over the pixels that the shapes cover."""
-    for i, level in enumerate(material.features[0]):
+    for i, level in zip(model.levels, material.features[0]):
         flat = level.float().transpose(0, 1).flatten(1)
         getattr(model, f"feature_mean_{i}").copy_(flat.mean(dim=1))
         getattr(model, f"feature_sd_{i}").copy_(flat.std(dim=1).clamp(min=1e-3))
 
 
-def _standardised(model: PixNet, features: list[Tensor]) -> list[Tensor]:
-    out = []
-    for i, f in enumerate(features):
-        mean, sd = getattr(model, f"feature_mean_{i}"), getattr(model, f"feature_sd_{i}")
-        out.append((f - mean[:, None, None]) / sd[:, None, None])
-    return out
+def _standardised(model: PixNet, features: list[Tensor]) -> list[Tensor | None]:
+    """Return features of the levels in use, standardised and in their places among all levels."""
+    placed: list[Tensor | None] = [None] * len(model.encoder.strides)
+    for level, feature in zip(model.levels, features):
+        placed[level] = feature.float()
+    return model.standardise(placed)
 
 
 # batches ---------------------------------------------------------------------------------------------------------
@@ -264,16 +264,17 @@ def _collate(material: Material, chosen: list[int], device: str) -> _Batch:
     return _Batch(chosen, crop_of_pixel.to(device), pixel.to(device), weights, cp10k, depth)
 
 
-def _sums(model: PixNet, batch: _Batch, features: list[Tensor], member: int | None = None) -> dict[str, Tensor]:
+def _sums(model: PixNet, batch: _Batch, features: list[Tensor | None], member: int | None = None) -> dict[str, Tensor]:
     """Return for each element the sums of the densities over its shapes, ``(shapes, genes + 1)``.
 
-    Heads run only on the pixels that shapes cover: the rest of the map is not looked at.
+    The heads run only on the pixels that shapes cover: the rest of the map is not looked at.
     """
     members = model.members if member is None else [model.members[member]]
     densities = []
     for m in members:
-        x = m.decoder(features).flatten(2)
-        x = x.transpose(1, 2)[batch.crop_of_pixel, batch.pixel]
+        with _autocast(batch.pixel.device):
+            x = m.decoder(features).flatten(2)
+        x = x.transpose(1, 2)[batch.crop_of_pixel, batch.pixel].float()
         logits = torch.nn.functional.linear(x, m.head.weight[:, :, 0, 0], m.head.bias)
         densities.append(model.density(logits))
     density = densities[0] if len(densities) == 1 else torch.stack(densities).mean(dim=0)
@@ -408,7 +409,7 @@ def _optimise(model, train, valid, recipe, rng, device) -> dict[str, Tensor]:
     return best
 
 
-def _training_features(model, material, batch, recipe, rng, device) -> list[Tensor]:
+def _training_features(model, material, batch, recipe, rng, device) -> list[Tensor | None]:
     if recipe.tune_encoder:
         pixels = torch.stack([material.pixels(material.crops[i], model.halo) for i in batch.crops]).to(device)
         how = int(torch.randint(8, (1,), generator=rng))
@@ -416,16 +417,17 @@ def _training_features(model, material, batch, recipe, rng, device) -> list[Tens
     else:
         variant = torch.randint(len(material.features), (len(batch.crops),), generator=rng).tolist()
         raw = [
-            torch.stack([material.features[v][level][i] for v, i in zip(variant, batch.crops)]).to(device).float()
+            torch.stack([material.features[v][level][i] for v, i in zip(variant, batch.crops)]).to(
+                device, memory_format=torch.channels_last
+            )
             for level in range(len(material.features[0]))
         ]
     features = _standardised(model, raw)
     if recipe.dropout > 0:
-        out = []
-        for f in features:
+        for level in model.levels:
+            f = features[level]
             keep = torch.rand(f.shape[:2], generator=rng).to(f.device) >= recipe.dropout
-            out.append(f * (keep / (1 - recipe.dropout))[:, :, None, None])
-        features = out
+            features[level] = f * (keep / (1 - recipe.dropout))[:, :, None, None]
     return features
 
 
@@ -442,7 +444,7 @@ def evaluate_material(model: PixNet, material: Material, recipe: Recipe, device:
                 pixels = torch.stack([material.pixels(material.crops[i], model.halo) for i in chosen]).to(device)
                 raw = _encode(model, pixels, model.halo, 0, 0.0, torch.Generator())
             else:
-                raw = [level[chosen].to(device).float() for level in material.features[0]]
+                raw = [level[chosen].to(device, memory_format=torch.channels_last) for level in material.features[0]]
             for name, sums in _sums(model, batch, _standardised(model, raw)).items():
                 covered = torch.sparse.sum(batch.weights[name], dim=1).to_dense()
                 found.setdefault((index, name), []).append((sums, covered, batch.cp10k[name], batch.depth[name]))
@@ -475,5 +477,5 @@ def _progress() -> bool:
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """Run the encoder in the arithmetic that prediction takes by default."""
+    """Run encoder and decoder in the arithmetic that prediction takes by default."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(None, device) == "bfloat16")

@@ -155,6 +155,7 @@ class HypercolumnDecoder(nn.Module):
     def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, stride: int) -> None:
         super().__init__()
         self.stride, self.strides, self.width = stride, tuple(strides), width
+        self.used = list(range(len(strides)))
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1, bias=i == 0) for i, c in enumerate(channels))
         self.mix = nn.Sequential(
             ChannelNorm(width), nn.GELU(), nn.Dropout2d(0.0), nn.Conv2d(width, width, 1), nn.GELU()
@@ -162,7 +163,7 @@ class HypercolumnDecoder(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``."""
-        size = [n * self.strides[0] // self.stride for n in features[0].shape[-2:]]
+        size = [n * self.strides[-1] // self.stride for n in features[-1].shape[-2:]]
         total = None
         for stride, project, feature in zip(self.strides, self.project, features):
             x = project(feature)

@@ -16,6 +16,7 @@ from pixnet.models._decoder import DECODERS, HypercolumnDecoder, UNetDecoder
 from pixnet.models._encoders import build_encoder, check_encoder
 
 LINKS = ("exp", "softplus")
+DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
 MAX_MAP_UM = 4.0
 """A map is kept at this many um per pixel or finer."""
 
@@ -47,6 +48,7 @@ class PixNet(nn.Module):
         on stacked features.
     widths
         Channels of the decoder at each of the encoder's levels, finest first; one number for all.
+        The default fits any number of levels.
     members
         Decoders side by side on the one encoder; the map is their mean.
     link
@@ -83,7 +85,7 @@ class PixNet(nn.Module):
         stride: int | None = None,
         encoder: str | nn.Module = "efficientnet_lite0",
         decoder: str = "safb",
-        widths: int | Sequence[int] = 128,
+        widths: int | Sequence[int] = DEFAULT_WIDTHS,
         members: int = 1,
         link: str = "exp",
         window: int = 1024,
@@ -110,6 +112,8 @@ class PixNet(nn.Module):
         check_encoder(name, module)
         levels = len(module.channels)
         widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
+        if widths == list(DEFAULT_WIDTHS):
+            widths = (widths + widths[-1:] * levels)[:levels]
         if len(widths) != levels:
             raise ValueError(f"widths has {len(widths)} entries; encoder {name!r} has {levels} levels")
 
@@ -237,11 +241,20 @@ class PixNet(nn.Module):
 
     def encode(self, image: Tensor) -> list[Tensor]:
         """Return the encoder's features, standardised by their statistics over the training tissue."""
-        features = self.encoder(image)
-        out = []
-        for i, f in enumerate(features):
+        return self.standardise(self.encoder(image))
+
+    @property
+    def levels(self) -> list[int]:
+        """Positions of the encoder's maps that the decoder uses; standardised features of others are None."""
+        return self.members[0].decoder.used
+
+    def standardise(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return features with the mean and standard deviation of the training tissue taken off."""
+        out: list[Tensor | None] = [None] * len(features)
+        for i in self.levels:
             mean, sd = getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
-            out.append((f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None])
+            f = features[i]
+            out[i] = (f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None]
         return out
 
     def decode(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
@@ -322,6 +335,8 @@ class _Member(nn.Module):
         x = self.decoder(features)
         if crop:
             x = x[..., crop:-crop, crop:-crop]
-        if channels is None:
-            return self.head(x)
-        return F.conv2d(x, self.head.weight[channels], self.head.bias[channels])
+        head = self.head
+        weight, bias = (head.weight, head.bias) if channels is None else (head.weight[channels], head.bias[channels])
+        # In float32 also under autocast: bfloat16 would round a logit of -6 to steps of 0.03, 3 % of the density.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.float(), weight, bias)
