@@ -274,6 +274,12 @@ def _ragged(polygons: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """Vertices of polygons and multipolygons, and the offsets of rings, of polygons and of shapes in one another."""
     if not len(polygons):
         return np.zeros((0, 2)), *(np.zeros(1, dtype=np.int64) for _ in range(3))
+    if (shapely.get_num_interior_rings(polygons) == 0).all() and (
+        shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON
+    ).all():
+        # The usual case: one ring each, whose vertices need no ring objects to be told apart.
+        one = np.arange(len(polygons) + 1, dtype=np.int64)
+        return shapely.get_coordinates(polygons), _offsets(shapely.get_num_coordinates(polygons)), one, one
     kind, coords, offsets = shapely.to_ragged_array(polygons, include_z=False)
     rings, parts = (np.asarray(part, dtype=np.int64) for part in offsets[:2])
     if kind == shapely.GeometryType.MULTIPOLYGON:

@@ -191,17 +191,14 @@ class _Part:
         return _Part(*(None if value is None else value[rows] for value in vars(self).values()))
 
     def finish(self) -> Sums:
-        """Return the statistics, rounded to float32 once."""
-        empty = np.broadcast_to(~(self.weight > 0), self.total.shape)
+        """Return the statistics, rounded to float32 once; 0 / 0 makes NaN of what has no pixel that counts."""
         done = Sums(self.weight, *(None,) * 4)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            done.mean = (self.total / self.weight).astype(np.float32)
-            done.mean[empty] = np.nan
+            done.mean = np.divide(self.total, self.weight).astype(np.float32)
             if self.squares is not None:
                 done.std = np.sqrt(self.squares / self.weight).astype(np.float32)
-                done.std[empty] = np.nan
             if self.low is not None:
-                nothing = empty | (self.low > self.high)
+                nothing = ~(self.weight > 0) | (self.low > self.high)
                 done.min, done.max = self.low.astype(np.float32), self.high.astype(np.float32)
                 done.min[nothing] = done.max[nothing] = np.nan
         return done
