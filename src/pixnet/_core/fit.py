@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,21 +43,24 @@ class Recipe:
         Decay per step of the running average of the weights, which is what is validated and kept.
     tune_encoder
         Train the encoder too; features are then computed anew at every step.
+    refit
+        Once validation has told how many passes to make, train again from the start on training and validation together.
     """
 
-    max_epochs: int = 40
-    patience: int = 8
+    max_epochs: int = 12
+    patience: int = 5
     lr: float = 1e-3
     weight_decay: float = 1e-2
     loss: str = "mse+pcc"
     total_weight: float = 0.2
     batch_shapes: int = 96
     batch_crops: int = 32
-    variants: int = 4
+    variants: int = 2
     stain: float = 0.15
     dropout: float = 0.1
     ema: float = 0.98
     tune_encoder: bool = False
+    refit: bool = True
 
 
 @dataclass
@@ -109,6 +112,17 @@ class Material:
                 depth[used] = targets.depth[used] / area[used]
                 depth *= 1e4 / depth[used].mean()
             out[targets.name] = _Measured(torch.from_numpy(targets.cp10k), torch.from_numpy(depth.astype(np.float32)))
+        return out
+
+    @classmethod
+    def joined(cls, a: Material, b: Material) -> Material:
+        """Return the crops of both, with their features."""
+        out = cls.__new__(cls)
+        out.sections, out.size = [*a.sections, *b.sections], a.size
+        out.measured = [*a.measured, *b.measured]
+        out.crops = [*a.crops, *(replace(c, section=c.section + len(a.sections)) for c in b.crops)]
+        out.left_out = a.left_out | b.left_out
+        out.features = [[torch.cat(level) for level in zip(*variants)] for variants in zip(a.features, b.features)]
         return out
 
     @property
@@ -233,7 +247,8 @@ def _batches(material: Material, order: Sequence[int], shapes: int, most: int) -
     if not out[-1]:
         out.pop()
     elif len(out) > 1 and (not count or min(count.values()) < shapes // 3):
-        out[-2] += out.pop()  # a remnant is too small for a correlation
+        remnant = out.pop()  # too small for a correlation
+        out[-1] += remnant
     return out
 
 
@@ -335,17 +350,38 @@ def fit(
     model.encoder.requires_grad_(recipe.tune_encoder)
     variants = 1 if recipe.tune_encoder else recipe.variants
     cache_features(model, train, variants, recipe.stain, rng, device, "features")
-    cache_features(model, valid, 1, 0.0, rng, device, "features (validation)")
-    if fresh:
-        set_feature_statistics(model, train)
-        model.set_baseline(train.mean_share())
-    state = _optimise(model, train, valid, recipe, rng, device)
+    cache_features(model, valid, variants if recipe.refit else 1, recipe.stain, rng, device, "features (validation)")
+    start = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    def begin(material: Material) -> None:
+        model.load_state_dict(start)
+        if fresh:
+            set_feature_statistics(model, material)
+            model.set_baseline(material.mean_share())
+
+    begin(train)
+    state, epochs = _optimise(model, train, valid, recipe, rng, device)
+    if recipe.refit:
+        logger.info("training again on all sections, %d passes", epochs)
+        both = Material.joined(train, valid)
+        train.features = valid.features = []
+        begin(both)
+        state, _ = _optimise(model, both, None, recipe, rng, device, epochs)
     model.load_state_dict(state)
     model.encoder.requires_grad_(True)
     return model.eval().to("cpu", memory_format=torch.contiguous_format)
 
 
-def _optimise(model, train, valid, recipe, rng, device) -> dict[str, Tensor]:
+def _optimise(
+    model: PixNet,
+    train: Material,
+    valid: Material | None,
+    recipe: Recipe,
+    rng: torch.Generator,
+    device: str,
+    epochs: int | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Train; return the averaged weights of the pass that validated best, or of the last, and that pass's number."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
     per_epoch = len(_batches(train, range(len(train.crops)), recipe.batch_shapes, recipe.batch_crops))
@@ -355,58 +391,70 @@ def _optimise(model, train, valid, recipe, rng, device) -> dict[str, Tensor]:
         optimiser, lambda t: min((t + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(t / max(steps, 1), 1))))
     )
     averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    best, best_loss, since, step = {k: v.clone() for k, v in averaged.items()}, math.inf, 0, 0
-    bar = tqdm(range(recipe.max_epochs), desc="training", unit="epoch", file=sys.stderr, disable=not _progress())
+    best, best_loss, best_epoch, step = averaged, math.inf, 0, 0
+    label = "training" if valid is not None else "training on all"
+    passes = recipe.max_epochs if epochs is None else epochs
+    bar = tqdm(range(1, passes + 1), desc=label, unit="epoch", file=sys.stderr, disable=not _progress())
     for epoch in bar:
         losses = []
         order = torch.randperm(len(train.crops), generator=rng).tolist()
         for number, chosen in enumerate(_batches(train, order, recipe.batch_shapes, recipe.batch_crops)):
             batch = _collate(train, chosen, device)
-            model.train()
-            model.encoder.eval()  # batch norm keeps its statistics, tuned or not
-            features = _training_features(model, train, batch, recipe, rng, device)
-            # Each member learns by itself: their mean then gains from their differences.
-            loss, parts = 0.0, []
-            for member in range(len(model.members)):
-                found = _losses(batch, _sums(model, batch, features, member), recipe.loss)
-                loss = loss + found["expression"] + recipe.total_weight * found["total"]
-                parts.append(found)
-            if not torch.isfinite(loss):
-                where = sorted({train.sections[train.crops[i].section].name for i in chosen})
-                raise FloatingPointError(
-                    f"the loss is {float(loss)} in epoch {epoch + 1}, batch {number + 1} (sections {', '.join(where)}); "
-                    "training stopped. Lower the learning rate (lr=) or look for shapes with extreme counts there"
+            losses.append(
+                _step(
+                    model, train, batch, recipe, rng, device, optimiser, trained, f"epoch {epoch}, batch {number + 1}"
                 )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
+            )
             schedule.step()
             step += 1
             decay = min(recipe.ema, step / (step + 9))
             for key, value in model.state_dict().items():
                 if value.is_floating_point():
                     averaged[key].lerp_(value, 1 - decay)
-            losses.append({k: float(sum(p[k].detach() for p in parts)) / len(parts) for k in parts[0]})
+        row = {"epoch": epoch, "lr": optimiser.param_groups[0]["lr"]}
+        row |= {f"train_{k}": float(np.mean([loss[k] for loss in losses])) for k in losses[0]}
+        if valid is None:
+            bar.set_postfix(loss=f"{row['train_expression']:.3f}")
+            continue
         current = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(averaged)
         scores = evaluate_material(model, valid, recipe, device)
         model.load_state_dict(current)
-        row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"]}
-        row |= {f"train_{k}": float(np.mean([loss[k] for loss in losses])) for k in losses[0]}
         row |= {f"val_{k}": v for k, v in scores.items()}
         model.history.append(row)
         bar.set_postfix(
             loss=f"{row['train_expression']:.3f}", val=f"{row['val_expression']:.3f}", pcc=f"{row['val_pcc']:.3f}"
         )
         criterion = scores["expression"] + recipe.total_weight * scores["total"]
-        if criterion < best_loss - 1e-4:
-            best, best_loss, since = {k: v.clone() for k, v in averaged.items()}, criterion, 0
-        else:
-            since += 1
-            if since >= recipe.patience:
-                break
-    return best
+        if criterion < best_loss - 1e-4 or not best_epoch:
+            best, best_loss, best_epoch = {k: v.clone() for k, v in averaged.items()}, criterion, epoch
+        elif epoch - best_epoch >= recipe.patience:
+            break
+    return (averaged, passes) if valid is None else (best, best_epoch)
+
+
+def _step(model, train, batch, recipe, rng, device, optimiser, trained, where) -> dict[str, float]:
+    """Take one step on one batch and return its losses."""
+    model.train()
+    model.encoder.eval()  # batch norm keeps its statistics, tuned or not
+    features = _training_features(model, train, batch, recipe, rng, device)
+    # Each member learns by itself: their mean then gains from their differences.
+    loss, parts = 0.0, []
+    for member in range(len(model.members)):
+        found = _losses(batch, _sums(model, batch, features, member), recipe.loss)
+        loss = loss + found["expression"] + recipe.total_weight * found["total"]
+        parts.append(found)
+    if not torch.isfinite(loss):
+        sections = sorted({train.sections[train.crops[i].section].name for i in batch.crops})
+        raise FloatingPointError(
+            f"the loss is {float(loss)} in {where} (sections {', '.join(sections)}); training stopped. "
+            "Lower the learning rate (lr=) or look for shapes with extreme counts there"
+        )
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimiser.step()
+    return {k: float(sum(p[k].detach() for p in parts)) / len(parts) for k in parts[0]}
 
 
 def _training_features(model, material, batch, recipe, rng, device) -> list[Tensor | None]:

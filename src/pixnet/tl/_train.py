@@ -42,7 +42,7 @@ def train(
     model: PixNet | None = None,
     encoder: str | nn.Module = "efficientnet_lite0",
     mpp: float | None = None,
-    max_epochs: int = 40,
+    max_epochs: int = 12,
     seed: int | None = 0,
     device: str | None = None,
     **recipe: Any,
@@ -73,7 +73,8 @@ def train(
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
         Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single one
-        a block in space, a fifth of its shapes at one end.
+        a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
+        again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
         A model to start from; it is not changed. Excludes ``encoder`` and ``mpp``.
     encoder
@@ -88,7 +89,7 @@ def train(
         Torch device. None: ``settings.device``, else a GPU where there is one, else the CPU.
     **recipe
         Other settings of training: ``patience``, ``lr``, ``weight_decay``, ``loss``, ``total_weight``, ``batch_shapes``,
-        ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``tune_encoder``; and of the model:
+        ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``tune_encoder``, ``refit``; and of the model:
         ``decoder``, ``widths``, ``members``, ``link``, ``stride`` (see `pixnet.models.PixNet`).
 
     Returns

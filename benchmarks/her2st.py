@@ -1,0 +1,91 @@
+"""Train the model that ships with the package, and measure what is held out.
+
+    python benchmarks/her2st.py DATA train --out src/pixnet/models/weights/her2st.safetensors
+    python benchmarks/her2st.py DATA test --model src/pixnet/models/weights/her2st.safetensors --json docs/_generated/her2st.json
+    python benchmarks/her2st.py DATA within          # C2, C3, C4 -> C5: the README's own lines
+    python benchmarks/her2st.py DATA leave-one-out   # within patient C, on C2, C3 and C4
+
+DATA is the folder that holds ST-cnts. Section C5 is in no training; recipes were chosen on the other sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+
+import pixnet as px
+from pixnet.datasets import her2st
+
+TRAINING = ("C2", "C3", "B4", "C4")
+
+
+def measure(model, section: str, data: str, measured: dict) -> None:
+    """Predict a section, sum it over its spots and a 50 um grid, and score the spots."""
+    sdata = her2st(section, path=data)
+    start = time.perf_counter()
+    px.tl.predict(sdata, model)
+    measured["predict_s"] = round(time.perf_counter() - start, 1)
+    measured["predict_peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
+    px.pp.make_grid(sdata, 50)
+    px.tl.aggregate(sdata, ["spots", "grid"])
+    scores = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts")
+    measured["section"], measured["spots"] = section, int(scores["n"].max())
+    measured["grid_squares"] = int(sdata["grid_genes"].n_obs)
+    measured["scores"] = {k: round(v, 4) for k, v in scores.attrs["summary"].items()}
+    best = scores["pearson"].sort_values(ascending=False)
+    measured["best_genes"] = {g: round(v, 3) for g, v in best.head(10).items()}
+    measured["total_pcc"] = round(_total_pcc(sdata), 3)
+
+
+def _total_pcc(sdata) -> float:
+    predicted = sdata["spots_genes"].obs.set_index("instance_id")["total"]
+    counts = sdata["spots_counts"]
+    measured = np.asarray(counts.X.sum(axis=1)).ravel()
+    found = predicted.reindex(counts.obs["instance_id"]).to_numpy()
+    known = np.isfinite(found)
+    return float(np.corrcoef(found[known], measured[known])[0, 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("task", choices=["train", "test", "within", "leave-one-out"])
+    parser.add_argument("--out", default="her2st.safetensors")
+    parser.add_argument("--model", default="her2st")
+    parser.add_argument("--json")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    measured: dict = {"task": args.task}
+    if args.task == "test":
+        measure(px.models.load(args.model), "C5", args.data, measured)
+    elif args.task == "leave-one-out":
+        names = ("C2", "C3", "C4")
+        frame = px.tl.cross_validate({n: her2st(n, path=args.data) for n in names}, groups=names, seed=args.seed)
+        pearson = frame[frame["metric"] == "pearson"].groupby("group")["value"]
+        measured["pcc_mean"] = pearson.mean().round(4).to_dict()
+        measured["pcc_median"] = pearson.median().round(4).to_dict()
+    else:
+        names = TRAINING if args.task == "train" else ("C2", "C3", "C4")
+        sections = {n: her2st(n, path=args.data) for n in names}
+        start = time.perf_counter()
+        model = px.tl.train(sections, seed=args.seed)
+        measured["train_s"] = round(time.perf_counter() - start)
+        measured["validation"] = model.history[-1]
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        model.save(args.out, dtype="float16", overwrite=True)
+        measured["file_mb"] = round(Path(args.out).stat().st_size / 1e6, 2)
+        if args.task == "within":
+            measure(model, "C5", args.data, measured)
+    print(json.dumps(measured, indent=1))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
