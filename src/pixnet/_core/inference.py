@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import hashlib
+import itertools
 import json
 import pickle
+import queue
 import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +242,11 @@ class TileRunner:
         cols = slice(max(int(np.floor(x.min())) - 1, 0), max(int(np.ceil(x.max())) + 1, 0))
         return bool(self.coarse.mask[rows, cols].any())
 
+    def tiles(self) -> list[tuple[int, int]]:
+        """Return the tiles that may hold tissue, row by row."""
+        rows, cols = self.layout.tiles
+        return [(i, j) for i in range(rows) for j in range(cols) if self.may_have_tissue(i, j)]
+
     def tile(self, i: int, j: int, work: Work | None = None) -> np.ndarray | None:
         """Predict tile ``(i, j)``.
 
@@ -343,6 +353,9 @@ class TileRunner:
 
     def _forward(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, core, core)``, without the halo."""
+        return _in_callers_thread(lambda: self._forward_here(pixels, work))
+
+    def _forward_here(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         device = torch.device(self.device)
         model = self.model.ready(device)
         image = torch.from_numpy(pixels)
@@ -461,23 +474,97 @@ def cluster_client() -> Any:
 
 
 def _on_threads(function: Any, shared: Sequence[Any], items: Sequence[Any], threads: int) -> Iterator[Any]:
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+    """Tasks run on threads that read and write; the caller's thread runs the model for them."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet")
-    waiting, running = iter(items), set()
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet", initializer=_serve, initargs=(events,))
+    waiting, running = iter(items), 0
     try:
-        while True:
-            for item in waiting:
-                running.add(pool.submit(function, *shared, *item))
-                if len(running) == threads:
-                    break
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+        with memory_kept():
+            while True:
+                for item in itertools.islice(waiting, threads - running):
+                    pool.submit(function, *shared, *item).add_done_callback(events.put)
+                    running += 1
+                if not running:
+                    return
+                event = events.get()
+                if isinstance(event, _Request):
+                    event.run()
+                else:
+                    running -= 1
+                    yield event.result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        while running:  # threads may wait for a forward pass: tell them that none will come
+            event = events.get()
+            if isinstance(event, _Request):
+                event.refuse()
+            else:
+                running -= 1
+
+
+_LOCAL = threading.local()
+
+
+def _serve(events: queue.SimpleQueue[Any]) -> None:
+    _LOCAL.events = events
+
+
+class _Request:
+    """A forward pass that a thread asks the caller's thread for, and waits for."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.future = function, Future()
+
+    def run(self) -> None:
+        try:
+            self.future.set_result(self.function())
+        except BaseException as error:
+            self.future.set_exception(error)
+            if not isinstance(error, Exception):  # Ctrl-C falls on this thread
+                raise
+
+    def refuse(self) -> None:
+        self.future.set_exception(CancelledError())
+
+
+def _in_callers_thread(function: Any) -> Any:
+    events = getattr(_LOCAL, "events", None)
+    if events is None:
+        return function()
+    request = _Request(function)
+    events.put(request)
+    return request.future.result()
+
+
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """Have glibc keep freed memory, and give it back at the end.
+
+    A forward pass frees and allocates hundreds of megabytes over and over. glibc asks the kernel for each large piece
+    anew, and clearing those pages took a quarter of the time of a pass. It keeps them only in the main thread's arena,
+    which is why the model runs there.
+    """
+    libc = None
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.gnu_get_libc_version  # noqa: B018  other libraries do not have it
+            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            with contextlib.suppress(AttributeError):
+                # what glibc itself arrives at in a process that frees large arrays
+                libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+                libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+                libc.malloc_trim(0)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def _graph(function: Any, shared: Sequence[Any], items: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:

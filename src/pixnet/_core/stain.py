@@ -30,8 +30,7 @@ def sample(runner: TileRunner) -> list[tuple[np.ndarray, np.ndarray]]:
         Pixels ``(3, n, n)`` uint8 at the model's um/px, and which of them are tissue, ``(n, n)`` bool.
     """
     layout, stride = runner.layout, runner.layout.grid.stride
-    rows, cols = layout.tiles
-    tiles = [(i, j) for i in range(rows) for j in range(cols) if runner.may_have_tissue(i, j)]
+    tiles = runner.tiles()
     side = WINDOW_PX // stride
     out = []
     for k in np.unique(np.linspace(0, len(tiles) - 1, WINDOWS).round().astype(int)) if tiles else []:

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,10 @@ def predict(
         batch=4 if gpu else 1,
         name=image_key,
     )
+    if not runner.tiles():
+        raise ValueError(
+            f"no tissue on image {image_key!r}: its mask lies outside of it; check the transformation of the mask"
+        )
     samples = sample(runner)
     differs = differences(samples, model.config.get("stain"))
     if differs:
@@ -265,25 +270,27 @@ def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, 
     """Run all tiles and levels into the stream, and finish it."""
     from pixnet._core.inference import Work, run_tasks, store_tile
 
-    started, total = time.perf_counter(), Work()
-    rows, cols = runner.layout.tiles
-    tiles = [(i, j) for i in range(rows) for j in range(cols) if runner.may_have_tissue(i, j)]
+    started, total, before = time.perf_counter(), Work(), record(sdata)["images"].get(key)
+    tiles = runner.tiles()
     todo = [tile for tile in tiles if tile not in stream.done]
     if stream.done:
         logger.info("resuming %r: %d of %d tiles are done", key, len(tiles) - len(todo), len(tiles))
     try:
-        if not tiles:
-            raise ValueError("no tissue on the slide: the mask lies outside it; check its transformation")
         _warn_if_full(stream, len(todo), entry["params"]["dtype"])
-        with tqdm(
-            total=len(tiles),
-            initial=len(tiles) - len(todo),
-            desc=f"predict {key}",
-            unit="tile",
-            file=sys.stderr,
-            disable=not settings.progress,
-        ) as bar:
-            for i, j, work in run_tasks(store_tile, [runner, stream.arrays[0]], todo):
+        results = run_tasks(store_tile, [runner, stream.arrays[0]], todo)
+        # closing: whatever happens, no task writes any more when the stream is dealt with
+        with (
+            closing(results),
+            tqdm(
+                total=len(tiles),
+                initial=len(tiles) - len(todo),
+                desc=f"predict {key}",
+                unit="tile",
+                file=sys.stderr,
+                disable=not settings.progress,
+            ) as bar,
+        ):
+            for i, j, work in results:
                 stream.mark(i, j)
                 total.add(work)
                 speed = total.windows * runner.layout.window**2 / 1e6 / (time.perf_counter() - started)
@@ -291,8 +298,9 @@ def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, 
                 bar.update()
         for level in range(1, len(stream.arrays)):
             tasks = stream.level_tasks(level, tiles, runner.layout.tile)
-            for _ in run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks):
-                pass
+            with closing(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks)) as results:
+                for _ in results:
+                    pass
         record(sdata)["images"][key] = entry
         size = stream.size
         stream.finish(sdata)
@@ -304,15 +312,15 @@ def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, 
                 f"the disk of {stream.root} is full; the unfinished map {key!r} was deleted. Make room, ask for fewer "
                 "genes (genes=) or a coarser map (out_mpp=)",
             ) from error
-        _interrupted(stream, key)
+        _interrupted(stream, sdata, key, before)
         raise
     except BaseException:
-        _interrupted(stream, key)
+        _interrupted(stream, sdata, key, before)
         raise
     wall = time.perf_counter() - started
     logger.info(
-        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s, %.0f %% of it in the model); "
-        "%.2f GB in %s",
+        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
+        "model); %.2f GB in %s",
         key,
         runner.n_channels,
         *runner.layout.shape,
@@ -320,14 +328,17 @@ def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, 
         total.pixels / 1e6,
         wall,
         total.windows * runner.layout.window**2 / 1e6 / wall,
-        100 * total.forward / wall,
+        total.forward,
         size / 1e9,
         stream.root,
     )
 
 
-def _interrupted(stream: MapStream, key: str) -> None:
+def _interrupted(stream: MapStream, sdata: SpatialData, key: str, before: dict[str, Any] | None) -> None:
     stream.interrupt()
+    record(sdata)["images"].pop(key, None)
+    if before is not None:
+        record(sdata)["images"][key] = before
     logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
 
 
