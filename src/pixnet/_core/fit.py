@@ -447,7 +447,7 @@ def _step(model, train, batch, recipe, rng, device, optimiser, trained, where) -
     if not torch.isfinite(loss):
         sections = sorted({train.sections[train.crops[i].section].name for i in batch.crops})
         raise FloatingPointError(
-            f"the loss is {float(loss)} in {where} (sections {', '.join(sections)}); training stopped. "
+            f"the loss is {float(loss.detach())} in {where} (sections {', '.join(sections)}); training stopped. "
             "Lower the learning rate (lr=) or look for shapes with extreme counts there"
         )
     optimiser.zero_grad(set_to_none=True)
