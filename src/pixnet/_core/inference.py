@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -589,7 +590,9 @@ def _on_cluster(client: Any, function: Any, shared: Sequence[Any], items: Sequen
     from distributed import as_completed
 
     graph, keys = _graph(function, shared, items)
-    futures = client.get(graph, keys, sync=False)
+    with warnings.catch_warnings():  # the model is in the graph on purpose: scattered, it would die with its worker
+        warnings.filterwarnings("ignore", message="Sending large graph")
+        futures = client.get(graph, keys, sync=False)
     try:
         for _, result in as_completed(futures, with_results=True):
             yield result
