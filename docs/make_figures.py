@@ -35,13 +35,14 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def idea() -> None:
-    """One gene of a synthetic tissue: slide, map, and the map summed over cells, bins and spots."""
+    """One gene of a synthetic tissue: slide, map, and the map summed over cells and spots."""
     sdata = px.datasets.synthetic_tissue(600, n_genes=30, seed=4)
-    px.tl.aggregate(sdata, ["cells", "bins", "spots"], image_key="truth")
-    axes = px.pl.scales(sdata, "TUM1", ["cells", "bins", "spots"], image_key="truth", ncols=5)
-    for ax, title in zip(axes, ["H&E", "map, 2 µm pixels", "cells", "8 µm bins", "55 µm spots"], strict=True):
+    px.tl.aggregate(sdata, ["cells", "spots"], image_key="truth")
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.6), layout="constrained")
+    px.pl.scales(sdata, "TUM1", ["cells", "spots"], image_key="truth", ax=list(axes))
+    for ax, title in zip(axes, ["H&E", "map, 2 µm pixels", "cells", "55 µm spots"], strict=True):
         ax.set_title(title)
-    save(axes[0].figure, "idea.png")
+    save(figure, "idea.png")
 
 
 def readme(section: str = "C5") -> None:
