@@ -234,7 +234,21 @@ class _Batch:
 
 
 def _batches(material: Material, order: Sequence[int], shapes: int, most: int) -> list[list[int]]:
-    """Cut an order of crops into batches that have enough shapes of each element, or as many crops as allowed."""
+    """Cut an order of crops into batches that have enough shapes of each element, or as many crops as allowed.
+
+    A batch is of one section: correlations over its shapes then are those within a section, as evaluation takes them,
+    and no network gains by telling sections of different depth apart. Sections follow one another in turn.
+    """
+    found: list[list[list[int]]] = []
+    for section in range(len(material.sections)):
+        own = [i for i in order if material.crops[i].section == section]
+        if own:
+            found.append(_batches_of_one(material, own, shapes, most))
+    rounds = max((len(batches) for batches in found), default=0)
+    return [batches[r] for r in range(rounds) for batches in found if r < len(batches)]
+
+
+def _batches_of_one(material: Material, order: Sequence[int], shapes: int, most: int) -> list[list[int]]:
     out: list[list[int]] = [[]]
     count: dict[str, int] = {}
     for i in order:
@@ -246,7 +260,7 @@ def _batches(material: Material, order: Sequence[int], shapes: int, most: int) -
             count = {}
     if not out[-1]:
         out.pop()
-    elif len(out) > 1 and (not count or min(count.values()) < shapes // 3):
+    elif len(out) > 1 and min(count.values()) < shapes // 3:
         remnant = out.pop()  # too small for a correlation
         out[-1] += remnant
     return out
