@@ -13,8 +13,9 @@ def pearson(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the Pearson correlation of each column over the rows, ``(genes,)``; NaN where a column is constant."""
     p = prediction - prediction.mean(dim=0)
     t = target - target.mean(dim=0)
-    scale = (p.square().sum(dim=0) * t.square().sum(dim=0)).sqrt()
-    return torch.where(scale > 1e-8, (p * t).sum(dim=0) / scale.clamp(min=1e-8), torch.nan)
+    # Clamped before the root, whose slope at 0 would turn the gradients of all genes into NaN.
+    scale = (p.square().sum(dim=0) * t.square().sum(dim=0)).clamp(min=1e-16).sqrt()
+    return torch.where(scale > 1e-8, (p * t).sum(dim=0) / scale, torch.nan)
 
 
 def shape_loss(sums: Tensor, covered: Tensor, cp10k: Tensor, depth: Tensor, kind: str = "mse+pcc") -> dict[str, Tensor]:
