@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST_ARGS ?=
+TESTS ?= tests tutorials
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-timm lint format docs clean
@@ -16,11 +17,11 @@ help:  ## Say what the targets do.
 demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; results in demo/.
 	$(BIN)/python -m pixnet._demo --out demo
 
-test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" to choose; PIXNET_DATA_DIR for real data).
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl to choose; PIXNET_DATA_DIR for real data).
+	$(BIN)/python -m pytest -q --nbmake $(PYTEST_ARGS) $(TESTS)
 
 test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
-	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS) tests
 
 lint: $(STAMPS)/lint  ## Check style and formatting.
 	$(BIN)/ruff check .

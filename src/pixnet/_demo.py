@@ -65,7 +65,8 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
         training = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=1, shapes=["spots"])
         test = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=2, shapes=["spots", "cells"])
     with step(f"training on the {len(training['spots'])} spots of the first"):
-        model = px.tl.train(training, shapes="spots", max_epochs=max_epochs, seed=0)
+        genes = px.pp.select_genes(training, table_key="spots_counts", n_top=n_genes)
+        model = px.tl.train(training, shapes="spots", genes=genes, max_epochs=max_epochs, seed=0)
         model.save(out / "model.safetensors")
         save(px.pl.training(model), out / "training.png")
     with step("predicting the second, and summing its map over spots, cells and an 8 um grid"):
