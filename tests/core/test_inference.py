@@ -12,21 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from pixnet._core import inference
-from pixnet._core.inference import (
-    PackedModel,
-    TileError,
-    TileRunner,
-    Work,
-    fold_norms,
-    lazy_map,
-    resolve_device,
-    resolve_precision,
-    run_tasks,
-    store_tile,
-)
+from pixnet._core import packed as packing
+from pixnet._core.inference import TileError, TileRunner, Work, lazy_map, store_tile
 from pixnet._core.layout import choose_layout
 from pixnet._core.masking import SlideExtent, TissueMask
+from pixnet._core.packed import PackedModel, fold_norms, resolve_device, resolve_precision
+from pixnet._core.tasks import run_tasks
 from pixnet._core.tiling import SlideReader, choose_grid
 
 WINDOW, HALO, STRIDE = 64, 64, 4
@@ -82,7 +73,7 @@ def make_runner(pixels, mask=None, *, tile_size=None, out_mpp=None, model=None, 
 @pytest.fixture(autouse=True)
 def _alone():
     """No model left by another test, and one thread: these arrays are too small for more."""
-    inference._READY.clear()
+    packing._READY.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -187,7 +178,7 @@ def test_a_part_that_cannot_be_read_is_named(pixels):
 def test_a_model_is_unpacked_once_in_a_process():
     packed = PackedModel(Means())
     one, two = pickle.loads(pickle.dumps(packed)), pickle.loads(pickle.dumps(packed))
-    inference._READY.clear()
+    packing._READY.clear()
     assert one.ready(torch.device("cpu")) is two.ready(torch.device("cpu"))
     assert one.hash == packed.hash
 

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, get_channel_names
 from spatialdata.transformations import Identity, Scale, get_transformation
 
-from pixnet._core.inference import run_tasks
+from pixnet._core.tasks import run_tasks
 from pixnet._sdata.stream import MapSpec, MapStream, _mean_level, store_level
 
 

@@ -73,9 +73,9 @@ def locally(sdata, model, **kwargs):
 
 
 def _loaded():
-    from pixnet._core import inference
+    from pixnet._core import packed
 
-    return os.getpid(), len(inference._READY)
+    return os.getpid(), len(packed._READY)
 
 
 def test_workers_write_the_same_bytes(client, backed, model):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.augment import jitter
 from pixnet._core.crops import Crop, Section, crop_size, place_crops, weigh
-from pixnet._core.inference import resolve_precision
+from pixnet._core.packed import resolve_precision
 from pixnet._logging import logger
 from pixnet.models._losses import shape_loss
 from pixnet.models._pixnet import PixNet

@@ -2,163 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import hashlib
-import itertools
-import json
-import pickle
-import queue
-import sys
 import threading
 import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle
 import dask.array as da
-import dask.base
 import numpy as np
 import torch
 from dask.highlevelgraph import HighLevelGraph
-from torch import nn
 
 from pixnet._core.layout import Box, Layout
 from pixnet._core.masking import SlideExtent, TissueMask
+from pixnet._core.packed import PRECISIONS, PackedModel
+from pixnet._core.tasks import in_callers_thread
 from pixnet._core.tiling import SlideReader
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _FORWARD = threading.Lock()
 """One forward pass at a time in a process: it uses all of torch's threads, and its memory is what counts."""
-
-_READY: OrderedDict[tuple[str, str], nn.Module] = OrderedDict()
-_READY_SIZE = 2
-_LOADING = threading.Lock()
-
-
-# device and precision ----------------------------------------------------------------------------------------------
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the device to run on; None takes a GPU where there is one.
-
-    With a cluster in scope a device that is named is taken at its word: this machine's devices say nothing of the workers'.
-
-    Raises
-    ------
-    ValueError
-        If the device is unknown or not there.
-    """
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}; valid: 'cpu', 'cuda', 'cuda:0', 'mps', ...") from error
-    if cluster_client() is not None:
-        return device
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps'; torch sees no such device here")
-    return device
-
-
-def resolve_precision(precision: str | None, device: torch.device) -> str:
-    """Return the arithmetic to run in; None takes bfloat16 where the device computes in it natively, else float32.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or float16 is asked of a CPU.
-    """
-    if precision is None:
-        return "bfloat16" if _native_bfloat16(device) else "float32"
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; valid: None, {', '.join(map(repr, PRECISIONS))}")
-    if precision == "float16" and device.type == "cpu":
-        raise ValueError("precision is 'float16', which CPUs do not compute in; take 'bfloat16' or 'float32'")
-    return precision
-
-
-def _native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        names = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
-        if capabilities:
-            return any(capabilities.get(name) for name in names)
-        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        return any(check is not None and check() for check in checks)
-    return False
-
-
-# the model ---------------------------------------------------------------------------------------------------------
-
-
-class PackedModel:
-    """A model as tasks carry it: pickled as bytes with a hash, unpacked once in a process.
-
-    Parameters
-    ----------
-    model
-        The model; a copy is kept, so that later training does not change a lazy map.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.hash = model_hash(model)
-        self._module = fold_norms(copy.deepcopy(model).eval().cpu())
-        self._bytes: bytes | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._bytes is None:
-            self._bytes = cloudpickle.dumps(self._module)
-        return {"hash": self.hash, "_bytes": self._bytes, "_module": None}
-
-    def ready(self, device: torch.device) -> nn.Module:
-        """Return the model on a device, laid out for it; the same object each time in a process."""
-        key = (self.hash, str(device))
-        with _LOADING:
-            if key not in _READY:
-                module = pickle.loads(self._bytes) if self._module is None else self._module
-                module = module if device.type == "cpu" else copy.deepcopy(module)
-                _READY[key] = module.to(device=device, memory_format=torch.channels_last)
-                while len(_READY) > _READY_SIZE:
-                    _READY.popitem(last=False)
-            _READY.move_to_end(key)
-            return _READY[key]
-
-
-def model_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's configuration and weights."""
-    digest = hashlib.sha256(json.dumps(getattr(model, "config", {}), sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def fold_norms(module: nn.Module) -> nn.Module:
-    """Fold each batch norm that follows a convolution in a sequence into its weights: the same function, less work."""
-    for child in module.children():
-        fold_norms(child)
-    if isinstance(module, nn.Sequential):
-        names = list(module._modules)
-        for first, second in zip(names, names[1:]):
-            conv, norm = module._modules[first], module._modules[second]
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
-                module._modules[first] = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm.eval())
-                module._modules[second] = nn.Identity()
-    return module
 
 
 # the runner --------------------------------------------------------------------------------------------------------
@@ -354,7 +217,7 @@ class TileRunner:
 
     def _forward(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, core, core)``, without the halo."""
-        return _in_callers_thread(lambda: self._forward_here(pixels, work))
+        return in_callers_thread(lambda: self._forward_here(pixels, work))
 
     def _forward_here(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         device = torch.device(self.device)
@@ -436,165 +299,3 @@ def store_tile(runner: TileRunner, target: Any, i: int, j: int) -> tuple[int, in
         target[:, box.y : box.y + box.height, box.x : box.x + box.width] = out
         work.write += time.perf_counter() - start
     return i, j, work
-
-
-def run_tasks(
-    function: Any, shared: Sequence[Any], items: Sequence[tuple[int, int]], threads: int = 3
-) -> Iterator[Any]:
-    """Run ``function(*shared, i, j)`` for all items and yield the results as they come.
-
-    The tasks run on the ``dask.distributed`` client in scope, on the scheduler that dask is configured for, or on threads.
-
-    Parameters
-    ----------
-    function
-        The task.
-    shared
-        Its first arguments: they travel to a worker once.
-    items
-        Its last two arguments, one pair a task.
-    threads
-        Threads, where neither a client nor a scheduler is set.
-    """
-    get = dask.base.get_scheduler()
-    client = cluster_client()
-    if client is not None:
-        yield from _on_cluster(client, function, shared, items)
-    elif get is not None and "thread" not in getattr(get, "__module__", ""):
-        yield from _on_scheduler(get, function, shared, items)
-    else:
-        yield from _on_threads(function, shared, items, threads)
-
-
-def cluster_client() -> Any:
-    """Return the ``dask.distributed`` client in scope; None where there is none, or another scheduler is configured."""
-    if "distributed" not in sys.modules:
-        return None
-    owner = getattr(dask.base.get_scheduler(), "__self__", None)
-    return owner if isinstance(owner, sys.modules["distributed"].Client) else None
-
-
-def _on_threads(function: Any, shared: Sequence[Any], items: Sequence[Any], threads: int) -> Iterator[Any]:
-    """Tasks run on threads that read and write; the caller's thread runs the model for them."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet", initializer=_serve, initargs=(events,))
-    waiting, running = iter(items), 0
-    try:
-        with memory_kept():
-            while True:
-                for item in itertools.islice(waiting, threads - running):
-                    pool.submit(function, *shared, *item).add_done_callback(events.put)
-                    running += 1
-                if not running:
-                    return
-                event = events.get()
-                if isinstance(event, _Request):
-                    event.run()
-                else:
-                    running -= 1
-                    yield event.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        while running:  # threads may wait for a forward pass: tell them that none will come
-            event = events.get()
-            if isinstance(event, _Request):
-                event.refuse()
-            else:
-                running -= 1
-
-
-_LOCAL = threading.local()
-
-
-def _serve(events: queue.SimpleQueue[Any]) -> None:
-    _LOCAL.events = events
-
-
-class _Request:
-    """A forward pass that a thread asks the caller's thread for, and waits for."""
-
-    def __init__(self, function: Any) -> None:
-        self.function, self.future = function, Future()
-
-    def run(self) -> None:
-        try:
-            self.future.set_result(self.function())
-        except BaseException as error:
-            self.future.set_exception(error)
-            if not isinstance(error, Exception):  # Ctrl-C falls on this thread
-                raise
-
-    def refuse(self) -> None:
-        self.future.set_exception(CancelledError())
-
-
-def _in_callers_thread(function: Any) -> Any:
-    events = getattr(_LOCAL, "events", None)
-    if events is None:
-        return function()
-    request = _Request(function)
-    events.put(request)
-    return request.future.result()
-
-
-@contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
-    """Have glibc keep freed memory, and give it back at the end.
-
-    A forward pass frees and allocates hundreds of megabytes over and over. glibc asks the kernel for each large piece
-    anew, and clearing those pages took a quarter of the time of a pass. It keeps them only in the main thread's arena,
-    which is why the model runs there.
-    """
-    libc = None
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.gnu_get_libc_version  # noqa: B018  other libraries do not have it
-            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    try:
-        yield
-    finally:
-        if libc is not None:
-            with contextlib.suppress(AttributeError):
-                # what glibc itself arrives at in a process that frees large arrays
-                libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-                libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-                libc.malloc_trim(0)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def _graph(function: Any, shared: Sequence[Any], items: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:
-    import uuid
-
-    token = uuid.uuid4().hex
-    names = [f"pixnet-shared-{k}-{token}" for k in range(len(shared))]
-    graph: dict[Any, Any] = dict(zip(names, shared))
-    keys = [(f"pixnet-{function.__name__.strip('_')}-{token}", *item) for item in items]
-    graph.update({key: (function, *names, *item) for key, item in zip(keys, items)})
-    return graph, keys
-
-
-def _on_scheduler(get: Any, function: Any, shared: Sequence[Any], items: Sequence[Any]) -> Iterator[Any]:
-    # A few tasks at a time, so that results come while others run.
-    for start in range(0, len(items), 64):
-        graph, keys = _graph(function, shared, items[start : start + 64])
-        yield from get(graph, keys)
-
-
-def _on_cluster(client: Any, function: Any, shared: Sequence[Any], items: Sequence[Any]) -> Iterator[Any]:
-    from distributed import as_completed
-
-    graph, keys = _graph(function, shared, items)
-    with warnings.catch_warnings():  # the model is in the graph on purpose: scattered, it would die with its worker
-        warnings.filterwarnings("ignore", message="Sending large graph")
-        futures = client.get(graph, keys, sync=False)
-    try:
-        for _, result in as_completed(futures, with_results=True):
-            yield result
-    finally:
-        client.cancel(futures)

@@ -145,8 +145,9 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    from pixnet._core.inference import PackedModel, TileRunner, resolve_device, resolve_precision
+    from pixnet._core.inference import TileRunner
     from pixnet._core.layout import choose_layout
+    from pixnet._core.packed import PackedModel, resolve_device, resolve_precision
     from pixnet._core.stain import differences, sample
     from pixnet._core.tiling import SlideReader, choose_grid
     from pixnet._sdata.tissue import open_mask
@@ -268,7 +269,8 @@ def predict(
 
 def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, entry: dict[str, Any]) -> None:
     """Run all tiles and levels into the stream, and finish it."""
-    from pixnet._core.inference import Work, run_tasks, store_tile
+    from pixnet._core.inference import Work, store_tile
+    from pixnet._core.tasks import run_tasks
 
     started, total, before = time.perf_counter(), Work(), record(sdata)["images"].get(key)
     tiles = runner.tiles()

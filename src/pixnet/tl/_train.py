@@ -145,7 +145,7 @@ def train(
     import torch
 
     from pixnet._core.fit import fit
-    from pixnet._core.inference import resolve_device
+    from pixnet._core.packed import resolve_device
 
     device = str(resolve_device(device if device is not None else settings.device))
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
