@@ -1,0 +1,90 @@
+"""Features of crops: computed once in several versions, or anew at every step."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pixnet._core.augment import jitter
+from pixnet._core.material import Material
+from pixnet._core.packed import resolve_precision
+from pixnet._settings import settings
+from pixnet.models._pixnet import PixNet
+
+
+def turn(x: Tensor, how: int) -> Tensor:
+    """Apply one of the eight symmetries of the square to ``(..., H, W)``."""
+    if how >= 4:
+        x = x.flip(-1)
+    return torch.rot90(x, how % 4, (-2, -1))
+
+
+def turn_back(x: Tensor, how: int) -> Tensor:
+    """Undo `turn`."""
+    x = torch.rot90(x, -(how % 4), (-2, -1))
+    return x.flip(-1) if how >= 4 else x
+
+
+def encode_crops(
+    model: PixNet, pixels: Tensor, halo: int, how: int, stain: float, rng: torch.Generator
+) -> list[Tensor]:
+    """Return raw features of the levels in use, of the crops without halo, seen turned and restained, turned back."""
+    image = pixels.float() / 255
+    if stain > 0:
+        image = jitter(image, stain, rng)
+    image = turn(image, how).contiguous(memory_format=torch.channels_last)
+    with autocast(image.device):
+        raw = model.encoder(image)
+    features = []
+    for level in model.levels:
+        stride, feature = model.encoder.strides[level], turn_back(raw[level], how)
+        inner = slice(halo // stride, feature.shape[-1] - halo // stride)
+        features.append(feature[..., inner, inner].contiguous(memory_format=torch.channels_last))
+    return features
+
+
+@torch.no_grad()
+def cache_features(
+    model: PixNet, material: Material, variants: int, stain: float, rng: torch.Generator, device: str, label: str
+) -> None:
+    """Compute the features of all crops in each variant; the first is the crop as it is."""
+    model.eval()
+    store: list[list[Tensor]] = []
+    hows = [0, *torch.randperm(7, generator=rng).add(1).tolist()]
+    bar = tqdm(
+        total=variants * len(material.crops), desc=label, unit="crop", file=sys.stderr, disable=not settings.progress
+    )
+    with bar:
+        for v in range(variants):
+            kept: list[list[Tensor]] = []
+            for start in range(0, len(material.crops), 4):
+                pixels = torch.stack([material.pixels(c, model.halo) for c in material.crops[start : start + 4]])
+                found = encode_crops(model, pixels.to(device), model.halo, hows[v % 8], stain if v else 0.0, rng)
+                kept.append([f.to("cpu", torch.float16) for f in found])
+                bar.update(len(pixels))
+            store.append([torch.cat(level).contiguous(memory_format=torch.channels_last) for level in zip(*kept)])
+    material.features = store
+
+
+def set_feature_statistics(model: PixNet, material: Material) -> None:
+    """Give the model mean and standard deviation of each feature over the pixels that the shapes cover."""
+    for i, level in zip(model.levels, material.features[0]):
+        flat = level.float().transpose(0, 1).flatten(1)
+        getattr(model, f"feature_mean_{i}").copy_(flat.mean(dim=1))
+        getattr(model, f"feature_sd_{i}").copy_(flat.std(dim=1).clamp(min=1e-3))
+
+
+def standardised(model: PixNet, features: list[Tensor]) -> list[Tensor | None]:
+    """Return features of the levels in use, standardised and in their places among all levels."""
+    placed: list[Tensor | None] = [None] * len(model.encoder.strides)
+    for level, feature in zip(model.levels, features):
+        placed[level] = feature.float()
+    return model.standardise(placed)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Run encoder and decoder in the arithmetic that prediction takes by default."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(None, device) == "bfloat16")
