@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 import pixnet as px
 
 HISTORY = [
-    {"epoch": 0, "loss": 3.0, "val_loss": 3.2, "val_pcc": 0.05, "lr": 1e-3},
-    {"epoch": 1, "loss": 2.0, "val_loss": 2.2, "val_pcc": 0.20, "lr": 1e-3},
-    {"epoch": 2, "loss": 1.5, "val_loss": 2.4, "val_pcc": 0.18, "lr": 1e-4},
+    {"epoch": 0, "train_expression": 3.0, "val_expression": 3.2, "val_pcc": 0.05, "lr": 1e-3},
+    {"epoch": 1, "train_expression": 2.0, "val_expression": 2.2, "val_pcc": 0.20, "lr": 1e-3},
+    {"epoch": 2, "train_expression": 1.5, "val_expression": 2.4, "val_pcc": 0.18, "lr": 1e-4},
 ]
 
 
@@ -45,7 +45,7 @@ def test_training_with_loss_only_returns_one_axes():
     [
         (object(), TypeError, "no history"),
         (SimpleNamespace(history=[]), ValueError, "empty"),
-        ([{"lr": 1.0}], ValueError, "no loss"),
+        ([{"lr": 1.0}], ValueError, "none of"),
     ],
 )
 def test_training_wrong_arguments(model, error, says):

@@ -10,18 +10,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from pixnet._sdata.elements import listed
 from pixnet.pl._style import ACCENT, SECOND, panels, returned, style
 
 if TYPE_CHECKING:
     from pixnet.models import PixNet
 
 _PREFIXES = {"train_": "training", "val_": "validation", "validation_": "validation"}
-_NAMES = {"loss": "loss", "pcc": "Pearson's r", "pearson": "Pearson's r", "pcc_mean": "Pearson's r", "mse": "MSE"}
+_NAMES = {"loss": "loss", "expression": "loss of expression", "pcc": "Pearson's r", "total": "loss of totals"}
 _COLOURS = {"training": ACCENT, "validation": SECOND}
 
 
 def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes | np.ndarray:
-    """Show how training went: the loss and, where it was measured, Pearson's r, epoch by epoch.
+    """Show how training went, epoch by epoch: the losses of expression and of totals, and Pearson's r over shapes.
 
     Parameters
     ----------
@@ -34,33 +35,33 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
     Returns
     -------
     Axes or ndarray of Axes
-        The Axes where only the loss is known, else an array of two: loss, Pearson's r. A ring marks the best epoch of
-        each validation curve.
+        Loss of expression, Pearson's r, loss of totals; the Axes itself where the history has one of them only. A ring
+        marks the best epoch of each validation curve.
 
     Raises
     ------
     TypeError
         If ``model`` has no history, or ``ax`` is of the wrong type.
     ValueError
-        If the history is empty or holds no loss.
+        If the history is empty or holds none of these.
 
     Examples
     --------
     >>> import pixnet as px
-    >>> history = [{"epoch": 1, "loss": 1.9, "val_loss": 2.0}, {"epoch": 2, "loss": 1.5, "val_loss": 1.8}]
+    >>> history = [{"epoch": 1, "train_pcc": 0.10, "val_pcc": 0.08}, {"epoch": 2, "train_pcc": 0.25, "val_pcc": 0.19}]
     >>> ax = px.pl.training(history)
     """
     curves = _curves(model)
     metrics = list(dict.fromkeys(metric for metric, _ in curves))
     with style():
-        axes = panels(len(metrics), ax, ncols=2, aspect=1.35, bar_inches=0.7)
+        axes = panels(len(metrics), ax, ncols=3, aspect=1.35, bar_inches=0.7)
         for panel, metric in zip(axes, metrics, strict=True):
             for (its_metric, part), values in curves.items():
                 if its_metric != metric:
                     continue
                 panel.plot(values.index, values, color=_COLOURS[part], linewidth=1.6, label=part)
                 if part == "validation":
-                    best = values.idxmin() if metric in ("loss", "MSE") else values.idxmax()
+                    best = values.idxmax() if metric == _NAMES["pcc"] else values.idxmin()
                     panel.plot(
                         best,
                         values[best],
@@ -73,7 +74,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
                     panel.annotate(
                         f"{values[best]:.3g}",
                         (best, values[best]),
-                        xytext=(0, 8 if metric in ("loss", "MSE") else -15),
+                        xytext=(0, -15 if metric == _NAMES["pcc"] else 8),
                         textcoords="offset points",
                         ha="center",
                         fontsize=8.5,
@@ -107,6 +108,6 @@ def _curves(model: Any) -> dict[tuple[str, str], pd.Series]:
                 values = pd.to_numeric(frame[column], errors="coerce").dropna()
                 if len(values):
                     curves.setdefault((_NAMES[metric], part), values)
-    if not any(metric == "loss" for metric, _ in curves):
-        raise ValueError(f"the model's history holds no loss; it has: {list(frame.columns)}")
+    if not curves:
+        raise ValueError(f"the model's history holds none of {listed(_NAMES)}; it has: {listed(frame.columns)}")
     return curves
