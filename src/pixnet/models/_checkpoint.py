@@ -38,7 +38,10 @@ def save(model: PixNet, path: str | Path, *, dtype: str = "float32", overwrite: 
     header = {"format": FORMAT, "config": model.config, "history": model.history}
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()  # with the permissions of any file; safetensors would keep others out
+        mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={"pixnet": json.dumps(header, allow_nan=True)})
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
