@@ -87,7 +87,7 @@ def evaluation(
         ax.spines["left"].set_visible(False)
         if len(curves) == 1:
             _name_genes(ax, next(iter(curves.values())), int(n_named))
-        ax.legend(loc="upper right", handlelength=1.2)
+        ax.legend(loc="lower left", handlelength=1.2)  # curves fall, so that corner is free
     return ax
 
 
