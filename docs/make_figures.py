@@ -13,7 +13,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 from PIL import Image
 
 import pixnet as px
@@ -52,22 +51,15 @@ def readme(section: str = "C5") -> None:
     px.tl.aggregate(sdata, "spots")
     score = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts")
     best = list(score["pearson"].sort_values(ascending=False).index[:3])
-    figure = plt.figure(figsize=(11.5, 5.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    maps = top.subplots(1, 4)
-    px.pl.gene_map(sdata, best, ax=list(maps))
-    tables = np.array(bottom.subplots(1, 4))
-    px.pl.compare(
-        sdata,
-        best[0],
-        table_key="spots_genes",
-        reference_key="spots_counts",
-        he_key=None,
-        ax=list(tables[:3]),
-        scalebar=False,
-    )
-    tables[0].set_title(f"{section}: held out")
-    px.pl.evaluation(score, n_named=3, ax=tables[3])
+    figure = plt.figure(figsize=(11.5, 5.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    px.pl.gene_map(sdata, best, ax=list(top.subplots(1, 4)))
+    measured, predicted, ranked = bottom.subplots(1, 3, width_ratios=[1, 1, 0.9])
+    twice = bottom.add_axes((0, 0, 0.1, 0.1))  # the H&E is above already; here it only lies faintly under the spots
+    tables = {"table_key": "spots_genes", "reference_key": "spots_counts"}
+    px.pl.compare(sdata, best[0], **tables, ax=[twice, measured, predicted], scalebar=False)
+    twice.remove()
+    px.pl.evaluation(score, n_named=3, ax=ranked)
     save(figure, "her2st_c5.png")
 
 

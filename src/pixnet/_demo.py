@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 GENES_SHOWN = ["TUM1", "BCE1", "FIB1"]
 SECTION = "C5"  # never seen by the model that ships
-SECTION_GENES = ["FASN", "COL1A2", "IGKC"]
+SECTION_GENES = ["CD24", "HLA-DRA", "COL1A2"]
 
 
 def say(text: str = "") -> None:

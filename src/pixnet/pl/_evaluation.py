@@ -80,11 +80,11 @@ def evaluation(
         span = max(high - low, 0.2)
         ax.set_xlim(-2, 102)
         ax.set_ylim(min(low, 0) - 0.08 * span, high + 0.10 * span)
-        ax.set_xlabel("genes, best to worst (%)")
-        ax.set_ylabel("Pearson's r")
+        ax.set_xlabel("genes, best to worst (%)", fontsize=9.5)
+        ax.set_ylabel("Pearson's r", fontsize=9.5)
         ax.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
-        ax.tick_params(length=0)
-        ax.spines["left"].set_visible(False)
+        ax.tick_params(length=0, labelsize=8.5)
+        ax.spines[["left", "top", "right"]].set_visible(False)
         if len(curves) == 1:
             _name_genes(ax, next(iter(curves.values())), int(n_named))
         ax.legend(loc="lower left", handlelength=1.2)  # curves fall, so that corner is free
