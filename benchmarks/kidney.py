@@ -31,7 +31,9 @@ def load(folder: Path, scales: dict[str, int] | None = None) -> SpatialData:
     spots = ad.read_h5ad(folder / "spots_055um.h5ad")
     bins = ad.read_h5ad(folder / "bins_008um.h5ad")
     radius = meta["spot_diameter_um"] / 2 / meta["microns_per_pixel"]
-    circles = gpd.GeoDataFrame({"radius": radius}, geometry=gpd.points_from_xy(*spots.obsm["spatial"].T), index=spots.obs_names)
+    circles = gpd.GeoDataFrame(
+        {"radius": radius}, geometry=gpd.points_from_xy(*spots.obsm["spatial"].T), index=spots.obs_names
+    )
     elements = {
         "he": Image2DModel.parse(image, dims=("c", "y", "x"), scale_factors=(2, 2)),
         "spots": ShapesModel.parse(circles),
@@ -64,7 +66,10 @@ def _bins(bins: ad.AnnData, k: int, col: np.ndarray, row: np.ndarray, name: str)
 
 
 def _table(counts, obs: pd.DataFrame, genes, region: str) -> ad.AnnData:
-    frame = pd.DataFrame({"region": pd.Categorical([region] * len(obs)), "instance_id": obs.index.astype(str)}, index=obs.index.astype(str))
+    frame = pd.DataFrame(
+        {"region": pd.Categorical([region] * len(obs)), "instance_id": obs.index.astype(str)},
+        index=obs.index.astype(str),
+    )
     frame[TOTAL_KEY] = obs[TOTAL_KEY].to_numpy(dtype=float)
     table = ad.AnnData(sparse.csr_matrix(counts), obs=frame, var=pd.DataFrame(index=genes))
     return TableModel.parse(table, region=region, region_key="region", instance_key="instance_id")

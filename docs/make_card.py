@@ -1,7 +1,7 @@
 """Write the model card's figures from what was measured.
 
-    python benchmarks/her2st.py DATA test --json docs/_generated/her2st.json
-    python docs/make_card.py
+python benchmarks/her2st.py DATA test --json docs/_generated/her2st.json
+python docs/make_card.py
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_wrong_input():
 
 
 class TestCrossValidate:
-    options = {k: v for k, v in QUICK.items()} | {"max_epochs": 3}  # noqa: RUF012
+    options = dict(QUICK.items()) | {"max_epochs": 3}
 
     def test_every_group_is_held_out_once(self, monkeypatch):
         seen = []

@@ -101,7 +101,9 @@ def test_several_scales_train_together(slide):
     cells["geometry"] = [Point(p.x + 9, p.y - 7) for p in centres]
     cells["radius"] = 4.0
     slide["cells"] = cells
-    slide["cells_counts"] = table_for("cells", list(cells.index), rng.poisson(2, (len(cells), 4)), ["PINK", "BLUE", "FLAT", "REST"])
+    slide["cells_counts"] = table_for(
+        "cells", list(cells.index), rng.poisson(2, (len(cells), 4)), ["PINK", "BLUE", "FLAT", "REST"]
+    )
     model = train(slide, shapes=["spots", "cells"], table_key=["spots_counts", "cells_counts"])
     assert set(model.config["provenance"]["training"]["0"]) == {"spots", "cells"}
 

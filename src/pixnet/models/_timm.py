@@ -84,7 +84,11 @@ class TimmEncoder(nn.Module):
         out = []
         for stride, tokens in zip(self.strides, self.net(blocks)):
             side = tokens.shape[-1]
-            x = tokens.reshape(n, rows, cols, -1, side, side).permute(0, 3, 1, 4, 2, 5).reshape(n, -1, rows * side, cols * side)
+            x = (
+                tokens.reshape(n, rows, cols, -1, side, side)
+                .permute(0, 3, 1, 4, 2, 5)
+                .reshape(n, -1, rows * side, cols * side)
+            )
             x = x[..., : -(-height // 16), : -(-width // 16)]
             size = (height // stride, width // stride)
             out.append(F.interpolate(x, size=size, mode="bilinear", align_corners=False) if x.shape[-2:] != size else x)
