@@ -284,3 +284,16 @@ def test_wrong_arguments(slide, kwargs, error, says):
 def test_wrong_object():
     with pytest.raises(TypeError, match="SpatialData"):
         px.pl.gene_map("slide.zarr", "EPCAM")
+
+
+def test_a_backend_that_starts_inside_stays_interactive(slide):
+    """A notebook's backend turns interactive on with the first figure; later figures show only while it is on."""
+    from pixnet.pl._style import style
+
+    assert not mpl.is_interactive()
+    try:
+        with style():
+            mpl.interactive(True)
+        assert mpl.is_interactive()
+    finally:
+        mpl.interactive(False)

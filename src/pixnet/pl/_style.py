@@ -62,7 +62,12 @@ def style() -> Iterator[None]:
             "mathtext.default": "regular",
         }
     ):
-        yield
+        try:
+            yield
+        finally:
+            interactive = mpl.is_interactive()
+    # The first figure of a notebook starts its backend, which turns interactive on: that must outlive the context.
+    mpl.interactive(interactive)
 
 
 def panels(
