@@ -66,7 +66,7 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
         test = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=2, shapes=["spots", "cells"])
     with step(f"training on the {len(training['spots'])} spots of the first"):
         genes = px.pp.select_genes(training, table_key="spots_counts", n_top=n_genes)
-        model = px.tl.train(training, shapes="spots", genes=genes, max_epochs=max_epochs, seed=0)
+        model = px.tl.train(training, shapes="spots", genes=genes, max_epochs=max_epochs, seed=0, refit=False)
         model.save(out / "model.safetensors")
         save(px.pl.training(model), out / "training.png")
     with step("predicting the second, and summing its map over spots, cells and an 8 um grid"):
@@ -150,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m pixnet._demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
-    parser.add_argument("--size-um", type=float, default=1000.0, help="edge of the synthetic slides in um")
-    parser.add_argument("--genes", type=int, default=40, help="genes of the synthetic slides")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the spots at most")
+    parser.add_argument("--size-um", type=float, default=800.0, help="edge of the synthetic slides in um")
+    parser.add_argument("--genes", type=int, default=30, help="genes of the synthetic slides")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the spots at most")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
