@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
     parser.add_argument("--size-um", type=float, default=800.0, help="edge of the synthetic slides in um")
     parser.add_argument("--genes", type=int, default=30, help="genes of the synthetic slides")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the spots at most")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the spots at most")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
