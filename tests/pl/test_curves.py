@@ -83,3 +83,41 @@ def test_evaluation_draws_a_curve_for_each_scale_or_section():
 def test_evaluation_wrong_arguments(df, kwargs, error, says):
     with pytest.raises(error, match=says):
         px.pl.evaluation(df, **kwargs)
+
+
+def test_training_says_which_epoch_was_kept_and_what_came_after():
+    """The history is of the run with held-out shapes; the weights are of the run on everything, for as many epochs."""
+    history = [row | {"val_total": total} for row, total in zip(HISTORY, (0.5, 4.0, 0.1), strict=True)]
+    model = SimpleNamespace(history=history, config={"provenance": {"recipe": {"total_weight": 0.2, "refit": True}}})
+    loss, pearson, total = px.pl.training(model)
+    for ax in (loss, pearson, total):
+        line = next(line for line in ax.lines if line.get_gid() == "kept")
+        assert list(line.get_xdata()) == [2, 2]  # 2.4 + 0.2 x 0.1 is below 2.2 + 0.2 x 4
+        assert next(line for line in ax.lines if line.get_gid() == "best-epoch").get_xdata() == [2]
+    assert "kept: epoch 2; then all data, 2 epochs" in [t.get_text() for t in loss.get_legend().get_texts()]
+    model.config["provenance"]["recipe"]["refit"] = False
+    axes = px.pl.training(model)
+    assert "kept: epoch 2" in [t.get_text() for t in axes[0].get_legend().get_texts()]
+
+
+def test_evaluation_names_genes_of_each_curve_apart():
+    ax = px.pl.evaluation({"spots": scores([0.50, 0.4, 0.1, 0.0]), "cells": scores([0.49, 0.3, 0.1, 0.01])}, n_named=1)
+    best = [text for text in ax.texts if text.get_gid() == "best"]
+    assert [text.get_text() for text in best] == ["G0", "G0"]
+    assert abs(best[0].xy[1] - best[1].xy[1]) >= 0.05 * np.ptp(ax.get_ylim())
+    assert [text.get_color() for text in best] == [line.get_color() for line in ax.lines[:2]]
+    assert len([text for text in ax.texts if text.get_gid() == "worst"]) == 2
+
+
+def test_evaluation_takes_a_cross_validation():
+    rows = [
+        {"fold": fold, "group": group, "gene": gene, "metric": metric, "value": value}
+        for fold, group in enumerate(["C2", "C3"])
+        for gene, r in (("A", 0.6 - 0.2 * fold), ("B", 0.2))
+        for metric, value in (("pearson", r), ("mse", 9.0))
+    ]
+    ax = px.pl.evaluation(pd.DataFrame(rows))
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "C2   mean 0.40, median 0.40",
+        "C3   mean 0.30, median 0.30",
+    ]

@@ -140,3 +140,15 @@ def test_scales_takes_tables_by_name(slide):
 def test_scales_wrong_arguments(slide, shapes, kwargs, error, says):
     with pytest.raises(error, match=says):
         px.pl.scales(slide, "EPCAM", shapes, **kwargs)
+
+
+def test_a_map_of_log_sums_is_not_taken_for_densities(slide):
+    slide.attrs["pixnet"]["images"]["he_genes"]["quantity"] = "log_sum"
+    axes = px.pl.scales(slide, "EPCAM", ["cells", "spots"])
+    assert [ax.get_title() for ax in axes] == ["H&E", "cells  (n = 3)", "spots  (n = 6)"]
+    with pytest.raises(ValueError, match="image_key=False"):
+        px.pl.scales(slide, "EPCAM", "spots", image_key="he_genes")
+    with pytest.raises(ValueError, match="log_sum"):
+        px.pl.gene_map(slide, "EPCAM", quantity="cp10k")
+    _, ax = px.pl.gene_map(slide, "EPCAM")
+    assert ax.child_axes[0].get_ylabel() == "log1p CP10k / µm²"

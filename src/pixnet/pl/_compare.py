@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -11,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import check_sdata, listed
-from pixnet.pl._frame import Frame, make_frame
-from pixnet.pl._gene_map import draw_he, shown_he
-from pixnet.pl._shapes import draw_filled, shown_box
-from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
+from pixnet._sdata.elements import check_sdata
+from pixnet.pl._he import draw_he, shown_he
+from pixnet.pl._panels import shapes_frame, table_panel, unit
+from pixnet.pl._style import colour_map, limits, panels, returned, scale_bar, style
 from pixnet.pl._values import table_values
 
 
@@ -115,37 +113,15 @@ def compare(
         if he_key is not None:
             draw_he(axes[0], frame, he_key)
             axes[0].set_title("H&E")
-        titles = ("measured", f"predicted  (r = {r:.2f}, n = {n:,})")
+        titles = (f"{gene}, measured", f"predicted  (r = {r:.2f}, n = {n:,})")
         for panel, values, norm, title in zip(axes[-2:], (measured, predicted), own, titles, strict=True):
-            if he_key is not None:
-                draw_he(panel, frame, he_key, faint=True)
-            drawn = draw_filled(panel, frame, shapes, values, chosen, pooled if shared_scale else norm)
-            panel.set_title(title)
-            frame.show(panel)
-            bare(panel)
-            colour_bar(panel, drawn, values.to_numpy(), "log1p CP10k" if log else "CP10k")
-        axes[-2].set_title(f"{gene}, measured")
+            table_panel(
+                panel, frame, he_key, shapes, values,
+                cmap=chosen, norm=pooled if shared_scale else norm, title=title, bar=unit(log),
+            )  # fmt: skip
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)
-
-
-def shapes_frame(sdata: SpatialData, shapes: str, he_key: str | None, box: Sequence[float] | None) -> Frame:
-    """Return the frame of shapes on the H&E, or on whatever raster shares a coordinate system with them.
-
-    Raises
-    ------
-    ValueError
-        If there is no raster, or ``box`` is wrong.
-    """
-    anchor = he_key or next(iter([*sdata.images, *(key for key in sdata.labels if key != shapes)]), None)
-    anchor = anchor or (shapes if shapes in sdata.labels else None)
-    if anchor is None:
-        raise ValueError(f"there is no image to place {shapes!r} on; this object has {listed(sdata.images)}")
-    frame = make_frame(sdata, anchor, box)
-    if box is not None:
-        return frame
-    return replace(frame, box=shown_box(frame, shapes))
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:

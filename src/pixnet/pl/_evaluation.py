@@ -15,7 +15,7 @@ from pixnet.pl._style import GROUPS, INK, MUTED, style
 def evaluation(
     df: pd.DataFrame | Mapping[str, pd.DataFrame],
     *,
-    n_named: int = 5,
+    n_named: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Show how well each gene is predicted: Pearson's r, genes ranked from best to worst.
@@ -24,9 +24,11 @@ def evaluation(
     ----------
     df
         What :func:`pixnet.tl.evaluate` returns, or several by name, for instance one for each scale. A table with a
-        column ``section`` makes a curve for each of its sections.
+        column ``section`` makes a curve for each of its sections, and what :func:`pixnet.tl.cross_validate` returns one
+        for each held-out group.
     n_named
-        How many of the best and of the worst genes are named, where there is one curve.
+        How many of the best and of the worst genes are named on each curve; ``None``: 5 on a single one, 2 on each of
+        several.
     ax
         Axes to draw in; ``None``: a new figure.
 
@@ -52,7 +54,7 @@ def evaluation(
     >>> ax = px.pl.evaluation({"spots": scores, "8 um": scores * 0.6}, n_named=1)
     """
     curves = _curves(df)
-    if isinstance(n_named, bool) or not isinstance(n_named, (int, np.integer)) or n_named < 0:
+    if n_named is not None and (isinstance(n_named, bool) or not isinstance(n_named, (int, np.integer)) or n_named < 0):
         raise ValueError(f"n_named is {n_named!r}; a whole number of at least 0 is needed")
     if ax is not None and not isinstance(ax, Axes):
         raise TypeError(f"ax is {type(ax).__name__}; matplotlib Axes are needed")
@@ -85,8 +87,8 @@ def evaluation(
         ax.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
         ax.tick_params(length=0, labelsize=8.5)
         ax.spines[["left", "top", "right"]].set_visible(False)
-        if len(curves) == 1:
-            _name_genes(ax, next(iter(curves.values())), int(n_named))
+        n_named = (5 if len(curves) == 1 else 2) if n_named is None else int(n_named)
+        _name_genes(ax, curves, n_named)
         ax.legend(loc="lower left", handlelength=1.2)  # curves fall, so that corner is free
     return ax
 
@@ -94,7 +96,14 @@ def evaluation(
 def _curves(df: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     """Sorted Pearson's r by name of the curve."""
     if isinstance(df, pd.DataFrame):
-        if "section" in df.columns and df["section"].nunique() > 1:
+        if {"group", "gene", "metric", "value"} <= set(df.columns):  # of cross_validate
+            pearson = df[df["metric"] == "pearson"].rename(columns={"value": "pearson"}).set_index("gene")
+            by = ["group", *(["shapes"] if "shapes" in df.columns else [])]
+            frames = {
+                ", ".join(map(str, name)): part.groupby(level="gene")[["pearson"]].mean()
+                for name, part in pearson.groupby(by, sort=False)
+            }
+        elif "section" in df.columns and df["section"].nunique() > 1:
             frames = {str(name): part for name, part in df.groupby("section", sort=False)}
         else:
             frames = {"": df}
@@ -120,27 +129,36 @@ def _positions(n: int) -> np.ndarray:
     return np.array([50.0]) if n == 1 else np.linspace(0, 100, n)
 
 
-def _name_genes(ax: Axes, scores: pd.Series, n_named: int) -> None:
-    """Name the best genes at the curve's start and the worst at its end, as two short lists."""
-    n_named = min(n_named, len(scores) // 2)
-    if n_named == 0:
-        return
-    # The curve falls: there is room to the right of its start and to the left of its end.
-    x = _positions(len(scores))
-    best, worst = scores.index[:n_named], scores.index[-n_named:]
-    for genes, position, value, offset, align in (
-        (best, x[0], scores.iloc[0], (8, 0), "left"),
-        (worst, x[-n_named], scores.iloc[-1], (-8, 0), "right"),
-    ):
-        ax.annotate(
-            ", ".join(map(str, genes)),
-            (position, value),
-            xytext=offset,
-            textcoords="offset points",
-            ha=align,
-            va="center",
-            fontsize=8,
-            style="italic",
-            color=INK,
-            zorder=4,
-        )
+def _name_genes(ax: Axes, curves: dict[str, pd.Series], n_named: int) -> None:
+    """Name the best genes at each curve's start and the worst at its end, in its colour where there are several."""
+    # Curves fall: there is room to the right of their starts and to the left of their ends.
+    named = [(i, scores, min(n_named, len(scores) // 2)) for i, scores in enumerate(curves.values())]
+    named = [(i, scores, n) for i, scores, n in named if n > 0]
+    for best, offset, align in ((True, (8, 0), "left"), (False, (-8, 0), "right")):
+        ends = [scores.iloc[0] if best else scores.iloc[-1] for _, scores, _ in named]
+        heights = _apart(ends, 0.055 * np.ptp(ax.get_ylim()))
+        for (i, scores, n), height in zip(named, heights, strict=True):
+            genes = scores.index[:n] if best else scores.index[-n:]
+            x = _positions(len(scores))
+            ax.annotate(
+                ", ".join(map(str, genes)),
+                (x[0] if best else x[-n], height),
+                xytext=offset,
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=8 if len(curves) == 1 else 7,
+                style="italic",
+                color=INK if len(curves) == 1 else GROUPS[i % len(GROUPS)],
+                zorder=4,
+                gid="best" if best else "worst",
+            )
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Return heights moved upwards as little as it takes for each to stand clear of the one below."""
+    out = list(heights)
+    order = np.argsort(heights, kind="stable")
+    for below, above in zip(order[:-1], order[1:], strict=True):
+        out[above] = max(out[above], out[below] + gap)
+    return out

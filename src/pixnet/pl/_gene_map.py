@@ -17,13 +17,13 @@ from pixnet._sdata.elements import (
     check_sdata,
     is_gene_map,
     resolve_any_image,
-    resolve_image,
     resolve_shapes,
 )
-from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels, recorded
+from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
+from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, to_cp10k
+from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, map_quantity, to_cp10k
 
 
 def gene_map(
@@ -75,8 +75,9 @@ def gene_map(
         ``"beside"``: the H&E is the first panel. ``"under"``: the map lies over the H&E, clearer where expression is
         low.
     quantity
-        ``"density"``: what the map holds, which reads as CP10k where tissue is of average richness. ``"cp10k"``: the
-        gene's part of 10,000 transcripts at each pixel (``"__total__"`` stays a density).
+        ``"density"``: what the map holds, which reads as CP10k where tissue is of average richness (of a map that is
+        recorded as "log_sum": log1p of CP10k per um^2). ``"cp10k"``: the gene's part of 10,000 transcripts at each
+        pixel (``"__total__"`` stays a density).
     box
         Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E (of the map where
         no H&E is shown). In pixels where um per pixel is unknown. ``None``: where the map has predictions;
@@ -106,7 +107,7 @@ def gene_map(
     TypeError
         If ``sdata``, ``genes`` or ``ax`` is of the wrong type.
     ValueError
-        If the image is no gene map, or a value is not one of those listed.
+        If the image is no gene map, a value is not one of those listed, or CP10k is asked of a "log_sum" map.
 
     See Also
     --------
@@ -131,6 +132,12 @@ def gene_map(
         )
     genes = check_genes(genes, names, f"gene map {image_key!r}")
     check_quantity(quantity)
+    held = map_quantity(sdata, image_key)
+    if quantity == "cp10k" and held != "density":
+        raise ValueError(
+            f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave quantity='density' "
+            "to show the map as it is, or show a table: pixnet.pl.scales(..., image_key=False)"
+        )
     if he not in ("beside", "under"):
         raise ValueError(f"he is {he!r}; valid: 'beside', 'under' (he_key=False shows none)")
     outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
@@ -155,7 +162,9 @@ def gene_map(
         shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
         # The unit of the genes stands once, beside the last of them.
         bar_labels = dict.fromkeys(genes, "")
-        bar_labels.update(dict.fromkeys([g for g in genes if g != TOTAL][-1:], LABELS[quantity]))
+        bar_labels.update(
+            dict.fromkeys([g for g in genes if g != TOTAL][-1:], LABELS[quantity if held == "density" else held])
+        )
         bar_labels[TOTAL] = LABELS[TOTAL]
         for panel, gene, picture in zip(axes[beside:], genes, values, strict=True):
             if under:
@@ -179,33 +188,6 @@ def gene_map(
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)
-
-
-def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[False] | None) -> str | None:
-    """Return the H&E image to show: the one named, the one a map was made from, the only one; else None."""
-    if he_key is False:
-        return None
-    if he_key is not None:
-        return resolve_image(sdata, he_key)
-    source = recorded(sdata, "images").get(map_key, {}).get("image_key")
-    if source in sdata.images:
-        return source
-    try:
-        return resolve_image(sdata)
-    except (TypeError, ValueError):
-        return None  # no H&E, or several: a map shows without
-
-
-def draw_he(ax: Axes, frame: Frame, he_key: str, *, faint: bool = False) -> None:
-    """Draw the H&E image and nothing else; faint and grey where it is to lie under coloured shapes."""
-    pixels = read_pixels(frame, he_key, panel_pixels(ax))
-    picture = np.moveaxis(pixels.values, 0, -1)
-    if faint:
-        grey = picture.mean(axis=-1, keepdims=True)
-        picture = np.repeat(255 - 0.45 * (255 - grey), 3, axis=-1).astype(np.uint8)
-    draw_image(ax, picture, pixels.affine)
-    frame.show(ax)
-    bare(ax)
 
 
 def _read(

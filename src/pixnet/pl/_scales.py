@@ -20,12 +20,11 @@ from pixnet._sdata.elements import (
     resolve_any_image,
     resolve_shapes,
 )
-from pixnet.pl._compare import shapes_frame
 from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
-from pixnet.pl._gene_map import draw_he, shown_he
-from pixnet.pl._shapes import draw_filled
+from pixnet.pl._he import draw_he, shown_he
+from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import check_genes, table_values, to_cp10k
+from pixnet.pl._values import check_genes, map_quantity, table_values, to_cp10k
 
 
 def scales(
@@ -62,7 +61,7 @@ def scales(
     table_key
         Their tables: a name or list parallel to ``shapes``, or a dict by shapes name. ``None``: ``"{shapes}_genes"``.
     image_key
-        The gene map for the first panel; ``None``: the only one, if there is one. ``False``: no map.
+        The gene map for the first panel; ``None``: the only one of densities, if there is one. ``False``: no map.
     he_key
         The H&E image for a panel before the map; ``None``: the one that the map was made from. ``False``: none.
     layer, total_key
@@ -97,7 +96,7 @@ def scales(
     TypeError
         If an argument is of the wrong type.
     ValueError
-        If ``table_key`` does not fit ``shapes``, or ``image_key`` is no gene map.
+        If ``table_key`` does not fit ``shapes``, or ``image_key`` is no gene map of densities.
 
     Examples
     --------
@@ -141,7 +140,7 @@ def scales(
         shared = None
         if shared_scale:
             shared = limits(np.array([[norm.vmin, norm.vmax] for norm in own]), (0, 100))
-        label = "log1p CP10k" if log else "CP10k"
+        label = unit(log)
         if picture is not None:
             panel = axes[first - 1]
             norm = shared or own[-1]
@@ -153,14 +152,11 @@ def scales(
             frame.show(panel)
             bare(panel)
         for panel, name, values, norm in zip(axes[first:], names, columns, own, strict=False):
-            if he_key is not None:
-                draw_he(panel, frame, he_key, faint=True)
-            drawn = draw_filled(panel, frame, name, values, chosen, shared or norm)
-            panel.set_title(f"{name}  (n = {len(values):,})")
-            if shared is None:
-                colour_bar(panel, drawn, values.to_numpy(), label)
-            frame.show(panel)
-            bare(panel)
+            drawn = table_panel(
+                panel, frame, he_key, name, values,
+                cmap=chosen, norm=shared or norm, title=f"{name}  (n = {len(values):,})",
+                bar=None if shared else label,
+            )  # fmt: skip
         if shared is not None:  # one bar speaks for all
             colour_bar(axes[-1], drawn, np.concatenate(everything), label)
         if scalebar:
@@ -200,10 +196,19 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
     if image_key is False:
         return None
     if image_key is None:
-        maps = [key for key in sdata.images if is_gene_map(sdata[key]) and gene in channel_names(sdata[key])]
+        maps = [
+            key
+            for key in sdata.images
+            if is_gene_map(sdata[key]) and gene in channel_names(sdata[key]) and map_quantity(sdata, key) == "density"
+        ]
         return maps[0] if len(maps) == 1 else None
     key = resolve_any_image(sdata, image_key)
     if not is_gene_map(sdata[key]):
         raise ValueError(f"image {key!r} is no gene map (its last channel is not {TOTAL!r}); pass False to show none")
     check_genes(gene, channel_names(sdata[key]), f"gene map {key!r}")
+    if map_quantity(sdata, key) != "density":
+        raise ValueError(
+            f"gene map {key!r} holds {map_quantity(sdata, key)!r}, which is CP10k only when summed over shapes; pass "
+            "image_key=False to show the tables alone"
+        )
     return key

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from pixnet._sdata.elements import listed
-from pixnet.pl._style import ACCENT, SECOND, panels, returned, style
+from pixnet.pl._style import ACCENT, MUTED, SECOND, panels, returned, style
 
 if TYPE_CHECKING:
     from pixnet.models import PixNet
@@ -35,8 +35,10 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
     Returns
     -------
     Axes or ndarray of Axes
-        Loss of expression, Pearson's r, loss of totals; the Axes itself where the history has one of them only. A ring
-        marks the best epoch of each validation curve.
+        Loss of expression, Pearson's r, loss of totals; the Axes itself where the history has one of them only. A line
+        marks the epoch that validation chose, and says whether the model was then trained anew on everything, as
+        :func:`pixnet.tl.train` does by default: the curves are of the run with held-out shapes, the weights of the one
+        after it. A ring marks the value there. Of a bare history, a ring marks the best epoch of each curve.
 
     Raises
     ------
@@ -52,6 +54,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
     >>> ax = px.pl.training(history)
     """
     curves = _curves(model)
+    kept, again = _kept(model)
     metrics = list(dict.fromkeys(metric for metric, _ in curves))
     with style():
         axes = panels(len(metrics), ax, ncols=3, aspect=1.35, bar_inches=0.7)
@@ -62,6 +65,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
                 panel.plot(values.index, values, color=_COLOURS[part], linewidth=1.6, label=part)
                 if part == "validation":
                     best = values.idxmax() if metric == _NAMES["pcc"] else values.idxmin()
+                    best = best if kept is None else kept
                     panel.plot(
                         best,
                         values[best],
@@ -80,6 +84,11 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
                         fontsize=8.5,
                         color=_COLOURS[part],
                     )
+            if kept is not None:
+                label = f"kept: epoch {kept}" + (f"; then all data, {kept} epochs" if again else "")
+                panel.axvline(
+                    kept, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1, label=label, gid="kept"
+                )
             panel.set_xlabel("epoch")
             panel.set_ylabel(metric)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -90,6 +99,20 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
             panel.margins(x=0.03, y=0.12)
         axes[0].legend(loc="best", handlelength=1.2)
     return returned(axes)
+
+
+def _kept(model: Any) -> tuple[int | None, bool]:
+    """Return the epoch that training kept, by its own rule, and whether it then trained anew on everything."""
+    recipe = (getattr(model, "config", None) or {}).get("provenance", {}).get("recipe", {})
+    rows = [row for row in getattr(model, "history", None) or [] if "val_expression" in row and "epoch" in row]
+    if not rows or "total_weight" not in recipe:
+        return None, False
+    kept, lowest = None, np.inf
+    for row in rows:
+        criterion = row["val_expression"] + recipe["total_weight"] * row.get("val_total", 0.0)
+        if kept is None or criterion < lowest - 1e-4:
+            kept, lowest = int(row["epoch"]), criterion
+    return kept, bool(recipe.get("refit", False))
 
 
 def _curves(model: Any) -> dict[tuple[str, str], pd.Series]:

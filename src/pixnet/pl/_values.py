@@ -14,7 +14,12 @@ from pixnet._sdata.counts import counts_matrix, gene_positions, totals
 from pixnet._sdata.elements import TOTAL, annotated_regions, is_predicted_table, listed
 
 QUANTITIES = ("density", "cp10k")
-LABELS = {"density": "density (≈ CP10k)", "cp10k": "CP10k", TOTAL: "density (10,000 on average)"}
+LABELS = {
+    "density": "density (≈ CP10k)",
+    "cp10k": "CP10k",
+    "log_sum": "log1p CP10k / µm²",
+    TOTAL: "density (10,000 on average)",
+}
 
 
 def check_genes(genes: str | Iterable[str], valid: list[str], where: str) -> list[str]:
@@ -73,6 +78,11 @@ def check_quantity(quantity: str) -> str:
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; valid: {listed(QUANTITIES)}")
     return quantity
+
+
+def map_quantity(sdata: SpatialData, image_key: str) -> str:
+    """Return what the genes of a gene map are recorded to be: "density", or "log_sum" (the paper's)."""
+    return sdata.attrs.get("pixnet", {}).get("images", {}).get(image_key, {}).get("quantity", "density")
 
 
 def to_cp10k(density: np.ndarray, total: np.ndarray) -> np.ndarray:
