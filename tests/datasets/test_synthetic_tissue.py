@@ -74,6 +74,17 @@ def test_seeds():
     assert (a["cells_counts"].X != restained["cells_counts"].X).nnz == 0
 
 
+def test_genes_mean_the_same_on_every_slide():
+    first, second = (World(Recipe(300.0, 0.5, 30, seed, 0)).panel for seed in (1, 2))
+    assert (first.loadings == second.loadings).all()
+    other = World(Recipe(300.0, 0.5, 30, 1, 0, panel_seed=1)).panel
+    assert other.names == first.names
+    assert (other.loadings != first.loadings).mean() > 0.3
+    a, b = (synthetic_tissue(300, n_genes=13, shapes="cells", panel_seed=seed) for seed in (0, 1))
+    assert (pixels_of(a) == pixels_of(b)).all()
+    assert (a["cells_counts"].X != b["cells_counts"].X).nnz > 0
+
+
 def test_pickles_as_a_recipe():
     sdata = synthetic_tissue(300, lazy=True)
     data = sdata["he"]["scale0"]["image"].data
@@ -166,6 +177,7 @@ def test_large_is_lazy():
         ({"mpp": 0}, "mpp"),
         ({"n_genes": 0}, "n_genes"),
         ({"seed": -1}, "seed"),
+        ({"panel_seed": 0.5}, "panel_seed"),
         ({"shapes": ("spot",)}, "'spot'.*'spots'"),
     ],
 )

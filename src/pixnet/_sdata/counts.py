@@ -12,6 +12,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._sdata.elements import annotated_regions, full_resolution, listed
+from pixnet._sdata.genes import gene_positions
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -56,7 +57,9 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
         )
     if hasattr(matrix, "to_memory"):  # anndata's backed sparse matrices
         matrix = matrix.to_memory()
-    elif not sparse.issparse(matrix):
+    elif hasattr(matrix, "compute"):  # dask, whose chunks may be sparse
+        matrix = matrix.compute()
+    if not sparse.issparse(matrix):
         matrix = np.asarray(matrix)
     if sparse.issparse(matrix):
         matrix = matrix.tocsr()
@@ -133,32 +136,6 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
         return sdata.shapes[shapes_key].index
     labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
     return pd.Index(labels[labels != 0])
-
-
-def gene_positions(table: AnnData, table_key: str, genes: Sequence[str]) -> np.ndarray:
-    """Return the column of each gene.
-
-    Raises
-    ------
-    KeyError
-        If genes are missing; the first few are named.
-    ValueError
-        If the table's names repeat.
-    """
-    if not table.var_names.is_unique:
-        twice = table.var_names[table.var_names.duplicated()].unique()
-        raise ValueError(
-            f"table {table_key!r} names {len(twice)} gene(s) more than once: {listed(twice[:5])}; "
-            "make them unique, for instance with table.var_names_make_unique()"
-        )
-    positions = table.var_names.get_indexer(list(genes))
-    if (positions < 0).any():
-        missing = [g for g, p in zip(genes, positions) if p < 0]
-        raise KeyError(
-            f"table {table_key!r} lacks {len(missing)} of the {len(positions)} genes: {listed(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}; its names look like {listed(table.var_names[:3])}"
-        )
-    return positions
 
 
 def read_counts(

@@ -60,13 +60,31 @@ class Level:
 
 
 def levels(raster: DataArray | DataTree) -> list[Level]:
-    """Return the pyramid of a raster, finest level first."""
+    """Return the pyramid of a raster, finest level first, each with the scale that its own transform states."""
     if isinstance(raster, DataArray):
         return [Level(raster, (1.0, 1.0))]
     arrays = [next(iter(raster[name].values())) for name in raster.keys()]  # noqa: SIM118 a DataTree iterates over variables too
-    full = arrays[0].sizes
-    # Scales are not exactly powers of two (130 px halve twice to 32), so each level states its own.
-    return [Level(a, (full["y"] / a.sizes["y"], full["x"] / a.sizes["x"])) for a in arrays]
+    return [Level(arrays[0], (1.0, 1.0)), *(Level(array, _scale(arrays[0], array)) for array in arrays[1:])]
+
+
+def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
+    """Return level-0 pixels per pixel of a level, ``(y, x)``.
+
+    The ratio of the shapes is off where a last odd row or column was left out: 4641 px halve to 2320 and 1160, and
+    the scale is still 2 and 4. So the level's transform is taken, unless it is none of this level at all: some writers
+    repeat that of the finest.
+    """
+    ratio = tuple(full.sizes[axis] / level.sizes[axis] for axis in ("y", "x"))
+    ours, theirs = (get_transformation(array, get_all=True) for array in (full, level))
+    shared = [name for name in ours if name in theirs]
+    if not shared:
+        return ratio
+    axes = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
+    to_full, to_level = (t[shared[0]].to_affine_matrix(**axes) for t in (ours, theirs))
+    matrix = np.linalg.solve(to_full, to_level)
+    stated = (float(matrix[1, 1]), float(matrix[0, 0]))
+    plausible = all(abs(s / r - 1) < 0.1 for s, r in zip(stated, ratio))
+    return stated if plausible else ratio
 
 
 def full_resolution(raster: DataArray | DataTree) -> DataArray:

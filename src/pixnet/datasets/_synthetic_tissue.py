@@ -36,6 +36,7 @@ def synthetic_tissue(
     seed: int = 0,
     *,
     stain_seed: int = 0,
+    panel_seed: int = 0,
     shapes: Sequence[str] = ("spots", "cells", "bins"),
     lazy: bool | None = None,
 ) -> SpatialData:
@@ -60,6 +61,9 @@ def synthetic_tissue(
         Seed of the tissue and of the counts.
     stain_seed
         Seed of the staining run (colours, strength, light); 0 is a middling one. The tissue stays the same.
+    panel_seed
+        Seed of the genes: what each is expressed in, how strongly, and its share in nuclei. It does not follow ``seed``:
+        a gene means the same on every slide, so a model can be trained on one and tested on another.
     shapes
         What is measured: any of ``"spots"`` (Visium: 55 um, 100 um apart, hexagonal), ``"cells"``, ``"bins"`` (8 um),
         ``"spots_legacy"`` (100 um, 200 um apart, square), ``"bins_002um"`` (2 um).
@@ -97,13 +101,13 @@ def synthetic_tissue(
 
     from pixnet._sdata.elements import record
 
-    _check(size_um, mpp, n_genes, seed, stain_seed)
+    _check(size_um, mpp, n_genes, seed=seed, stain_seed=stain_seed, panel_seed=panel_seed)
     if isinstance(shapes, str):
         shapes = (shapes,)
     unknown = [name for name in shapes if name not in PLATFORMS]
     if unknown:
         raise ValueError(f"shapes has {unknown[0]!r}; valid: {', '.join(map(repr, PLATFORMS))}")
-    made = world(Recipe(float(size_um), float(mpp), int(n_genes), int(seed), int(stain_seed)))
+    made = world(Recipe(float(size_um), float(mpp), int(n_genes), int(seed), int(stain_seed), int(panel_seed)))
 
     transformations = {"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))}
     picture = WorldArray(made, "render")
@@ -132,12 +136,12 @@ def synthetic_tissue(
     return sdata
 
 
-def _check(size_um: float, mpp: float, n_genes: int, seed: int, stain_seed: int) -> None:
+def _check(size_um: float, mpp: float, n_genes: int, **seeds: int) -> None:
     if not (np.isfinite(size_um) and 150 <= size_um <= 50_000):
         raise ValueError(f"size_um is {size_um!r}; 150 to 50,000 um are possible")
     if not (np.isfinite(mpp) and 0.2 <= mpp <= 4):
         raise ValueError(f"mpp is {mpp!r}; 0.2 to 4 um per pixel are possible")
-    for name, value, least in (("n_genes", n_genes, 1), ("seed", seed, 0), ("stain_seed", stain_seed, 0)):
+    for name, value, least in (("n_genes", n_genes, 1), *((name, seed, 0) for name, seed in seeds.items())):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} is {value!r}; a whole number of at least {least} is needed")
 

@@ -13,6 +13,7 @@ from pixnet._logging import logger
 from pixnet._names import TOTAL
 from pixnet._sdata import elements
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, totals
+from pixnet._sdata.genes import check_names_unique, other_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -121,22 +122,17 @@ def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Any:
 
 
 def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
-    common: pd.Index | None = None
     for name, table in tables:
-        if not table.var_names.is_unique:
-            repeated = table.var_names[table.var_names.duplicated()].unique()
+        check_names_unique(table, name)
+    (first, a), *others = tables
+    common = a.var_names
+    for name, table in others:
+        common = common[common.isin(table.var_names)]
+        if len(common) == 0:
             raise ValueError(
-                f"table {name!r} names {len(repeated)} genes more than once ({', '.join(map(repr, repeated[:3]))}); "
-                "call table.var_names_make_unique() or sum them first"
+                f"no gene is in all {len(tables)} tables: {first!r} has {elements.listed(a.var_names[:3])}, {name!r} has "
+                f"{elements.listed(table.var_names[:3])}{other_names(table, name, a.var_names)}"
             )
-        common = table.var_names if common is None else common[common.isin(table.var_names)]
-    assert common is not None
-    if len(common) == 0:
-        (first, a), (last, b) = tables[0], tables[-1]
-        raise ValueError(
-            f"no gene is in all {len(tables)} tables: {first!r} has {', '.join(map(repr, a.var_names[:3]))}, {last!r} has "
-            f"{', '.join(map(repr, b.var_names[:3]))}; ids and symbols mixed? Set var_names alike"
-        )
     return common
 
 

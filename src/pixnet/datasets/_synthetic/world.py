@@ -33,6 +33,7 @@ class Recipe:
     n_genes: int
     seed: int
     stain_seed: int
+    panel_seed: int = 0
 
 
 @lru_cache(maxsize=2)
@@ -50,7 +51,7 @@ class World:
         self.noise = noise_seed_of(recipe.seed)
         self.cells: Cells = build(self.size, recipe.seed)
         self.stain = paint.Stain.draw(recipe.stain_seed)
-        self.panel = Panel.draw(recipe.n_genes, recipe.seed)
+        self.panel = Panel.draw(recipe.n_genes, recipe.panel_seed)
         self.image_shape = (round(self.size / recipe.mpp),) * 2
         self.truth_shape = (int(self.size / TRUTH_UM + 1e-9),) * 2
         self.amounts = self.panel.amounts(self.cells, recipe.seed)

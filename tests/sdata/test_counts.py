@@ -1,0 +1,203 @@
+"""Measured tables: kinds of matrices, backed ones among them, raw counts told from others, names of genes."""
+
+from __future__ import annotations
+
+import anndata
+import dask.array as da
+import numpy as np
+import pytest
+from scipy import sparse
+
+import pixnet as px
+from pixnet._sdata.counts import counts_matrix, read_counts
+
+SYMBOLS = ["ERBB2", "CD74", "ACTB", "MYH11"]
+IDS = ["ENSG00000141736", "ENSG00000019582.19", "ENSG00000075624", "ENSG00000133392"]
+
+
+@pytest.fixture(scope="module")
+def tissue():
+    sdata = px.datasets.synthetic_tissue(300, n_genes=13, shapes=("bins",))
+    px.tl.aggregate(sdata, "bins", image_key="truth", key_added="bins_true")
+    return sdata
+
+
+def stored(kind):
+    def through_a_file(table, path):
+        table = table.copy()
+        table.X = kind(table.X)
+        table.write_h5ad(path / "table.h5ad")
+        return anndata.read_h5ad(path / "table.h5ad", backed="r")
+
+    return through_a_file
+
+
+def in_dask(kind):
+    def chunked(table, path):
+        table = table.copy()
+        table.X = da.from_array(kind(table.X), chunks=(200, table.n_vars), asarray=False)
+        return table
+
+    return chunked
+
+
+def with_layer(table, path):
+    table = table.copy()
+    table.layers["raw"] = table.X.tocsc()
+    table.X = table.X.log1p()
+    return table
+
+
+KINDS = {
+    "csc": lambda table, path: anndata.AnnData(table.X.tocsc(), table.obs, table.var, table.uns),
+    "csr array": lambda table, path: anndata.AnnData(sparse.csr_array(table.X), table.obs, table.var, table.uns),
+    "integers": lambda table, path: anndata.AnnData(
+        table.X.toarray().astype(np.int32), table.obs, table.var, table.uns
+    ),
+    "h5ad csr": stored(sparse.csr_matrix),
+    "h5ad csc": stored(sparse.csc_matrix),
+    "h5ad dense": stored(lambda x: x.toarray()),
+    "dask dense": in_dask(lambda x: x.toarray()),
+    "dask csr": in_dask(sparse.csr_matrix),
+    "layer": with_layer,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_matrix_reads_alike(tissue, tmp_path, kind):
+    expected = read_counts(tissue, "bins_counts", "bins", ["TUM1", "FIB1"])
+    scores = px.tl.evaluate(tissue, table_key="bins_true", reference_key="bins_counts")
+    layer = "raw" if kind == "layer" else None
+    other = px.datasets.synthetic_tissue(300, n_genes=13, shapes=())
+    other["bins"], other["bins_true"] = tissue["bins"], tissue["bins_true"]
+    other["bins_counts"] = KINDS[kind](tissue["bins_counts"], tmp_path)
+    assert other["bins_counts"].isbacked == kind.startswith("h5ad")
+
+    found = read_counts(other, "bins_counts", "bins", ["TUM1", "FIB1"], layer=layer)
+    np.testing.assert_array_equal(found.counts, expected.counts)
+    np.testing.assert_array_equal(found.total, expected.total)
+    assert px.pp.select_genes(other, table_key="bins_counts", layer=layer) == px.pp.select_genes(
+        tissue, table_key="bins_counts"
+    )
+    again = px.tl.evaluate(other, table_key="bins_true", reference_key="bins_counts", layer=layer)
+    np.testing.assert_allclose(again["pearson"], scores["pearson"], equal_nan=True)
+
+
+def test_a_stored_object_reads_alike(tissue, tmp_path):
+    import spatialdata as sd
+
+    shapes_only = sd.SpatialData(shapes={"bins": tissue["bins"]}, tables={"bins_counts": tissue["bins_counts"]})
+    shapes_only.write(tmp_path / "bins.zarr")
+    again = sd.read_zarr(tmp_path / "bins.zarr")
+    assert px.pp.select_genes(again) == px.pp.select_genes(shapes_only)
+    found, expected = (read_counts(s, "bins_counts", "bins", ["TUM1"]) for s in (again, shapes_only))
+    np.testing.assert_array_equal(found.counts, expected.counts)
+
+
+# raw or not --------------------------------------------------------------------------------------------------------
+
+
+def table_of(values, **layers):
+    return anndata.AnnData(np.asarray(values), layers={k: np.asarray(v) for k, v in layers.items()})
+
+
+RAW = np.array([[3.0, 0.0], [1.0, 7.0]])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.log1p(RAW), r"fractions such as .*it looks normalised.*layer= \('counts'\)"),
+        (1e4 * RAW / 3, "fractions"),
+        (RAW - RAW.mean(axis=0), "negative values.*layer="),
+        (np.where(RAW == 0, np.nan, RAW), "NaN or infinite"),
+    ],
+)
+def test_what_is_no_raw_count_is_refused(values, message):
+    table = table_of(values, counts=RAW)
+    for form in (np.asarray, sparse.csr_matrix):
+        table.X = form(values)
+        with pytest.raises(ValueError, match=message):
+            counts_matrix(table, "t")
+    np.testing.assert_array_equal(counts_matrix(table, "t", "counts"), RAW)
+
+
+def test_other_refusals():
+    empty = anndata.AnnData(obs=table_of(RAW).obs, layers={"counts": RAW})
+    with pytest.raises(ValueError, match=r"no counts in X.*'counts'"):
+        counts_matrix(empty, "t")
+    with pytest.raises(KeyError, match=r"no layer 'raw'.*'counts'"):
+        counts_matrix(empty, "t", "raw")
+    with pytest.raises(TypeError, match="complex"):
+        counts_matrix(table_of(RAW.astype(complex)), "t")
+
+
+# names of genes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_id(tissue):
+    """A table indexed by Ensembl ids with symbols in a column, and one aggregated from a map that has symbols."""
+    import spatialdata as sd
+
+    measured, predicted = (tissue[key][:, :4].copy() for key in ("bins_counts", "bins_true"))
+    measured.var_names, predicted.var_names = IDS, SYMBOLS
+    measured.var["chromosome"] = ["17", "5", "7", "16"]
+    measured.var["feature_name"] = np.array(SYMBOLS, dtype=object)
+    image = {"he": tissue["he"]}
+    sdata = sd.SpatialData(images=image, shapes={"bins": tissue["bins"]}, tables={"measured": measured, "p": predicted})
+    px.pp.set_mpp(sdata, "he", 0.5)
+    return sdata
+
+
+MENDS = r"names are Ensembl ids, the genes asked for are symbols.*var\['feature_name'\] holds \d of them.*var_names ="
+
+
+def test_ids_against_symbols(by_id):
+    with pytest.raises(KeyError, match=MENDS):
+        px.tl.evaluate(by_id, table_key="p", reference_key="measured")
+    with pytest.raises(KeyError, match=MENDS):
+        px.tl.train(by_id, shapes="bins", table_key="measured", genes=SYMBOLS[:2])
+    model = px.models.PixNet(SYMBOLS, pretrained=False, widths=8)
+    with pytest.raises(KeyError, match=MENDS):
+        px.tl.train(by_id, shapes="bins", table_key="measured", model=model)
+    with pytest.raises(ValueError, match=f"no gene is in all 2 tables.*{MENDS}"):
+        px.pp.select_genes(by_id, table_key=["p", "measured"])
+    # What the message says mends it.
+    table = by_id.tables["measured"]
+    table.var_names = table.var["feature_name"].astype(str)
+    assert len(px.tl.evaluate(by_id, table_key="p", reference_key="measured")) == 4
+
+
+def test_symbols_against_ids(by_id):
+    table = by_id.tables["measured"]
+    table.var["gene_ids"] = table.var_names
+    table.var_names = SYMBOLS
+    with pytest.raises(
+        KeyError, match=r"names are symbols, the genes asked for are Ensembl.*var\['gene_ids'\] holds 4"
+    ):
+        read_counts(by_id, "measured", "bins", IDS)
+
+
+def test_no_column_holds_them(by_id):
+    del by_id.tables["measured"].var["feature_name"]
+    with pytest.raises(KeyError, match="names are Ensembl ids.*no column of its var"):
+        read_counts(by_id, "measured", "bins", SYMBOLS)
+
+
+def test_repeated_symbols_after_mapping(by_id):
+    table = by_id.tables["measured"]
+    table.var_names = ["ERBB2", "CD74", "CD74", "MYH11"]
+    with pytest.raises(ValueError, match=r"names 1 gene\(s\) more than once: 'CD74'.*sum or drop"):
+        px.tl.evaluate(by_id, table_key="p", reference_key="measured")
+
+
+def test_near_misses(by_id):
+    with pytest.raises(KeyError, match="4 of them would be found without the version"):
+        read_counts(by_id, "measured", "bins", [name.partition(".")[0] + ".3" for name in IDS])
+    with pytest.raises(KeyError, match="another case"):
+        read_counts(by_id, "p", "bins", ["Erbb2", "Cd74"])
+    with pytest.raises(
+        KeyError, match="lacks 1 of the 2 genes: 'NOPE'; its names look like 'ERBB2', 'CD74', 'ACTB'\"?$"
+    ):
+        read_counts(by_id, "p", "bins", ["ERBB2", "NOPE"])
