@@ -14,6 +14,14 @@ from pixnet._core.packed import resolve_precision
 from pixnet._settings import settings
 from pixnet.models._pixnet import PixNet
 
+CROP_HALO = 192
+"""Model pixels seen around a crop in training, at most. Prediction looks further, to make its windows fit at their seams."""
+
+
+def crop_halo(model: PixNet) -> int:
+    """Return the model pixels to see around a crop."""
+    return min(model.halo, CROP_HALO)
+
 
 def turn(x: Tensor, how: int) -> Tensor:
     """Apply one of the eight symmetries of the square to ``(..., H, W)``."""
@@ -52,6 +60,7 @@ def cache_features(
 ) -> None:
     """Compute the features of all crops in each variant; the first is the crop as it is."""
     model.eval()
+    halo = crop_halo(model)
     store: list[list[Tensor]] = []
     hows = [0, *torch.randperm(7, generator=rng).add(1).tolist()]
     bar = tqdm(
@@ -61,8 +70,8 @@ def cache_features(
         for v in range(variants):
             kept: list[list[Tensor]] = []
             for start in range(0, len(material.crops), 4):
-                pixels = torch.stack([material.pixels(c, model.halo) for c in material.crops[start : start + 4]])
-                found = encode_crops(model, pixels.to(device), model.halo, hows[v % 8], stain if v else 0.0, rng)
+                pixels = torch.stack([material.pixels(c, halo) for c in material.crops[start : start + 4]])
+                found = encode_crops(model, pixels.to(device), halo, hows[v % 8], stain if v else 0.0, rng)
                 kept.append([f.to("cpu", torch.float16) for f in found])
                 bar.update(len(pixels))
             store.append([torch.cat(level).contiguous(memory_format=torch.channels_last) for level in zip(*kept)])
