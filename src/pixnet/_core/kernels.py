@@ -1,4 +1,7 @@
-"""Weighted statistics of pixels: the inner loops of aggregation."""
+"""Weighted statistics of pixels: the inner loops of aggregation.
+
+Of every kernel, shape ``k`` goes to row ``rows[k]`` of what is filled in.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from pixnet._core.jit import jit
 
 
 @jit
-def span_sums(planes, offsets, start, weight_offsets, weights, out):
-    """Sum of weight times value, ``out[k, c]``, for every shape k and plane c; ``planes`` is ``(c, h * w)``."""
+def span_sums(planes, offsets, start, weight_offsets, weights, rows, out):
+    """Sum of weight times value, ``out[rows[k], c]``, for every shape k and plane c; ``planes`` is ``(c, h * w)``."""
     n_planes = planes.shape[0]
     c = 0
     # Four planes at a time: four sums that do not wait for one another, and one reading of the weights.
@@ -26,7 +29,8 @@ def span_sums(planes, offsets, start, weight_offsets, weights, out):
                     total_2 += weight * plane_2[pixel]
                     total_3 += weight * plane_3[pixel]
                     pixel += 1
-            out[k, c], out[k, c + 1], out[k, c + 2], out[k, c + 3] = total_0, total_1, total_2, total_3
+            row = rows[k]
+            out[row, c], out[row, c + 1], out[row, c + 2], out[row, c + 3] = total_0, total_1, total_2, total_3
         c += 4
     while c < n_planes:
         plane_0 = planes[c]
@@ -36,29 +40,29 @@ def span_sums(planes, offsets, start, weight_offsets, weights, out):
                 shift = start[s] - weight_offsets[s]
                 for j in range(weight_offsets[s], weight_offsets[s + 1]):
                     total_0 += weights[j] * plane_0[j + shift]
-            out[k, c] = total_0
+            out[rows[k], c] = total_0
         c += 1
 
 
 @jit
-def span_squares(planes, offsets, start, weight_offsets, weights, means, out):
-    """Sum of weight times squared distance from ``means[k, c]``; NaN pixels are left out."""
+def span_squares(planes, offsets, start, weight_offsets, weights, means, rows, out):
+    """Sum of weight times squared distance from ``means[rows[k], c]``; NaN pixels are left out."""
     for c in range(planes.shape[0]):
         plane = planes[c]
         for k in range(offsets.size - 1):
             total = 0.0
-            mean = means[k, c]
+            mean = means[rows[k], c]
             for s in range(offsets[k], offsets[k + 1]):
                 shift = start[s] - weight_offsets[s]
                 for j in range(weight_offsets[s], weight_offsets[s + 1]):
                     distance = plane[j + shift] - mean
                     if distance == distance:
                         total += weights[j] * distance * distance
-            out[k, c] = total
+            out[rows[k], c] = total
 
 
 @jit
-def span_extremes(planes, offsets, start, weight_offsets, low, high):
+def span_extremes(planes, offsets, start, weight_offsets, rows, low, high):
     """Smallest and largest value of the pixels of every shape; NaN pixels are left out."""
     for c in range(planes.shape[0]):
         plane = planes[c]
@@ -70,12 +74,12 @@ def span_extremes(planes, offsets, start, weight_offsets, low, high):
                     # A comparison with NaN is false, which leaves it out.
                     least = plane[j] if plane[j] < least else least
                     most = plane[j] if plane[j] > most else most
-            low[k, c] = least
-            high[k, c] = most
+            low[rows[k], c] = least
+            high[rows[k], c] = most
 
 
 @jit
-def rectangle_sums(planes, bounds, out):
+def rectangle_sums(planes, bounds, rows, out):
     """Area-weighted sums over rectangles along the axes: the coverage of a pixel is a product of two lengths.
 
     ``planes`` is ``(c, h, w)``; ``bounds`` holds ``x0, y0, x1, y1`` in pixels of the planes, and is cut to them.
@@ -102,9 +106,9 @@ def rectangle_sums(planes, bounds, out):
                 # The outermost columns are covered in part; where they are one, that one is covered from both sides.
                 left = min(first + 1.0, x1) - x0
                 right = x1 - last
-                for row in range(int(y0), int(np.ceil(y1))):
-                    tall = min(row + 1.0, y1) - max(float(row), y0)
-                    base = row * width
+                for y in range(int(y0), int(np.ceil(y1))):
+                    tall = min(y + 1.0, y1) - max(float(y), y0)
+                    base = y * width
                     pixel = base + first
                     across_0 = left * plane_0[pixel]
                     across_1 = left * plane_1[pixel]
@@ -125,11 +129,12 @@ def rectangle_sums(planes, bounds, out):
                     total_1 += across_1 * tall
                     total_2 += across_2 * tall
                     total_3 += across_3 * tall
-            out[k, first_plane] = total_0
+            row = rows[k]
+            out[row, first_plane] = total_0
             if n_planes > 1:
-                out[k, min(first_plane + 1, n_planes - 1)] = total_1
+                out[row, min(first_plane + 1, n_planes - 1)] = total_1
             if n_planes > 2:
-                out[k, min(first_plane + 2, n_planes - 1)] = total_2
+                out[row, min(first_plane + 2, n_planes - 1)] = total_2
             if n_planes > 3:
-                out[k, first_plane + 3] = total_3
+                out[row, first_plane + 3] = total_3
         c += 4

@@ -51,8 +51,19 @@ class Geometries:
         return self.ring_signs * _shoelace(self.coords, self.ring_offsets)
 
     @cached_property
+    def _corners(self) -> tuple[NDArray, NDArray] | None:
+        """Two opposite corners, each ``(n, 2)``, where every shape is a rectangle: all that is to be known of grids."""
+        if not len(self) or not (self.kinds == RECTANGLE).all():
+            return None
+        quads = self.coords.reshape(-1, 4, 2)
+        return quads[:, 0], quads[:, 2]
+
+    @cached_property
     def area(self) -> NDArray[np.float64]:
         """Area of every shape, ``(n,)``, in squared units of the coordinates."""
+        if self._corners is not None:
+            a, b = self._corners
+            return np.abs((b[:, 0] - a[:, 0]) * (b[:, 1] - a[:, 1]))
         area = _sum_groups(self._ring_areas, self.shape_offsets)
         disc = self.kinds == DISC
         if disc.any():
@@ -63,6 +74,8 @@ class Geometries:
     @cached_property
     def bounds(self) -> NDArray[np.float64]:
         """Bounding boxes, ``(n, 4)``: ``x0, y0, x1, y1``."""
+        if self._corners is not None:
+            return np.column_stack([np.minimum(*self._corners), np.maximum(*self._corners)])
         bounds = np.full((len(self), 4), np.nan)
         starts = self.ring_offsets[self.shape_offsets]
         filled = np.flatnonzero(starts[1:] > starts[:-1])
@@ -79,6 +92,9 @@ class Geometries:
     @cached_property
     def centroids(self) -> NDArray[np.float64]:
         """Centroids, ``(n, 2)``: ``x, y``."""
+        if self._corners is not None:
+            a, b = self._corners
+            return a + (b - a) / 2
         origin = self.coords.mean(axis=0) if len(self.coords) else np.zeros(2)
         moments = self.ring_signs[:, None] * _first_moments(self.coords - origin, self.ring_offsets)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -209,13 +225,40 @@ def pack(geometries: ArrayLike, radius: ArrayLike | None = None) -> Geometries:
         wrong = np.flatnonzero(test(geometries))
         if wrong.size:
             raise ValueError(f"geometry at position {wrong[0]} {fault}")
+    radii = np.broadcast_to(np.asarray(np.nan if radius is None else radius, dtype=np.float64), len(geometries))
+    wrong = np.flatnonzero(is_point & ~((radii > 0) & np.isfinite(radii)))
+    if wrong.size:
+        raise ValueError(f"the point at position {wrong[0]} has radius {radii[wrong[0]]}; a positive one is needed")
+    return pack_checked(geometries, is_point, radii)
 
+
+def pack_checked(geometries: NDArray, is_point: NDArray[np.bool_], radius: NDArray | None = None) -> Geometries:
+    """Do as :func:`pack` does, with geometries that are known to be what it takes.
+
+    Parameters
+    ----------
+    geometries
+        ``(n,)`` array of Polygon, MultiPolygon and Point, none empty or with z coordinates.
+    is_point
+        ``(n,)``: which of them are points.
+    radius
+        ``(n,)``: radius of the points.
+
+    Returns
+    -------
+    Geometries
+        The packed shapes, in order.
+    """
     n = len(geometries)
-    coords, closed, parts, owners = _ragged(geometries[~is_point])
+    has_point = bool(is_point.any())
+    coords, closed, parts, owners = _ragged(geometries[~is_point] if has_point else geometries)
     # Rings come closed; the repeated vertex goes.
-    keep = np.ones(len(coords), dtype=bool)
-    keep[closed[1:] - 1] = False
-    coords = np.ascontiguousarray(coords[keep])
+    if len(coords) == 5 * (len(closed) - 1) and (np.diff(closed) == 5).all():
+        coords = coords.reshape(-1, 5, 2)[:, :4].reshape(-1, 2)
+    else:
+        keep = np.ones(len(coords), dtype=bool)
+        keep[closed[1:] - 1] = False
+        coords = np.ascontiguousarray(coords[keep])
     ring_offsets = closed - np.arange(len(closed))
 
     outer = np.zeros(len(closed) - 1, dtype=bool)
@@ -227,14 +270,10 @@ def pack(geometries: ArrayLike, radius: ArrayLike | None = None) -> Geometries:
 
     discs = np.zeros((0, 6))
     kinds = np.full(n, POLYGON, dtype=np.uint8)
-    if is_point.any():
-        radii = np.broadcast_to(np.asarray(np.nan if radius is None else radius, dtype=np.float64), n)
-        wrong = np.flatnonzero(is_point & ~((radii > 0) & np.isfinite(radii)))
-        if wrong.size:
-            raise ValueError(f"the point at position {wrong[0]} has radius {radii[wrong[0]]}; a positive one is needed")
+    if has_point:
         discs = np.full((n, 6), np.nan)
         discs[is_point, :2] = shapely.get_coordinates(geometries[is_point])
-        discs[is_point, 2:] = radii[is_point, None] * np.array([1.0, 0.0, 0.0, 1.0])
+        discs[is_point, 2:] = np.asarray(radius, dtype=np.float64)[is_point, None] * np.array([1.0, 0.0, 0.0, 1.0])
         kinds[is_point] = DISC
     kinds[_rectangles(coords, ring_offsets, shape_offsets)] = RECTANGLE
     return Geometries(coords, ring_offsets, np.where(outer, turns, -turns), shape_offsets, discs, kinds)
@@ -293,7 +332,10 @@ def _rectangles(coords: NDArray, ring_offsets: NDArray, shape_offsets: NDArray) 
     first = ring_offsets[shape_offsets[single]]
     four = ring_offsets[shape_offsets[single] + 1] - first == 4
     single, first = single[four], first[four]
-    x, y = coords[first[:, None] + np.arange(4)].transpose(2, 0, 1)
+    if len(coords) == 4 * len(single):  # all of them, in order
+        x, y = coords.reshape(-1, 4, 2).transpose(2, 0, 1)
+    else:
+        x, y = coords[first[:, None] + np.arange(4)].transpose(2, 0, 1)
     flat_first = (y[:, 0] == y[:, 1]) & (x[:, 1] == x[:, 2]) & (y[:, 2] == y[:, 3]) & (x[:, 3] == x[:, 0])
     tall_first = (x[:, 0] == x[:, 1]) & (y[:, 1] == y[:, 2]) & (x[:, 2] == x[:, 3]) & (y[:, 3] == y[:, 0])
     return single[flat_first | tall_first]
@@ -310,7 +352,10 @@ def _apply(row: NDArray, shift: float, coords: NDArray) -> NDArray[np.float64]:
 
 def _shoelace(coords: NDArray, offsets: NDArray) -> NDArray[np.float64]:
     """Signed area of each ring."""
-    return _sum_groups(_cross(*_edges(coords, offsets)), offsets) / 2
+    if len(coords) == 4 * (len(offsets) - 1) and (np.diff(offsets) == 4).all():
+        quads = coords.reshape(-1, 4, 2)
+        return _cross(quads[:, 2] - quads[:, 0], quads[:, 3] - quads[:, 1]) / 2  # of the diagonals
+    return _sum_groups(_cross(*_local(coords, offsets)[1:]), offsets) / 2
 
 
 def _first_moments(coords: NDArray, offsets: NDArray) -> NDArray[np.float64]:
@@ -319,10 +364,6 @@ def _first_moments(coords: NDArray, offsets: NDArray) -> NDArray[np.float64]:
     cross = _cross(local, following)
     area = _sum_groups(cross, offsets) / 2
     return _sum_groups((local + following) * cross[:, None], offsets) / 6 + start * area[:, None]
-
-
-def _edges(coords: NDArray, offsets: NDArray) -> tuple[NDArray, NDArray]:
-    return _local(coords, offsets)[1:]
 
 
 def _local(coords: NDArray, offsets: NDArray) -> tuple[NDArray, NDArray, NDArray]:

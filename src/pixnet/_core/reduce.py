@@ -134,6 +134,15 @@ def _put(result: Sums, rows: NDArray, part: Sums) -> None:
             getattr(result, name)[rows] = value
 
 
+def _put_columns(result: Sums | _Part, columns: NDArray[np.int64], part: Sums | _Part) -> None:
+    low, high = int(columns[0]), int(columns[-1]) + 1
+    where = slice(low, high) if (np.diff(columns) == 1).all() else columns
+    for name, value in vars(part).items():
+        if value is not None:
+            target = getattr(result, name)
+            target[:, where if target.shape[1] > 1 else slice(None)] = value
+
+
 @dataclass(frozen=True)
 class _Job:
     """What every tile is asked for."""
@@ -194,7 +203,9 @@ class _Part:
         """Return the statistics, rounded to float32 once; 0 / 0 makes NaN of what has no pixel that counts."""
         done = Sums(self.weight, *(None,) * 4)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            done.mean = np.divide(self.total, self.weight).astype(np.float32)
+            done.mean = np.divide(
+                self.total, self.weight, out=np.empty(self.total.shape, np.float32), casting="unsafe"
+            )
             if self.squares is not None:
                 done.std = np.sqrt(self.squares / self.weight).astype(np.float32)
             if self.low is not None:
@@ -202,13 +213,6 @@ class _Part:
                 done.min, done.max = self.low.astype(np.float32), self.high.astype(np.float32)
                 done.min[nothing] = done.max[nothing] = np.nan
         return done
-
-    def put_columns(self, columns: NDArray, part: _Part) -> None:
-        """Fill in some of the channels."""
-        for name, value in vars(part).items():
-            if value is not None:
-                target = getattr(self, name)
-                target[:, columns if target.shape[1] > 1 else slice(None)] = value
 
 
 @dataclass
@@ -256,12 +260,9 @@ class _Tile:
                 if weight is not None:
                     part.weight = weight
                 self._fill(part, _as_float(data[start : start + step]), shared, batches)
-                for name, value in vars(part.take(slice(0, self.n_inner)).finish()).items():
-                    if value is not None:
-                        target = getattr(inner, name)
-                        target[:, columns if target.shape[1] > 1 else slice(None)] = value
+                _put_columns(inner, columns, part.take(slice(0, self.n_inner)).finish())
                 if outer is not None:
-                    outer.put_columns(columns, part.take(slice(self.n_inner, None)))
+                    _put_columns(outer, columns, part.take(slice(self.n_inner, None)))
             del data
         return inner, outer
 
@@ -345,15 +346,13 @@ class _Batch:
         flat = planes.reshape(len(planes), -1)
         if self._job.extremes:
             found = self._coverage()
-            low, high = np.empty((2, len(self._rows), len(planes)))
-            kernels.span_extremes(flat, found.offsets, found.start, found.weight_offsets, low, high)
-            part.low[self._rows], part.high[self._rows] = low, high
+            kernels.span_extremes(
+                flat, found.offsets, found.start, found.weight_offsets, self._rows, part.low, part.high
+            )
         if self._job.std:
-            weight, squares = part.weight[self._rows], np.empty((len(self._rows), len(planes)))
             with np.errstate(invalid="ignore", divide="ignore"):
-                means = np.where(weight > 0, part.total[self._rows] / weight, 0.0)
-            kernels.span_squares(flat, *self._coverage(), means, squares)
-            part.squares[self._rows] = squares
+                means = np.where(part.weight > 0, part.total / part.weight, 0.0)
+            kernels.span_squares(flat, *self._coverage(), means, self._rows, part.squares)
 
     def _coverage(self) -> Spans:
         if self._spans is None:
@@ -363,13 +362,9 @@ class _Batch:
     def _sum(self, planes: NDArray, out: NDArray) -> None:
         """Sum coverage times value."""
         if self._block_rows.size:
-            sums = np.empty((len(self._block_rows), len(planes)))
-            kernels.rectangle_sums(planes, self._bounds, sums)
-            out[self._block_rows] = sums
+            kernels.rectangle_sums(planes, self._bounds, self._block_rows, out)
         if self._rows.size:
-            sums = np.empty((len(self._rows), len(planes)))
-            kernels.span_sums(planes.reshape(len(planes), -1), *self._coverage(), sums)
-            out[self._rows] = sums
+            kernels.span_sums(planes.reshape(len(planes), -1), *self._coverage(), self._rows, out)
 
 
 def _as_float(data: NDArray) -> NDArray:

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
-from pixnet._core.packing import Geometries, pack, pack_rectangles
+from pixnet._core.packing import RECTANGLE, Geometries, pack_checked, pack_rectangles
 from pixnet._sdata.elements import full_resolution, shared_coordinate_system
 
 _AXES = ("x", "y")
@@ -126,11 +126,10 @@ def read_shapes(
 ) -> PixelShapes:
     """Return the shapes of an element in level-0 pixels of an image, with their ids; see :func:`pixel_shapes`."""
     matrix = affine_to_pixels(sdata, shapes_key, image_key, coordinate_system)
-    check_element(sdata, shapes_key)
     element = sdata[shapes_key]
     if isinstance(element, GeoDataFrame):
-        radius = element["radius"].to_numpy() if "radius" in element.columns else None
-        return PixelShapes(pack(element.geometry.to_numpy(), radius).transform(matrix), element.index)
+        return PixelShapes(pack_element(element, shapes_key).transform(matrix), element.index)
+    check_element(sdata, shapes_key)
     geometries, ids = _label_rectangles(full_resolution(element))
     return PixelShapes(geometries.transform(matrix), pd.Index(ids))
 
@@ -145,15 +144,15 @@ def check_element(sdata: SpatialData, key: str) -> None:
     """
     element = sdata[key]
     if isinstance(element, GeoDataFrame):
-        check_shapes(element, key)
+        pack_element(element, key)
     elif isinstance(element, DataArray | DataTree) and "c" not in full_resolution(element).dims:
         check_labels(element, key)
     else:
         raise ValueError(f"{key!r} is neither a shapes nor a labels element")
 
 
-def check_shapes(element: GeoDataFrame, key: str) -> None:
-    """Refuse geometries that have no area in the plane, and ids that are not unique."""
+def pack_element(element: GeoDataFrame, key: str) -> Geometries:
+    """Pack a shapes element; refuse geometries that have no area in the plane, and ids that are not unique."""
     ids = element.index
     if not (pd.api.types.is_integer_dtype(ids.dtype) or pd.api.types.is_string_dtype(ids.dtype)):
         raise TypeError(f"the index of {key!r} is {ids.dtype}; ids of shapes must be integers or text")
@@ -163,7 +162,7 @@ def check_shapes(element: GeoDataFrame, key: str) -> None:
             f"sdata[{key!r}].index = range(len(sdata[{key!r}]))"
         )
     geometries = element.geometry.to_numpy()
-    types = shapely.get_type_id(geometries)
+    types = shapely.get_type_id(geometries)  # -1 where there is none
     point = types == shapely.GeometryType.POINT
     polygon = (types == shapely.GeometryType.POLYGON) | (types == shapely.GeometryType.MULTIPOLYGON)
 
@@ -171,27 +170,29 @@ def check_shapes(element: GeoDataFrame, key: str) -> None:
         if wrong.any():
             raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {mend}")
 
-    refuse(shapely.is_missing(geometries), "are missing", "drop those rows")
+    refuse(types < 0, "are missing", "drop those rows")
     refuse(~(point | polygon), "are no polygon, multipolygon or circle", "drop or buffer them", TypeError)
     refuse(shapely.is_empty(geometries), "are empty", "drop those rows")
     flatten = f"flatten them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.force_2d()"
     refuse(shapely.has_z(geometries), "have z coordinates", flatten)
-    refuse(~np.isfinite(shapely.bounds(geometries)).all(axis=1), "have coordinates that are not finite", "drop them")
+    radius = None
     if point.any():
         if "radius" not in element.columns:
             raise ValueError(f"{key!r} has points without a 'radius' column; points have no area: add the radius")
         radius = element["radius"].to_numpy(dtype=float)
         refuse(point & ~((radius > 0) & np.isfinite(radius)), "have no positive radius", "correct the 'radius' column")
-    if polygon.any():
-        # Rectangles need no test; grids of millions of bins then cost nothing here.
-        suspects = np.flatnonzero(polygon & (shapely.get_num_coordinates(geometries) != 5))
-        suspects = np.concatenate([suspects, _skewed(geometries, polygon)])
-        wrong = np.zeros(len(ids), dtype=bool)
-        wrong[suspects] = ~shapely.is_valid(geometries[suspects])
+    with np.errstate(invalid="ignore"):  # of coordinates that are not finite
+        packed = pack_checked(geometries, point, radius)
+        refuse(~np.isfinite(packed.bounds).all(axis=1), "have coordinates that are not finite", "drop them")
+    # Rectangles need no test; grids of millions of bins then cost nothing here.
+    suspects = np.flatnonzero(polygon & ~((packed.kinds == RECTANGLE) & (packed.area > 0)))
+    wrong = np.zeros(len(ids), dtype=bool)
+    wrong[suspects] = ~shapely.is_valid(geometries[suspects])
+    if wrong.any():
+        reason = shapely.is_valid_reason(geometries[np.flatnonzero(wrong)[0]])
         mend = f"mend them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
-        if wrong.any():
-            reason = shapely.is_valid_reason(geometries[np.flatnonzero(wrong)[0]])
-            refuse(wrong, f"are invalid (the first: {reason})", mend)
+        refuse(wrong, f"are invalid (the first: {reason})", mend)
+    return packed
 
 
 def check_labels(element: DataArray | DataTree, key: str) -> None:
@@ -201,16 +202,6 @@ def check_labels(element: DataArray | DataTree, key: str) -> None:
         raise ValueError(f"labels {key!r} have dimensions {data.dims}; pixnet works on 2D labels (y, x)")
     if data.dtype.kind not in "iu":
         raise TypeError(f"labels {key!r} are {data.dtype}; integers are needed")
-
-
-def _skewed(geometries: NDArray, polygon: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Positions of the polygons of five coordinates (four corners) that do not fill their bounding box."""
-    candidates = np.flatnonzero(polygon & (shapely.get_num_coordinates(geometries) == 5))
-    x0, y0, x1, y1 = shapely.bounds(geometries[candidates]).T
-    box = (x1 - x0) * (y1 - y0)
-    area = shapely.area(geometries[candidates])
-    # Four corners within a box have the box's area only where they are the box.
-    return candidates[~(np.abs(area - box) <= 1e-9 * box) | (box == 0)]
 
 
 def _some(ids: pd.Index, wrong: NDArray[np.bool_], n: int = 5) -> str:

@@ -301,7 +301,7 @@ def _table(sdata: SpatialData, plan: _Plan, name: str, element: PixelShapes, sum
     thin = coverage < plan.min_coverage
 
     obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
-    obs["region"] = pd.Categorical([name] * len(obs), categories=[name])
+    obs["region"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), categories=[name])
     integer = pd.api.types.is_integer_dtype(element.ids.dtype)
     obs["instance_id"] = element.ids.to_numpy(dtype=np.int64 if integer else object)
     obs["area"] = area * (plan.mpp or 1.0) ** 2
