@@ -39,32 +39,3 @@ def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor
     density = -torch.log10(image.clamp(min=1 / 255))
     density = torch.einsum("nchw,ncd->ndhw", density, matrix) + (shift.to(image) @ to_rgb)[:, :, None, None]
     return torch.pow(10, -density).clamp(0, 1)
-
-
-def slide_statistics(reader, mask, n_windows: int = 16, size: int = 256) -> dict[str, list[float]] | None:
-    """Return mean and sd of the optical density of a slide's tissue in R, G and B; None where there is no tissue.
-
-    Parameters
-    ----------
-    reader
-        A `pixnet._core.tiling.SlideReader`.
-    mask
-        Tells which output pixels are tissue (`pixnet._core.masking`).
-    n_windows, size
-        Windows to read at most, and their size in model pixels.
-    """
-    stride = reader.grid.stride
-    n = size // stride
-    tops, lefts = np.arange(0, reader.grid.shape[0], size), np.arange(0, reader.grid.shape[1], size)
-    share = np.array([[mask.window(t // stride, x // stride, n, n).mean() for x in lefts] for t in tops])
-    if share.max(initial=0) == 0:
-        return None
-    candidates = np.argwhere(share > min(0.5, 0.9 * share.max()))
-    chosen = candidates[np.linspace(0, len(candidates) - 1, min(n_windows, len(candidates))).astype(int)]
-    parts = []
-    for i, j in chosen:
-        tissue = mask.window(tops[i] // stride, lefts[j] // stride, n, n)
-        pixels = reader.read(int(tops[i]), int(lefts[j]), size, size)[:, ::stride, ::stride][:, tissue]
-        parts.append(-np.log10(np.maximum(pixels, 1).astype(np.float32) / 255))
-    density = np.concatenate(parts, axis=1)
-    return {"od_mean": density.mean(axis=1).round(4).tolist(), "od_sd": density.std(axis=1).round(4).tolist()}

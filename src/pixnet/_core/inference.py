@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -93,7 +92,7 @@ class TileRunner:
         self.channels, self.n_channels = None if channels is None else list(channels), n_channels
         self.dtype, self.device, self.precision = np.dtype(dtype), device, precision
         self.batch, self.name = batch, name
-        self.coarse = mask if layout.ratio == 1 else _coarser(mask, layout.ratio)
+        self.coarse = mask if layout.ratio == 1 else mask.coarser(layout.ratio)
 
     def may_have_tissue(self, i: int, j: int) -> bool:
         """Return False for tiles that are background for sure, at the cost of a glance at the mask."""
@@ -242,15 +241,6 @@ class TileRunner:
                 out = out.cpu()
             work.forward += time.perf_counter() - start
         return out.numpy()
-
-
-def _coarser(mask: TissueMask | SlideExtent, ratio: float) -> TissueMask | SlideExtent:
-    """Return the same mask, asked per larger pixel."""
-    if isinstance(mask, SlideExtent):
-        return SlideExtent((mask.shape[0] / ratio, mask.shape[1] / ratio))
-    out = copy.copy(mask)
-    out.to_mask = mask.to_mask @ np.diag([ratio, ratio, 1.0])
-    return out
 
 
 # graphs ------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,13 @@ class TissueMask:
     """
 
     def __init__(self, mask: Any, to_mask: np.ndarray) -> None:
-        self.mask = np.asarray(mask) != 0
+        mask = np.asarray(mask)
+        self.mask = mask if mask.dtype == bool else mask != 0
         self.to_mask = np.asarray(to_mask, dtype=float)
+
+    def coarser(self, ratio: float) -> TissueMask:
+        """Return the same mask, asked per pixel ``ratio`` times larger."""
+        return TissueMask(self.mask, self.to_mask @ np.diag([ratio, ratio, 1.0]))
 
     def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return tissue ``(height, width)`` bool of a window of output pixels; nothing is tissue outside the mask."""
@@ -69,6 +74,10 @@ class SlideExtent:
 
     def __init__(self, shape: tuple[float, float]) -> None:
         self.shape = shape
+
+    def coarser(self, ratio: float) -> SlideExtent:
+        """Return the same extent, asked per pixel ``ratio`` times larger."""
+        return SlideExtent((self.shape[0] / ratio, self.shape[1] / ratio))
 
     def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return which pixels of a window lie at least half on the slide, ``(height, width)`` bool."""

@@ -7,42 +7,53 @@ from typing import Any
 
 import numpy as np
 
-from pixnet._core.inference import TileRunner
+from pixnet._core.masking import SlideExtent, TissueMask
+from pixnet._core.tiling import SlideReader
 
 WINDOWS, WINDOW_PX = 16, 256
+CELLS_PX = (256, 64, 16)
+"""Tissue is looked for in cells of this many model pixels, the largest first."""
 
-# Measured, in units of a training slide's own sd: sections of one study (her2st C and B) differ by up to 0.2 in the mean and
-# 1.3-fold in the sd, H&E of other laboratories by 0.4 to 0.6 and 2-fold; kidney with pale haematoxylin and a faint, blurred
-# brain by 0.9 to 1.2 and 4-fold or more.
-FAR_MEAN, FAR_SD = 0.75, 2.5
+Samples = Sequence[tuple[np.ndarray, np.ndarray]]
+
+# Measured at 0.69 um/px. Sections of one laboratory (her2st C and B): means 0.2 of a training slide's own sd apart, sd 1.3-fold,
+# shares 0.02, detail 1.05-fold. H&E of other laboratories: 0.4, 2-fold, 0.10 to 0.12, 1.3 to 1.6-fold. Kidney with pale
+# haematoxylin, and a faint, blurred brain: 0.9 and more, 4-fold and more, 0.3. A slide whose um/px is stated twice too
+# high: 1.9-fold. An optical density of a third: 0.85. Hues turned by 60 degrees: 0.09 to 0.11; by 120: 0.19.
+FAR_MEAN, FAR_SD, FAR_SHARE, FAR_DETAIL = 0.75, 2.5, 0.08, 1.75
+DETAIL_PX = 4
+CHANNELS = ("red", "green", "blue")
 
 
-def sample(runner: TileRunner) -> list[tuple[np.ndarray, np.ndarray]]:
+def sample(reader: SlideReader, mask: TissueMask | SlideExtent) -> list[tuple[np.ndarray, np.ndarray]]:
     """Read small windows spread evenly over the tissue of a slide.
 
     Parameters
     ----------
-    runner
-        A runner over the slide.
+    reader
+        Reads the slide in model pixels.
+    mask
+        Tissue, asked per model output pixel.
 
     Returns
     -------
     list of tuple
-        Pixels ``(3, n, n)`` uint8 at the model's um/px, and which of them are tissue, ``(n, n)`` bool.
+        Pixels ``(3, n, n)`` uint8 at the model's um/px, and which of them are tissue, ``(n, n)`` bool. Empty where no
+        piece of tissue is worth the name.
     """
-    layout, stride = runner.layout, runner.layout.grid.stride
-    tiles = runner.tiles()
-    side = WINDOW_PX // stride
+    stride, (rows, cols) = reader.grid.stride, reader.grid.shape
     out = []
-    for k in np.unique(np.linspace(0, len(tiles) - 1, WINDOWS).round().astype(int)) if tiles else []:
-        fine = layout.fine(layout.box(*tiles[k]))
-        found = np.argwhere(runner.mask.window(fine.y, fine.x, fine.height, fine.width))
-        if len(found) == 0:
+    for size in CELLS_PX:
+        cells = np.argwhere(mask.coarser(size / stride).window(0, 0, -(-rows // size), -(-cols // size)))
+        if len(cells) == 0:
             continue
-        y, x = found[len(found) // 2]
-        y, x = max(fine.y + int(y) - side // 2, 0), max(fine.x + int(x) - side // 2, 0)
-        tissue = runner.mask.window(y, x, side, side).repeat(stride, axis=0).repeat(stride, axis=1)
-        out.append((runner.read(y * stride, x * stride, side * stride), tissue))
+        side = WINDOW_PX // stride
+        for y, x in cells[np.linspace(0, len(cells) - 1, min(WINDOWS, len(cells))).round().astype(int)]:
+            # centred on the cell, at a map pixel
+            y, x = (max(int(n) * size + (size - WINDOW_PX) // 2, 0) // stride for n in (y, x))
+            tissue = mask.window(y, x, side, side).repeat(stride, axis=0).repeat(stride, axis=1)
+            out.append((reader.read(y * stride, x * stride, WINDOW_PX, WINDOW_PX), tissue))
+        break
     return out
 
 
@@ -51,36 +62,79 @@ def optical_density(pixels: np.ndarray) -> np.ndarray:
     return -np.log10(np.maximum(pixels, 1).astype(np.float32) / 255)
 
 
-def differences(
-    samples: Sequence[tuple[np.ndarray, np.ndarray]], training: Sequence[Mapping[str, Any]] | None
-) -> list[str]:
-    """Return what differs between a slide's stain and that of the training slides, in words; empty: nothing much.
+def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
+    """Return what is known of a slide's stain and sharpness; None where there is no tissue.
 
     Parameters
     ----------
     samples
         What :func:`sample` returned.
-    training
-        Each training slide's ``od_mean`` and ``od_sd``: of the optical density of its tissue in R, G and B.
+    masked
+        Whether the samples tell tissue from glass.
+
+    Returns
+    -------
+    dict or None
+        JSON-plain: ``od_mean`` and ``od_sd`` of the optical density of tissue in R, G and B; ``detail``, the share of its sd
+        that lies within squares of 4 model pixels; ``masked``.
     """
-    density = [optical_density(pixels[:, tissue]) for pixels, tissue in samples if tissue.any()]
-    if not training or not density:
+    samples = [(optical_density(pixels), tissue) for pixels, tissue in samples if tissue.any()]
+    if not samples:
+        return None
+    density = np.concatenate([values[:, tissue] for values, tissue in samples], axis=1).astype(float)
+    fine = np.concatenate([_fine(values.mean(axis=0))[tissue] for values, tissue in samples]).astype(float)
+    return {
+        "od_mean": density.mean(axis=1).round(4).tolist(),
+        "od_sd": density.std(axis=1).round(4).tolist(),
+        "detail": round(float(np.sqrt((fine**2).mean()) / max(density.mean(axis=0).std(), 1e-6)), 4),
+        "masked": masked,
+    }
+
+
+def _fine(values: np.ndarray) -> np.ndarray:
+    """Take the mean of each small square off."""
+    n, k = WINDOW_PX // DETAIL_PX, DETAIL_PX
+    squares = values.reshape(n, k, n, k)
+    return (squares - squares.mean(axis=(1, 3), keepdims=True)).reshape(values.shape)
+
+
+def differences(found: Mapping[str, Any] | None, training: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Return what differs between a slide and all of the training slides, in words; empty: nothing much.
+
+    Parameters
+    ----------
+    found
+        The slide's :func:`statistics`.
+    training
+        Those of each training slide.
+    """
+    # glass counts where nothing is masked: such a slide is comparable with its like only
+    training = [s for s in training or () if found is not None and s.get("masked", True) == found["masked"]]
+    if found is None or not training:
         return []
-    density = np.concatenate(density, axis=1)
-    mean, sd = density.mean(axis=1), density.std(axis=1)
-    means = np.array([slide["od_mean"] for slide in training], dtype=float)
-    sds = np.array([slide["od_sd"] for slide in training], dtype=float)
+    mean, sd = np.array(found["od_mean"]), np.array(found["od_sd"])
+    means, sds = (np.array([slide[name] for slide in training], dtype=float) for name in ("od_mean", "od_sd"))
+    share, shares = mean / mean.sum().clip(1e-6), means / means.sum(axis=1, keepdims=True).clip(1e-6)
     out = []
-    for c, name in enumerate(("red", "green", "blue")):
-        away = np.abs(mean[c] - means[:, c]) / np.maximum(sds[:, c], 1e-6)
-        if away.min() > FAR_MEAN:
-            out.append(
-                f"its mean optical density in {name} is {mean[c]:.2f}, {means[:, c].min():.2f} to {means[:, c].max():.2f} "
-                "in training"
-            )
+    for c, name in enumerate(CHANNELS):
+        if (np.abs(mean[c] - means[:, c]) / sds[:, c].clip(1e-6)).min() > FAR_MEAN:
+            out.append(f"its mean optical density in {name} is {mean[c]:.2f}, {_range(means[:, c])} in training")
         if not sds[:, c].min() / FAR_SD <= sd[c] <= sds[:, c].max() * FAR_SD:
+            out.append(f"its optical density in {name} varies by {sd[c]:.2f} (sd), {_range(sds[:, c])} in training")
+        if np.abs(share[c] - shares[:, c]).min() > FAR_SHARE:
             out.append(
-                f"its optical density in {name} varies by {sd[c]:.2f} (sd), {sds[:, c].min():.2f} to {sds[:, c].max():.2f} "
-                "in training"
+                f"{name} makes up {share[c]:.0%} of its optical density, {_range(shares[:, c], '.0%')} in training"
             )
+    details = np.array([slide["detail"] for slide in training if "detail" in slide])
+    if details.size and not details.min() / FAR_DETAIL <= found["detail"] <= details.max() * FAR_DETAIL:
+        what = "less" if found["detail"] < details.min() else "more"
+        out.append(
+            f"it has {what} fine detail ({found['detail']:.2f} of its contrast, {_range(details)} in training), as if blurred, "
+            "noisy, or recorded with a wrong um/px (pixnet.pp.set_mpp)"
+        )
     return out
+
+
+def _range(values: np.ndarray, form: str = ".2f") -> str:
+    low, high = f"{values.min():{form}}", f"{values.max():{form}}"
+    return low if low == high else f"{low} to {high}"

@@ -147,8 +147,9 @@ def predict(
     """
     from pixnet._core.inference import TileRunner
     from pixnet._core.layout import choose_layout
+    from pixnet._core.masking import TissueMask
     from pixnet._core.packed import PackedModel, resolve_device, resolve_precision
-    from pixnet._core.stain import differences, sample
+    from pixnet._core.stain import differences, sample, statistics
     from pixnet._core.tiling import SlideReader, choose_grid
     from pixnet._sdata.tissue import open_mask
 
@@ -213,8 +214,8 @@ def predict(
         raise ValueError(
             f"no tissue on image {image_key!r}: its mask lies outside of it; check the transformation of the mask"
         )
-    samples = sample(runner)
-    differs = differences(samples, model.config.get("stain"))
+    samples = sample(runner.reader, mask)
+    differs = differences(statistics(samples, isinstance(mask, TissueMask)), model.config.get("stain"))
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "

@@ -324,9 +324,10 @@ def _provenance(training, valid, keys, recipe, seed) -> dict[str, Any]:
     }
 
 
-def _stain(training: Sequence[Section]) -> list[dict[str, list[float]]]:
+def _stain(training: Sequence[Section]) -> list[dict[str, Any]]:
     """Return the stain statistics of the training slides: what predict compares a new slide with."""
-    from pixnet._core.augment import slide_statistics
+    from pixnet._core.masking import SlideExtent
+    from pixnet._core.stain import sample, statistics
 
-    found = [slide_statistics(section.reader, section.mask) for section in training]
+    found = [statistics(sample(s.reader, s.mask), not isinstance(s.mask, SlideExtent)) for s in training]
     return [f for f in found if f is not None]
