@@ -149,6 +149,30 @@ class TestEncoders:
         assert {"mpp", "licence", "weights", "parameters", "needs"} <= set(table.columns)
         assert table.loc["efficientnet_lite0", "licence"] == "Apache-2.0"
 
+    def test_those_of_timm_are_listed_with_what_they_need(self):
+        row = px.models.encoders().loc["timm/hf-hub:MahmoodLab/UNI2-h"]
+        assert (row["mpp"], row["needs"]) == (0.5, "pixnet[timm]")
+        assert row["licence"] == "CC-BY-NC-ND-4.0"
+        assert row["parameters"] == pytest.approx(681, abs=1)
+
+    def test_parameters_are_those_that_are_built(self):
+        n = sum(p.numel() for p in EfficientNetLite0(pretrained=False).parameters()) / 1e6
+        assert px.models.encoders().loc["efficientnet_lite0", "parameters"] == pytest.approx(n, abs=0.5)
+
+    def test_a_module_of_a_registered_class_goes_by_its_name(self, tmp_path):
+        model = PixNet(GENES, encoder=TinyEncoder(), widths=8)
+        assert model.config["encoder"] == "tiny-test"
+        model.save(tmp_path / "m.safetensors")
+        assert px.models.load(tmp_path / "m.safetensors").config == model.config
+
+    def test_a_checkpoint_of_an_encoder_without_a_name_says_so(self, tmp_path):
+        class Unnamed(TinyEncoder):
+            pass
+
+        PixNet(GENES, encoder=Unnamed(), widths=8).save(tmp_path / "m.safetensors")
+        with pytest.raises(ValueError, match="'Unnamed'.*register_encoder"):
+            px.models.load(tmp_path / "m.safetensors")
+
     def test_a_name_is_taken_once(self):
         with pytest.raises(ValueError, match="registered already"):
             px.models.register_encoder("efficientnet_lite0", TinyEncoder)
@@ -159,6 +183,34 @@ class TestEncoders:
 
         with pytest.raises(ValueError, match="gives maps of shape"):
             PixNet(GENES, encoder=Wrong())
+
+    def test_a_module_that_fails_or_gives_no_maps_is_refused(self):
+        class Fails(TinyEncoder):
+            def forward(self, image):
+                raise AssertionError("Input height (128) doesn't match model (224)")
+
+        class Named(TinyEncoder):
+            def forward(self, image):
+                return {"a": self.a(image)}
+
+        class Pooled(TinyEncoder):
+            def forward(self, image):
+                return [self.a(image).mean(dim=(2, 3)), image]
+
+        for wrong, match in (
+            (Fails, "fails on an image.*224"),
+            (Named, "list of tensors"),
+            (Pooled, "gives maps of shape"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                PixNet(GENES, encoder=wrong())
+
+    def test_strides_that_make_no_pyramid(self):
+        for strides, match in (((4, 6), "rising powers of 2"), ((8, 4), "rising powers"), ((4,), "1 strides for 2")):
+            wrong = TinyEncoder()
+            wrong.strides = strides
+            with pytest.raises(ValueError, match=match):
+                build_encoder(wrong)
 
     def test_a_module_without_strides_is_refused(self):
         with pytest.raises(ValueError, match=r"lacks \.strides"):

@@ -44,6 +44,90 @@ def test_a_vit_becomes_a_pyramid_whatever_its_patches(patch):
     assert [tuple(f.shape[2:]) for f in a] == [(128, 64), (64, 32), (32, 16), (16, 8)]
 
 
+def test_families_are_told_apart_by_structure_not_by_name():
+    from pixnet.models._timm import TimmEncoder
+
+    assert not TimmEncoder("mobilevit_xxs", pretrained=False).is_vit
+    assert not TimmEncoder("efficientnet_b0", pretrained=False).is_vit
+    assert TimmEncoder("deit_tiny_patch16_224", pretrained=False).is_vit
+
+
+SMALL_UNI2 = {"depth": 8, "embed_dim": 48, "num_heads": 3, "mlp_ratio": 2.0}
+"""The architecture of UNI2-h (patches of 14, 8 registers, SwiGLU) with fewer and narrower blocks."""
+
+
+class TestUni2:
+    def test_the_whole_architecture_is_that_of_its_card(self):
+        import timm
+
+        from pixnet.models._timm import _UNI2_ARCHITECTURE, _uni2_options
+
+        with torch.device("meta"):
+            net = timm.create_model(_UNI2_ARCHITECTURE, pretrained=False, **_uni2_options())
+        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(681.4, abs=0.1)
+        assert (len(net.blocks), net.embed_dim, net.patch_embed.patch_size) == (24, 1536, (14, 14))
+        assert net.reg_token.shape == (1, 8, 1536)
+        assert type(net.blocks[0].mlp).__name__ == "GluMlp"
+
+    def test_its_groups_two_four_and_six_of_eight_and_the_last(self):
+        from pixnet.models._timm import TimmEncoder
+
+        encoder = TimmEncoder("hf-hub:MahmoodLab/UNI2-h", pretrained=False, **SMALL_UNI2)
+        assert list(encoder.net.out_indices) == [1, 3, 5, 7]
+        assert encoder.patch == 14
+        torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+
+    def test_the_paper_stands_on_it_from_training_to_a_file(self, tmp_path, monkeypatch):
+        """All that a user with the weights does, with a small random one in their place."""
+        import pixnet as px
+        from pixnet.models import _timm
+
+        monkeypatch.setattr(_timm, "_UNI2_OPTIONS", _timm._UNI2_OPTIONS | SMALL_UNI2)
+        genes = ["gene_0", "gene_1"]
+        sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=6)
+        genes = px.pp.select_genes(sdata, table_key="spots_counts", n_top=2)
+        model = PixNet.paper(genes, stride=4, widths=(8, 8, 16, 16), pretrained=False)
+        assert model.config["encoder"] == "timm/hf-hub:MahmoodLab/UNI2-h"
+        model = px.tl.train(sdata, shapes="spots", model=model, max_epochs=1, variants=1, refit=False)
+        model.save(tmp_path / "m.safetensors")
+        again = px.models.load(tmp_path / "m.safetensors")  # asks the hub for nothing
+        image = torch.rand(1, 3, 256, 256)
+        with torch.inference_mode():
+            torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
+
+    def test_a_folder_is_no_part_of_the_name(self, monkeypatch):
+        from pixnet.models import _timm
+        from pixnet.models._encoders import build_encoder
+
+        monkeypatch.setattr(_timm, "_UNI2_OPTIONS", _timm._UNI2_OPTIONS | SMALL_UNI2)
+        name, _ = build_encoder("timm/local-dir:/somewhere/UNI2-h", pretrained=False)
+        assert name == "timm/hf-hub:MahmoodLab/UNI2-h"
+
+
+class TestWeightsThatCannotBeHad:
+    @pytest.fixture(autouse=True)
+    def _offline(self, monkeypatch, tmp_path):
+        constants = pytest.importorskip("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("name", "match"),
+        [
+            ("timm/hf-hub:MahmoodLab/UNI2-h", "accept its terms at https://huggingface.co/MahmoodLab/UNI2-h"),
+            ("timm/hf-hub:MahmoodLab/UNI2-h", "encoder='timm/local-dir:/path/to/UNI2-h'"),
+            ("timm/local-dir:/no/such/folder", "'/no/such/folder' has no model of timm: it needs config.json"),
+        ],
+    )
+    def test_the_way_to_supply_them_is_told(self, name, match):
+        with pytest.raises(FileNotFoundError, match=match):
+            PixNet(["A"], encoder=name)
+
+    def test_the_paper_names_them_too(self):
+        with pytest.raises(FileNotFoundError, match="hf auth login"):
+            PixNet.paper(["A"])
+
+
 def test_an_unknown_name():
     from pixnet.models._timm import TimmEncoder
 

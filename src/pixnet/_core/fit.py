@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,54 +12,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet._core.crops import Section, crop_size
-from pixnet._core.features import autocast, cache_features, encode_crops, set_feature_statistics, standardised
+from pixnet._core.features import (
+    autocast,
+    cache_features,
+    crop_halo,
+    encode_crops,
+    set_feature_statistics,
+    standardised,
+)
 from pixnet._core.material import Batch, Material, batches_of, collate
+from pixnet._core.recipe import Recipe
 from pixnet._logging import logger
 from pixnet._settings import settings
 from pixnet.models._losses import shape_loss
 from pixnet.models._pixnet import PixNet
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are those that the benchmarks chose.
-
-    Attributes
-    ----------
-    max_epochs, patience
-        Passes over the shapes at most, and without progress on validation before stopping.
-    lr, weight_decay
-        Of AdamW; the rate rises for a tenth of the steps and then falls along a cosine.
-    loss, total_weight
-        See `pixnet.models._losses.shape_loss`; weight of the total's term.
-    batch_shapes, batch_crops
-        Shapes that a batch has at least (Pearson's correlation is taken over them), and crops at most.
-    variants, stain
-        Flipped, turned and restained versions of each crop whose features are kept, and the strength of restaining.
-    dropout
-        Share of feature channels that are dropped in training.
-    ema
-        Decay per step of the running average of the weights, which is what is validated and kept.
-    tune_encoder
-        Train the encoder too; features are then computed anew at every step.
-    refit
-        Once validation has told how many passes to make, train again from the start on training and validation together.
-    """
-
-    max_epochs: int = 12
-    patience: int = 5
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    loss: str = "mse+pcc"
-    total_weight: float = 0.2
-    batch_shapes: int = 96
-    batch_crops: int = 32
-    variants: int = 2
-    stain: float = 0.15
-    dropout: float = 0.1
-    ema: float = 0.98
-    tune_encoder: bool = False
-    refit: bool = True
 
 
 def _sums(model: PixNet, batch: Batch, features: list[Tensor | None], member: int | None = None) -> dict[str, Tensor]:
@@ -80,13 +45,22 @@ def _sums(model: PixNet, batch: Batch, features: list[Tensor | None], member: in
     return {name: torch.sparse.mm(w, density) for name, w in batch.weights.items()}
 
 
-def _losses(batch: Batch, sums: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _losses(model: PixNet, material: Material, batch: Batch, sums: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Return the losses, averaged over the elements."""
     found = []
     for name, s in sums.items():
-        covered = torch.sparse.sum(batch.weights[name], dim=1).to_dense()
-        found.append(shape_loss(s, covered, batch.cp10k[name], batch.depth[name], kind))
+        parts = (s, batch.covered(name), batch.cp10k[name], batch.depth[name])
+        section = material.crops[batch.crops[0]].section  # a batch is of one section
+        found.append(shape_loss(*parts, kind, umi=batch.umi[name], **_terms(model, material, section, name, kind, s)))
     return {key: torch.stack([f[key] for f in found]).mean() for key in found[0]}
+
+
+def _terms(model: PixNet, material: Material, section: int, name: str, kind: str, like: Tensor) -> dict:
+    """Return what a loss needs to know besides the shapes' own numbers."""
+    terms = {"quantity": model.quantity, "pixel_um2": material.pixel_um2(section)}
+    if kind == "nb+pcc":
+        terms["dispersion"] = material.dispersion[name].to(like.device)
+    return terms
 
 
 # the loop --------------------------------------------------------------------------------------------------------
@@ -125,6 +99,12 @@ def fit(
         If nothing is left to train on or to validate with.
     FloatingPointError
         If the loss becomes NaN; the batch is named.
+
+    Notes
+    -----
+    ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
+    (``refit``) have nothing to be validated with and leave none. ``config["epochs"]`` tells how many passes the weights
+    have seen.
     """
     size = crop_size([*training, *validation])
     train, valid = Material(training, size), Material(validation, size)
@@ -135,13 +115,13 @@ def fit(
     variants = 1 if recipe.tune_encoder else recipe.variants
     cache_features(model, train, variants, recipe.stain, rng, device, "features")
     cache_features(model, valid, variants if recipe.refit else 1, recipe.stain, rng, device, "features (validation)")
-    start = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    start = _snapshot(model)
 
     def begin(material: Material) -> None:
         model.load_state_dict(start)
         if fresh:
             set_feature_statistics(model, material)
-            model.set_baseline(material.mean_share())
+            _set_baseline(model, material)
 
     begin(train)
     state, epochs = _optimise(model, train, valid, recipe, rng, device)
@@ -152,8 +132,27 @@ def fit(
         begin(both)
         state, _ = _optimise(model, both, None, recipe, rng, device, epochs)
     model.load_state_dict(state)
+    model.config["epochs"] = epochs
     model.encoder.requires_grad_(True)
     return model.eval().to("cpu", memory_format=torch.contiguous_format)
+
+
+def _set_baseline(model: PixNet, material: Material) -> None:
+    if model.quantity == "density":
+        model.set_baseline(material.mean_share())
+    else:
+        model.set_baseline(*material.mean_log())
+
+
+def _changing(model: PixNet) -> dict[str, Tensor]:
+    """Return the live tensors that training changes: a frozen encoder, often the most of a model, is left out."""
+    tuned = any(p.requires_grad for p in model.encoder.parameters())
+    return {k: v for k, v in model.state_dict().items() if tuned or not k.startswith("encoder.")}
+
+
+def _snapshot(model: PixNet) -> dict[str, Tensor]:
+    """Return the whole state; what training changes is copied, the rest is shared."""
+    return model.state_dict() | {k: v.detach().clone() for k, v in _changing(model).items()}
 
 
 def _optimise(
@@ -174,7 +173,9 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda t: min((t + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(t / max(steps, 1), 1))))
     )
-    averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    live = {k: v for k, v in _changing(model).items() if v.is_floating_point()}
+    averaged = _snapshot(model)
+    running = [averaged[k] for k in live]
     best, best_loss, best_epoch, step = averaged, math.inf, 0, 0
     label = "training" if valid is not None else "training on all"
     passes = recipe.max_epochs if epochs is None else epochs
@@ -192,15 +193,13 @@ def _optimise(
             schedule.step()
             step += 1
             decay = min(recipe.ema, step / (step + 9))
-            for key, value in model.state_dict().items():
-                if value.is_floating_point():
-                    averaged[key].lerp_(value, 1 - decay)
+            torch._foreach_lerp_(running, list(live.values()), 1 - decay)
         row = {"epoch": epoch, "lr": optimiser.param_groups[0]["lr"]}
         row |= {f"train_{k}": float(np.mean([loss[k] for loss in losses])) for k in losses[0]}
         if valid is None:
             bar.set_postfix(loss=f"{row['train_expression']:.3f}")
             continue
-        current = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        current = _snapshot(model)
         model.load_state_dict(averaged)
         scores = evaluate_material(model, valid, recipe, device)
         model.load_state_dict(current)
@@ -210,8 +209,14 @@ def _optimise(
             loss=f"{row['train_expression']:.3f}", val=f"{row['val_expression']:.3f}", pcc=f"{row['val_pcc']:.3f}"
         )
         criterion = scores["expression"] + recipe.total_weight * scores["total"]
+        if not math.isfinite(criterion):
+            raise FloatingPointError(
+                f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate (lr=) "
+                "or look for shapes with extreme counts in the validation sections"
+            )
         if criterion < best_loss - 1e-4 or not best_epoch:
-            best, best_loss, best_epoch = {k: v.clone() for k, v in averaged.items()}, criterion, epoch
+            changed = {k: averaged[k].clone() for k in _changing(model)}
+            best, best_loss, best_epoch = averaged | changed, criterion, epoch
         elif epoch - best_epoch >= recipe.patience:
             break
     return (averaged, passes) if valid is None else (best, best_epoch)
@@ -225,7 +230,7 @@ def _step(model, train, batch, recipe, rng, device, optimiser, trained, where) -
     # Each member learns by itself: their mean then gains from their differences.
     loss, parts = 0.0, []
     for member in range(len(model.members)):
-        found = _losses(batch, _sums(model, batch, features, member), recipe.loss)
+        found = _losses(model, train, batch, _sums(model, batch, features, member), recipe.loss)
         loss = loss + found["expression"] + recipe.total_weight * found["total"]
         parts.append(found)
     if not torch.isfinite(loss):
@@ -243,9 +248,9 @@ def _step(model, train, batch, recipe, rng, device, optimiser, trained, where) -
 
 def _training_features(model, material, batch, recipe, rng, device) -> list[Tensor | None]:
     if recipe.tune_encoder:
-        pixels = torch.stack([material.pixels(material.crops[i], model.halo) for i in batch.crops]).to(device)
+        pixels = torch.stack([material.pixels(material.crops[i], crop_halo(model)) for i in batch.crops]).to(device)
         how = int(torch.randint(8, (1,), generator=rng))
-        raw = encode_crops(model, pixels, model.halo, how, recipe.stain, rng)
+        raw = encode_crops(model, pixels, crop_halo(model), how, recipe.stain, rng)
     else:
         variant = torch.randint(len(material.features), (len(batch.crops),), generator=rng).tolist()
         raw = [
@@ -267,20 +272,25 @@ def _training_features(model, material, batch, recipe, rng, device) -> list[Tens
 def evaluate_material(model: PixNet, material: Material, recipe: Recipe, device: str) -> dict[str, float]:
     """Return the losses over all shapes of each section at once, averaged over sections and elements."""
     model.eval()
+    # Losses are taken over all shapes of an element of a section together; (sums, covered, cp10k, depth, umi) of each batch.
     found: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
     for index in range(len(material.sections)):
         own = [i for i, crop in enumerate(material.crops) if crop.section == index]
         for chosen in batches_of(material, own, 10**9, recipe.batch_crops) if own else []:
             batch = collate(material, chosen, device)
             if recipe.tune_encoder:
-                pixels = torch.stack([material.pixels(material.crops[i], model.halo) for i in chosen]).to(device)
-                raw = encode_crops(model, pixels, model.halo, 0, 0.0, torch.Generator())
+                pixels = torch.stack([material.pixels(material.crops[i], crop_halo(model)) for i in chosen]).to(device)
+                raw = encode_crops(model, pixels, crop_halo(model), 0, 0.0, torch.Generator())
             else:
                 raw = [level[chosen].to(device, memory_format=torch.channels_last) for level in material.features[0]]
             for name, sums in _sums(model, batch, standardised(model, raw)).items():
-                covered = torch.sparse.sum(batch.weights[name], dim=1).to_dense()
-                found.setdefault((index, name), []).append((sums, covered, batch.cp10k[name], batch.depth[name]))
-    losses = [shape_loss(*(torch.cat(part) for part in zip(*parts)), recipe.loss) for parts in found.values()]
+                parts = (sums, batch.covered(name), batch.cp10k[name], batch.depth[name], batch.umi[name])
+                found.setdefault((index, name), []).append(parts)
+    losses = []
+    for (index, name), batches in found.items():
+        *parts, umi = (torch.cat(part) for part in zip(*batches))
+        terms = _terms(model, material, index, name, recipe.loss, umi)
+        losses.append(shape_loss(*parts, recipe.loss, umi=umi, **terms))
     return {key: float(torch.stack([loss[key] for loss in losses]).mean()) for key in losses[0]}
 
 

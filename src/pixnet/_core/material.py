@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,10 +16,21 @@ from pixnet._core.crops import Crop, Section, place_crops, weigh
 
 @dataclass
 class Measured:
-    """What was measured in the shapes of one element of one section that can be trained on."""
+    """What was measured in the shapes of one element of one section that can be trained on.
+
+    Attributes
+    ----------
+    cp10k
+        ``(shapes, genes)``.
+    depth
+        UMI per covered area over its mean, times 1e4, ``(shapes,)``; 0 where a shape trains nothing.
+    umi
+        All UMI of each shape, ``(shapes,)``.
+    """
 
     cp10k: Tensor
     depth: Tensor
+    umi: Tensor
 
 
 class Material:
@@ -61,7 +73,11 @@ class Material:
             if used.any():
                 depth[used] = targets.depth[used] / area[used]
                 depth *= 1e4 / depth[used].mean()
-            out[targets.name] = Measured(torch.from_numpy(targets.cp10k), torch.from_numpy(depth.astype(np.float32)))
+            out[targets.name] = Measured(
+                torch.from_numpy(targets.cp10k),
+                torch.from_numpy(depth.astype(np.float32)),
+                torch.from_numpy(targets.depth.astype(np.float32)),
+            )
         return out
 
     @classmethod
@@ -90,6 +106,11 @@ class Material:
         reader = self.sections[crop.section].reader
         return torch.from_numpy(reader.read(crop.origin[0] - halo, crop.origin[1] - halo, n, n))
 
+    def pixel_um2(self, section: int) -> float:
+        """Return the area in um^2 of a map pixel on the slide of a section."""
+        grid = self.sections[section].grid
+        return (grid.mpp * grid.stride) ** 2
+
     def mean_share(self) -> Tensor:
         """Return each gene's mean share of all transcripts over the shapes of the first element."""
         rows = []
@@ -97,6 +118,33 @@ class Material:
             name = next(iter(crop.rows))
             rows.append(self.measured[crop.section][name].cp10k[crop.rows[name]])
         return torch.cat(rows).mean(dim=0) / 1e4
+
+    def mean_log(self) -> tuple[Tensor, float]:
+        """Return each gene's mean log1p CP10k over the shapes of the first element, and the um^2 that these cover."""
+        rows, areas = [], []
+        for crop in self.crops:
+            name = next(iter(crop.rows))
+            rows.append(torch.log1p(self.measured[crop.section][name].cp10k[crop.rows[name]]))
+            areas.append(np.asarray(crop.weights[name].sum(axis=1)).ravel() * self.pixel_um2(crop.section))
+        return torch.cat(rows).mean(dim=0), float(np.concatenate(areas).mean())
+
+    @cached_property
+    def dispersion(self) -> dict[str, Tensor]:
+        """Each gene's dispersion in the shapes of each element, by moments: ``var = mean + dispersion * mean**2``.
+
+        The mean of a shape is its UMI times the gene's share of its section, so sections may differ in composition.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for measured in self.measured:
+            for name, m in measured.items():
+                used = m.depth > 0
+                umi, cp10k = m.umi[used, None].double(), m.cp10k[used].double()
+                counts = cp10k * umi / 1e4
+                mean = umi * (counts.sum(dim=0) / umi.sum().clamp(min=1))
+                moments = torch.stack([((counts - mean).square() - mean).sum(dim=0), mean.square().sum(dim=0)])
+                found.setdefault(name, []).append(moments)
+        totals = {name: torch.stack(parts).sum(dim=0) for name, parts in found.items()}
+        return {n: (excess / square.clamp(min=1e-9)).clamp(1e-2, 20).float() for n, (excess, square) in totals.items()}
 
 
 # batches ---------------------------------------------------------------------------------------------------------
@@ -112,6 +160,11 @@ class Batch:
     weights: dict[str, Tensor]
     cp10k: dict[str, Tensor]
     depth: dict[str, Tensor]
+    umi: dict[str, Tensor]
+
+    def covered(self, name: str) -> Tensor:
+        """Return how many pixels each shape of an element covers, ``(shapes,)``."""
+        return torch.sparse.sum(self.weights[name], dim=1).to_dense()
 
 
 def batches_of(material: Material, order: Sequence[int], shapes: int, most: int) -> list[list[int]]:
@@ -148,18 +201,20 @@ def _of_one_section(material: Material, order: Sequence[int], shapes: int, most:
 
 
 def collate(material: Material, chosen: list[int], device: str) -> Batch:
+    """Put the chosen crops together, on a device."""
     crops = [material.crops[i] for i in chosen]
     sizes = [len(c.pixels) for c in crops]
     names = sorted({name for c in crops for name in c.rows})
-    weights, cp10k, depth = {}, {}, {}
+    weights, cp10k, depth, umi = {}, {}, {}, {}
     for name in names:
-        blocks, targets, depths = [], [], []
+        blocks, targets, depths, umis = [], [], [], []
         for crop in crops:
             if name in crop.rows:
                 blocks.append(crop.weights[name])
                 measured = material.measured[crop.section][name]
                 targets.append(measured.cp10k[crop.rows[name]])
                 depths.append(measured.depth[crop.rows[name]])
+                umis.append(measured.umi[crop.rows[name]])
             else:
                 blocks.append(sparse.csr_array((0, len(crop.pixels))))
         matrix = sparse.coo_array(sparse.block_diag(blocks, format="coo"))
@@ -169,6 +224,7 @@ def collate(material: Material, chosen: list[int], device: str) -> Batch:
             torch.sparse_coo_tensor(indices, values, matrix.shape, check_invariants=False).coalesce().to(device)
         )
         cp10k[name], depth[name] = torch.cat(targets).to(device), torch.cat(depths).to(device)
+        umi[name] = torch.cat(umis).to(device)
     crop_of_pixel = torch.from_numpy(np.repeat(np.arange(len(crops)), sizes))
     pixel = torch.from_numpy(np.concatenate([c.pixels for c in crops]))
-    return Batch(chosen, crop_of_pixel.to(device), pixel.to(device), weights, cp10k, depth)
+    return Batch(chosen, crop_of_pixel.to(device), pixel.to(device), weights, cp10k, depth, umi)

@@ -7,6 +7,9 @@ from typing import Any
 
 from spatialdata import SpatialData
 
+SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
+"""What functions take that work on one or several objects."""
+
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:
     """Return objects by name: a single one and those of a list are called "0", "1", ...

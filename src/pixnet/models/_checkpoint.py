@@ -121,7 +121,7 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor])
     lacking = [key for key in _BUILD if key not in config]
     if lacking:
         raise ValueError(f"{path} has a header without {', '.join(lacking)}")
-    model = PixNet(**{key: config[key] for key in _BUILD}, pretrained=False)
+    model = PixNet(**{key: config[key] for key in _BUILD}, quantity=config.get("quantity", "density"), pretrained=False)
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))

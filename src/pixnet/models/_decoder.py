@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DECODERS = ("safb", "plain", "none")
+DECODERS = ("safb", "plain", "none", "paper")
 
 ATTENTION_PX = 64
 """Attention runs inside segments of this many image pixels, anchored at the slide's origin: never across a tile's edge."""
@@ -50,20 +50,22 @@ class SeparableAttentionFusion(nn.Module):
         Channels of the decoded map; the output has as many.
     segment
         Positions of a row that attend to each other.
+    norm
+        What normalises the fused map.
 
     References
     ----------
     PixNet (arXiv 2503.01347), official figure 2: ``D = U + A``; the block of MCADS-Decoder.
     """
 
-    def __init__(self, skip: int, up: int, segment: int) -> None:
+    def __init__(self, skip: int, up: int, segment: int, norm: Callable[[int], nn.Module] = ChannelNorm) -> None:
         super().__init__()
         self.segment = segment
         self.mid = nn.Sequential(
             nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.SiLU(), nn.Conv2d(skip, up, 1), ChannelNorm(up)
         )
         self.direct = nn.Sequential(nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.Conv2d(skip, up, 1))
-        self.norm = ChannelNorm(up)
+        self.norm = norm(up)
         self.qkv = nn.Conv2d(2 * up, 3 * up, 1)
 
     def forward(self, skip: Tensor, up: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ class UNetDecoder(nn.Module):
         self, channels: Sequence[int], strides: Sequence[int], widths: Sequence[int], stride: int, fusion: str = "safb"
     ) -> None:
         super().__init__()
+        self.stride, self.strides = stride, tuple(strides)
         self.used = [i for i, s in enumerate(strides) if s >= stride] or [len(strides) - 1]
         self.ratio = max(strides[self.used[0]] // stride, 1)
         self.deepest = ConvBlock(channels[self.used[-1]], widths[self.used[-1]])
@@ -127,16 +130,34 @@ class UNetDecoder(nn.Module):
         self.last = ConvBlock(widths[self.used[0]], widths[self.used[0]])
         self.width = widths[self.used[0]]
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the map ``(N, width, H/stride, W/stride)``."""
-        x = self.deepest(features[self.used[-1]])
-        for i, lift, fuse in zip(reversed(self.used[:-1]), self.lift, self.fuse):
-            skip = features[i]
-            x = F.interpolate(lift(x), size=skip.shape[-2:], mode="bilinear", align_corners=False)
-            x = fuse(skip, x)
+    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+        """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge.
+
+        The coarser a level, the further it reaches into what is kept: each level leaves out what the next no longer
+        needs, so that a wide halo costs little beyond the encoder.
+        """
+        done = _spare(crop * self.stride, len(self.used))
+        x = self.deepest(_trim(features[self.used[-1]], done // self.strides[self.used[-1]]))
+        for depth, lift, fuse in zip(reversed(range(1, len(self.used))), self.lift, self.fuse):
+            i, below = self.used[depth - 1], self.used[depth]
+            spare = _spare(crop * self.stride, depth)
+            x = F.interpolate(
+                lift(x), scale_factor=self.strides[below] // self.strides[i], mode="bilinear", align_corners=False
+            )
+            x = fuse(_trim(features[i], spare // self.strides[i]), _trim(x, (spare - done) // self.strides[i]))
+            done = spare
         if self.ratio > 1:
             x = F.interpolate(x, scale_factor=self.ratio, mode="bilinear", align_corners=False)
-        return self.last(x)
+        return _trim(self.last(x), crop - done // self.stride)
+
+
+def _spare(halo: int, levels: int) -> int:
+    """Return how much of a halo, in image pixels, a level can leave out that has ``levels`` - 1 finer ones to feed."""
+    return max(halo - levels * ATTENTION_PX, 0) // ATTENTION_PX * ATTENTION_PX
+
+
+def _trim(x: Tensor, n: int) -> Tensor:
+    return x[..., n:-n, n:-n] if n else x
 
 
 class HypercolumnDecoder(nn.Module):
@@ -161,15 +182,16 @@ class HypercolumnDecoder(nn.Module):
             ChannelNorm(width), nn.GELU(), nn.Dropout2d(0.0), nn.Conv2d(width, width, 1), nn.GELU()
         )
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the map ``(N, width, H/stride, W/stride)``."""
-        size = [n * self.strides[-1] // self.stride for n in features[-1].shape[-2:]]
+    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+        """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
+        spare = _spare(crop * self.stride, 1)
+        size = [(n * self.strides[-1] - 2 * spare) // self.stride for n in features[-1].shape[-2:]]
         total = None
         for stride, project, feature in zip(self.strides, self.project, features):
-            x = project(feature)
+            x = project(_trim(feature, spare // stride))
             if stride < self.stride:
                 x = F.avg_pool2d(x, self.stride // stride)
             elif stride > self.stride:
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
             total = x if total is None else total + x
-        return self.mix(total)
+        return self.mix(_trim(total, crop - spare // self.stride))

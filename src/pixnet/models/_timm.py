@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 VIT_BLOCK = 256
-"""A ViT sees blocks of this many pixels, anchored at the slide's origin: its attention never depends on the tiling."""
+"""A ViT sees blocks of this many pixels, anchored at its window: its attention never depends on the tiling."""
 
-_UNI2_H = {
-    # The architecture that Hugging Face's model card of UNI2-h gives for timm.create_model.
+UNI2_H = "hf-hub:MahmoodLab/UNI2-h"
+_UNI2_ARCHITECTURE = "vit_giant_patch14_224"
+_UNI2_OPTIONS = {
+    # What Hugging Face's model card of UNI2-h gives for timm.create_model.
     "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
     "mlp_ratio": 2.66667 * 2, "num_classes": 0, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True,
 }  # fmt: skip
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class TimmEncoder(nn.Module):
     """A timm model as a feature pyramid.
 
-    CNNs give their own feature maps. Of a ViT, the tokens after four groups of blocks become maps at strides 4, 8, 16 and
-    32: shallow groups are enlarged, the deepest reduced (PixNet's way). A ViT with patches of 14 sees its blocks reduced
-    to 14/16, so that a token stands for 16 pixels.
+    CNNs give their own feature maps. Of a ViT, the tokens after each quarter of its blocks become maps at strides 4, 8, 16 and
+    32: shallow ones are enlarged, the deepest reduced (PixNet's way). A ViT with patches of 14 sees its blocks reduced to
+    14/16, so that a token stands for 16 pixels.
 
     Parameters
     ----------
     name
-        As `timm.create_model` takes it, such as ``"resnet18"`` or ``"hf-hub:MahmoodLab/UNI2-h"``.
+        As `timm.create_model` takes it, such as ``"resnet18"``, ``"hf-hub:MahmoodLab/UNI2-h"`` or ``"local-dir:/path"``.
     pretrained
-        Load its weights (from the hub, or timm's cache).
+        Load its weights (from the hub, timm's cache or the folder).
     **options
         Passed on to `timm.create_model`.
 
@@ -42,23 +47,31 @@ class TimmEncoder(nn.Module):
         If timm has no such model, or it has no feature maps.
     """
 
-    def __init__(self, name: str, pretrained: bool = True, **options) -> None:
+    def __init__(self, name: str, pretrained: bool = True, **options: Any) -> None:
         super().__init__()
         timm = _import_timm()
-        self.is_vit = "vit" in name.lower() or "uni" in name.lower() or "virchow" in name.lower()
-        if name.endswith("/UNI2-h"):
+        uni2 = name.rstrip("/").endswith("/UNI2-h")
+        # A folder is a place on one machine; a checkpoint is read on others.
+        self.name = f"timm/{UNI2_H if uni2 else name}"
+        if uni2:
             options = _uni2_options() | options
+            if not pretrained:
+                name = _UNI2_ARCHITECTURE  # nothing of the hub is needed for it
+        with torch.device("meta"):
+            plain = _create(timm, name, False, options)
+        # Several families have blocks, only ViTs have tokens beside those of the patches.
+        self.is_vit = hasattr(plain, "blocks") and hasattr(plain, "patch_embed") and hasattr(plain, "num_prefix_tokens")
         if self.is_vit:
-            depth = options.get("depth") or len(_create(timm, name, False, options).blocks)
-            options |= {"out_indices": [round(depth * q) - 1 for q in (0.25, 0.5, 0.75, 1.0)]}
-            options.setdefault("dynamic_img_size", True)
-        else:
-            options.setdefault("out_indices", None)
-        options = {k: v for k, v in options.items() if v is not None}
+            depth = len(plain.blocks)
+            if depth < 4:
+                raise ValueError(f"timm model {name!r} has {depth} blocks; a pyramid of four maps needs at least 4")
+            options = {"dynamic_img_size": True} | options
+            options["out_indices"] = [round(depth * q) - 1 for q in (0.25, 0.5, 0.75, 1.0)]
+        del plain
         self.net = _create(timm, name, pretrained, options | {"features_only": True})
         info = self.net.feature_info
-        config = self.net.pretrained_cfg if hasattr(self.net, "pretrained_cfg") else {}
-        mean, std = config.get("mean", (0.485, 0.456, 0.406)), config.get("std", (0.229, 0.224, 0.225))
+        config = getattr(self.net, "pretrained_cfg", None) or {}
+        mean, std = _IMAGENET if uni2 else (config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1]))
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         if self.is_vit:
@@ -105,21 +118,33 @@ def _import_timm():
     return timm
 
 
-def _uni2_options() -> dict:
+def _uni2_options() -> dict[str, Any]:
     from timm.layers import SwiGLUPacked
 
-    return _UNI2_H | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return _UNI2_OPTIONS | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
 
 
-def _create(timm, name: str, pretrained: bool, options: dict) -> nn.Module:
+def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, ConnectionError) as err:
-        raise FileNotFoundError(
-            f"the weights of {name!r} cannot be had: {err}. Log in to the hub (huggingface-cli login) and accept the model's "
-            "terms, or give a file: TimmEncoder(name, pretrained_cfg_overlay={'file': 'weights.bin'})"
-        ) from err
+        raise FileNotFoundError(_how_to_supply(name, err)) from err
     except RuntimeError as err:
+        if "No pretrained weights" in str(err):
+            raise FileNotFoundError(_how_to_supply(name, err)) from err
         if "Unknown model" in str(err) or "Invalid" in str(err):
             raise ValueError(f"timm has no model {name!r}; timm.list_models() lists them ({err})") from err
         raise
+
+
+def _how_to_supply(name: str, err: Exception) -> str:
+    source, _, repo = name.rpartition(":")
+    if source == "local-dir":
+        return f"the folder {repo!r} has no model of timm: it needs config.json and the weights ({err})"
+    where = f"https://huggingface.co/{repo}" if source else "Hugging Face's repository of that model"
+    folder = repo.rpartition("/")[2]
+    return (
+        f"the weights of {name!r} cannot be had: {err} Go online; where a model is gated, accept its terms at {where} and run "
+        f"'hf auth login'. Without a connection, download its files elsewhere and name their folder: "
+        f"encoder='timm/local-dir:/path/to/{folder}'"
+    )

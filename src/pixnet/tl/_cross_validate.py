@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
 from pixnet._sdata.geometry import pixel_shapes
-from pixnet._sdata.objects import named_objects
+from pixnet._sdata.objects import SpatialDatas, named_objects
 from pixnet._sdata.sections import Source, resolve_sources
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
@@ -30,7 +30,7 @@ class _Fold:
 
 
 def cross_validate(
-    sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
+    sdata: SpatialDatas,
     *,
     groups: Sequence[Any] | Mapping[str, Any] | int,
     image_key: str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from spatialdata import SpatialData
 from pixnet._names import check_genes
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, gene_positions, totals
 from pixnet._sdata.elements import listed
-from pixnet._sdata.objects import named_objects
+from pixnet._sdata.objects import SpatialDatas, named_objects
 
 POOLED = "pooled"
 
 
 def evaluate(
-    sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
+    sdata: SpatialDatas,
     *,
     table_key: str,
     reference_key: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from pixnet._logging import logger
 from pixnet._names import check_genes
 from pixnet._sdata.counts import check_totals_alike
 from pixnet._sdata.elements import listed
-from pixnet._sdata.objects import named_objects
+from pixnet._sdata.objects import SpatialDatas, named_objects
 from pixnet._sdata.sections import Source, open_section, resolve_sources, slide_grid, split_block
 from pixnet._settings import settings
 
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pixnet._core.crops import Section
+    from pixnet._core.recipe import Recipe
     from pixnet.models import PixNet
-
-SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
 
 FINEST_MPP = 0.5
 """um per pixel that a model works at unless a training slide is coarser."""
@@ -42,7 +41,7 @@ def train(
     model: PixNet | None = None,
     encoder: str | nn.Module = "efficientnet_lite0",
     mpp: float | None = None,
-    max_epochs: int = 12,
+    max_epochs: int | None = None,
     seed: int | None = 0,
     device: str | None = None,
     **recipe: Any,
@@ -76,21 +75,26 @@ def train(
         a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
         again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
-        A model to start from; it is not changed. Excludes ``encoder`` and ``mpp``.
+        A model to start from; it is not changed. Excludes ``encoder`` and ``mpp``. One that was never trained, such as
+        `pixnet.models.PixNet.paper` gives, starts from the mean composition of the training shapes; a trained one from
+        what it knows. It may carry settings of training (``config["recipe"]``), which hold unless given here.
     encoder
         Name of a registered encoder (`pixnet.models.encoders`), ``"timm/NAME"``, or a module.
     mpp
         um per pixel to work at; slides are resampled to it. None: 0.5, or the coarsest slide's where that is coarser.
     max_epochs
-        Passes over the shapes at most; training stops earlier when validation stops improving, and keeps the best.
+        Passes over the shapes at most; training stops earlier when validation stops improving, and keeps the best. None: the
+        model's own, else 12.
     seed
         Of everything random; the same seed gives the same weights on the same CPU and threads. None: ``settings.seed``.
     device
-        Torch device. None: ``settings.device``, else a GPU where there is one, else the CPU.
+        Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
     **recipe
         Other settings of training: ``patience``, ``lr``, ``weight_decay``, ``loss``, ``total_weight``, ``batch_shapes``,
         ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``tune_encoder``, ``refit``; and of the model:
-        ``decoder``, ``widths``, ``members``, ``link``, ``stride`` (see `pixnet.models.PixNet`).
+        ``decoder``, ``widths``, ``members``, ``link``, ``quantity``, ``stride``, ``window``, ``halo`` (see
+        `pixnet.models.PixNet`). ``loss`` is one of ``"mse+pcc"``, ``"mse"``, ``"pcc"``, ``"poisson+pcc"`` and ``"nb+pcc"``: a
+        negative binomial likelihood of the raw counts, each gene's dispersion taken from the training shapes.
 
     Returns
     -------
@@ -107,7 +111,9 @@ def train(
         If um/px is unknown, tables hold no raw counts or do not match their shapes, totals cannot be compared, or
         nothing is left to train or validate with.
     FloatingPointError
-        If the loss becomes NaN.
+        If the loss becomes NaN; the pass, the batch and its sections are named.
+    FileNotFoundError
+        If the encoder's weights cannot be had; the message says how to supply them.
 
     References
     ----------
@@ -121,12 +127,11 @@ def train(
     >>> model.genes == px.pp.select_genes(sdata, table_key="spots_counts")
     True
     """
-    from pixnet._core.fit import Recipe
-
-    build, recipe = _split_recipe(recipe)
-    recipe = Recipe(max_epochs=max_epochs, **recipe)
+    if model is not None:
+        _check_model(model)
+    build, recipe = _settings_of(recipe | {"max_epochs": max_epochs}, model)
     seed = settings.seed if seed is None else seed
-    _check_numbers(max_epochs, seed, mpp)
+    _check_numbers(seed, mpp)
     if model is not None and (encoder != "efficientnet_lite0" or mpp is not None or build):
         raise ValueError(
             "model= brings its own encoder, mpp and decoder; leave out encoder=, mpp= and the model's settings"
@@ -145,9 +150,8 @@ def train(
     import torch
 
     from pixnet._core.fit import fit
-    from pixnet._core.packed import resolve_device
 
-    device = str(resolve_device(device if device is not None else settings.device))
+    device = _device(device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         net = _network(model, genes, encoder, model_mpp, build)
@@ -162,7 +166,7 @@ def train(
         valid = [open_section(s, genes, net.mpp, net.stride, **options) for s in valid_sources]
         if not valid:
             training, valid = _cut(training)
-        net = fit(net, training, valid, recipe, seed=seed, device=device, fresh=model is None)
+        net = fit(net, training, valid, recipe, seed=seed, device=device, fresh=not _trained(model))
     net.config["provenance"] = _provenance(training, valid, keys, recipe, seed)
     net.config["stain"] = _stain(training)
     return net
@@ -171,24 +175,45 @@ def train(
 # what is asked for -------------------------------------------------------------------------------------------------
 
 
-def _split_recipe(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell settings of the model from those of training, and refuse others."""
-    from pixnet._core.fit import Recipe
+def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str, Any], Recipe]:
+    """Tell settings of the model from those of training, where a model's own hold unless given; refuse others."""
+    from pixnet._core.recipe import Recipe
 
-    of_model = ("decoder", "widths", "members", "link", "stride", "window", "halo")
-    of_training = [f.name for f in fields(Recipe) if f.name != "max_epochs"]
+    of_model = ("decoder", "widths", "members", "link", "quantity", "stride", "window", "halo")
+    of_training = [f.name for f in fields(Recipe)]
     for name in given:
         if name not in of_model and name not in of_training:
             raise TypeError(
                 f"train() has no argument {name!r}; settings it takes besides the named ones: {listed([*of_training, *of_model])}"
             )
     build = {k: v for k, v in given.items() if k in of_model}
-    return build, {k: v for k, v in given.items() if k in of_training}
+    own = {} if model is None else model.config.get("recipe", {})
+    return build, Recipe.of(own, {k: v for k, v in given.items() if k in of_training})
 
 
-def _check_numbers(max_epochs: Any, seed: Any, mpp: Any) -> None:
-    if isinstance(max_epochs, bool) or not isinstance(max_epochs, int) or max_epochs < 1:
-        raise ValueError(f"max_epochs is {max_epochs!r}; a positive whole number is needed")
+def _check_model(model: Any) -> None:
+    from pixnet.models import PixNet
+
+    if not isinstance(model, PixNet):
+        raise TypeError(
+            f"model is {type(model).__name__}; a PixNet is needed (pixnet.models.load reads one from a file)"
+        )
+
+
+def _trained(model: PixNet | None) -> bool:
+    return model is not None and bool(model.history)
+
+
+def _device(device: str | None) -> str:
+    """Return where to train: Apple's GPUs, which lack sparse products, only if named."""
+    from pixnet._core.packed import resolve_device
+
+    device = device if device is not None else settings.device
+    found = resolve_device(device)
+    return "cpu" if device is None and found.type == "mps" else str(found)
+
+
+def _check_numbers(seed: Any, mpp: Any) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; a whole number from 0 is needed")
     if mpp is not None and not mpp > 0:
@@ -232,7 +257,7 @@ def _genes(
     if genes is not None:
         return _without_silent(check_genes(genes), sources, layer)
     if model is not None:
-        return list(model.genes)
+        return list(model.genes) if _trained(model) else _without_silent(list(model.genes), sources, layer)
     from pixnet.pp import select_genes
 
     # Tables are chosen per object; objects may call them differently, so each is asked for its own.
@@ -283,13 +308,7 @@ def _model_mpp(mpp: float | None, sources: Sequence[Source]) -> float:
 def _network(model: PixNet | None, genes: list[str], encoder: Any, mpp: float, build: dict[str, Any]) -> PixNet:
     from pixnet.models import PixNet
 
-    if model is None:
-        return PixNet(genes, mpp=mpp, encoder=encoder, **build)
-    if not isinstance(model, PixNet):
-        raise TypeError(
-            f"model is {type(model).__name__}; a PixNet is needed (pixnet.models.load reads one from a file)"
-        )
-    return model.with_genes(genes)
+    return PixNet(genes, mpp=mpp, encoder=encoder, **build) if model is None else model.with_genes(genes)
 
 
 def _cut(sections: list[Section]) -> tuple[list[Section], list[Section]]:
