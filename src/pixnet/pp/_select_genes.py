@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pixnet._names import TOTAL
 from pixnet._sdata import elements
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, totals
 from pixnet._sdata.genes import check_names_unique, other_names
+from pixnet._sdata.objects import named_objects
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,22 +104,14 @@ def select_genes(
     return [str(name) for name in genes[order[:n_top]]]
 
 
-def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Any:
+def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Iterator[tuple[str, AnnData]]:
     """Yield the tables of all objects, each with a name for messages."""
-    if isinstance(sdata, Mapping):
-        objects = {str(name): one for name, one in sdata.items()}
-    elif isinstance(sdata, Sequence):
-        objects = {str(i): one for i, one in enumerate(sdata)}
-    else:
-        objects = {"": sdata}
-    if not objects:
-        raise ValueError("sdata is empty; at least one SpatialData object is needed")
     keys = [table_key] if table_key is None or isinstance(table_key, str) else list(table_key)
+    objects = named_objects(sdata)
     for name, one in objects.items():
-        elements.check_sdata(one, "pp.select_genes")
         for wanted in keys:
             key = elements.resolve_table(one, wanted)
-            yield (f"{key} of object {name}" if name else key), one.tables[key]
+            yield (f"{key} of object {name}" if len(objects) > 1 else key), one.tables[key]
 
 
 def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
