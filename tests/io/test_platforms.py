@@ -125,7 +125,7 @@ def script(name: str) -> str:
     return "\n".join(blocks)
 
 
-@pytest.mark.parametrize("name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells"])
+@pytest.mark.parametrize("name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells", "synthetic"])
 def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypatch, request):
     """Only the length of training differs from what a reader runs."""
     for link in ("my_visium", "my_visium_hd", "my_xenium"):
