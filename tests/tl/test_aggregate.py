@@ -12,7 +12,7 @@ import spatialdata as sd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, ShapesModel
+from spatialdata.models import Image2DModel, Image3DModel, Labels2DModel, Labels3DModel, PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
 from pixnet._core.coverage import coverage, pack
@@ -491,6 +491,58 @@ def test_bad_elements(sdata):
     check_refused(sdata, ValueError, "'flat'.*cannot be inverted", "flat")
     sdata["nothing"] = Labels2DModel.parse(np.zeros((9, 9), int), dims=("y", "x"))
     check_refused(sdata, ValueError, "'nothing' is empty", "nothing")
+
+
+def test_elements_of_three_dimensions(sdata):
+    tall = gpd.GeoDataFrame({"geometry": [shapely.box(0, 0, 1, 1), shapely.force_3d(shapely.box(0, 0, 1, 1), 2)]})
+    tall.index, tall.attrs = ["a", "tall"], sdata["cells"].attrs
+    sdata.shapes.data["tall"] = tall  # spatialdata itself would refuse some of these
+    check_refused(sdata, ValueError, "z coordinates: 'tall'.*force_2d", "tall")
+    sdata["stack"] = Image3DModel.parse(np.zeros((1, 2, 9, 9)), dims=("c", "z", "y", "x"))
+    check_refused(sdata, ValueError, "'stack' has dimensions.*2D", "spots", image_key="stack")
+    sdata["volume"] = Labels3DModel.parse(np.ones((2, 9, 9), int), dims=("z", "y", "x"))
+    check_refused(sdata, ValueError, "'volume' have dimensions.*2D", ["spots", "volume"])
+
+
+class Warp(Identity):
+    """A transformation that is not affine, as a later version of spatialdata may have them."""
+
+    def to_affine_matrix(self, input_axes, output_axes):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("warped", ["cells", "regions", "he_genes"])
+def test_transformations_that_are_not_affine(sdata, warped):
+    set_transformation(sdata[warped], Warp())
+    check_refused(
+        sdata, ValueError, f"transformation of '{warped}' to 'global' is not affine .Warp", ["cells", "regions"]
+    )
+
+
+def test_what_is_refused_leaves_the_store_as_it_was(sdata, tmp_path):
+    sdata["tie"] = polygons([shapely.Polygon([(0, 0), (2, 2), (2, 0), (0, 2)])], ["bad"])
+    sdata["far"] = polygons([shapely.box(0, 0, 1, 1)], transformations={"other": Identity()})
+    sdata["second"] = sdata["he_genes"]
+    sdata.write(tmp_path / "s.zarr")
+    opened = sd.read_zarr(tmp_path / "s.zarr")
+    opened["cells"].index = [*opened["cells"].index[:-2], "twin", "twin"]
+
+    def content():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = content()
+    for error, message, shapes, arguments in [
+        (KeyError, "'nuclei'", "nuclei", {}),
+        (ValueError, "share no coordinate system", ["spots", "far"], {}),
+        (ValueError, "invalid.*'bad'", ["spots", "tie"], {}),
+        (ValueError, "duplicate ids: 'twin'", ["spots", "cells"], {}),
+        (KeyError, "'ACTG'", "spots", {"genes": ["ACTG"]}),
+        (ValueError, "taken|exists", "spots", {"key_added": "bins"}),
+    ]:
+        check_refused(opened, error, message, shapes, image_key="he_genes", **arguments)
+    opened.attrs["pixnet"]["images"] = {}
+    check_refused(opened, ValueError, "several.*'he_genes', 'second'", "spots")
+    assert content() == before
 
 
 def test_bad_images(sdata):

@@ -121,7 +121,7 @@ class Tiles:
         nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
         across = np.repeat(n_x, n)
         tile = (np.repeat(first_y, n) + nth // across) * (len(x) - 1) + np.repeat(first_x, n) + nth % across
-        order = np.argsort(tile, kind="stable")
+        order = np.argsort(tile.astype(np.min_scalar_type((len(x) - 1) * (len(y) - 1))), kind="stable")  # radix sort
         self._members = np.repeat(shape, n)[order]
         self._tiles, self._first = np.unique(tile[order], return_index=True)
 

@@ -203,9 +203,7 @@ class _Part:
         """Return the statistics, rounded to float32 once; 0 / 0 makes NaN of what has no pixel that counts."""
         done = Sums(self.weight, *(None,) * 4)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            done.mean = np.divide(
-                self.total, self.weight, out=np.empty(self.total.shape, np.float32), casting="unsafe"
-            )
+            done.mean = np.divide(self.total, self.weight, out=np.empty(self.total.shape, np.float32), casting="unsafe")
             if self.squares is not None:
                 done.std = np.sqrt(self.squares / self.weight).astype(np.float32)
             if self.low is not None:

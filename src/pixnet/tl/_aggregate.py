@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
-from spatialdata.models import TableModel
-from xarray import DataArray
 
 from pixnet._core.coverage import WEIGHTS, Geometries
 from pixnet._core.reduce import STATISTICS, Sums, reduce
 from pixnet._logging import logger
 from pixnet._sdata import elements, store
-from pixnet._sdata.geometry import PixelShapes, check_element, read_shapes, to_coordinate_system
+from pixnet._sdata.aggregated import QUANTITIES, Plan, build_table, table_rows
+from pixnet._sdata.geometry import check_element, read_shapes, to_coordinate_system
 
 AggFunc = Literal["mean", "sum", "std", "min", "max"]
 
@@ -80,15 +79,16 @@ def aggregate(
 
         ``X``
             float32. From a gene map: CP10k, counts per 10,000 transcripts, as the ratio of sums
-            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). From any other image:
-            the (first) statistic of each channel.
+            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). Where the map is recorded
+            to hold ``"log_sum"`` (a model made with ``PixNet.paper``), ``expm1`` of its sum over the predicted area in
+            um^2. From any other image: the (first) statistic of each channel.
         ``layers``
-            From a gene map: ``"density"``, the area mean of the map; statistics other than the mean are layers of the
-            density (``"sum"`` times um^2). From any other image: the further statistics; ``"sum"`` is over pixels.
+            From a gene map: ``"density"``, the area mean of its values; statistics other than the mean are layers of
+            these values (``"sum"`` times um^2). From any other image: the further statistics; ``"sum"`` is over pixels.
         ``obs``
             ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in um^2;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
-            over the predicted pixels / 1e4, so that ``X = density / total``.
+            over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities.
         ``obsm["spatial"]``
             Centroids in the coordinate system.
         ``uns["pixnet"]``
@@ -134,22 +134,24 @@ def aggregate(
     for name, element in found.items():
         if not len(element.ids):
             raise ValueError(f"{name!r} is empty: it has no shapes to aggregate over")
-    sums = reduce(
-        plan.data.data,
-        Geometries.concatenate([element.geometries for element in found.values()]),
-        channels=plan.channels,
-        validity=len(plan.channels) - 1 if plan.is_map else None,
-        statistics=plan.agg_func,
-        weights=weights,
-        description=f"aggregate {image_key}",
-    )
+    with ThreadPoolExecutor(1) as pool:  # ids and centroids need no pixels, and pixels are waited for
+        rows = {name: pool.submit(table_rows, sdata, plan, name, element) for name, element in found.items()}
+        sums = reduce(
+            plan.data.data,
+            Geometries.concatenate([element.geometries for element in found.values()]),
+            channels=plan.channels,
+            validity=len(plan.channels) - 1 if plan.is_map else None,
+            statistics=plan.agg_func,
+            weights=weights,
+            description=f"aggregate {image_key}",
+        )
 
     tables: dict[str, AnnData] = {}
     start = 0
     for name, element in found.items():
-        rows = slice(start, start + len(element.ids))
-        tables[name] = _table(sdata, plan, name, element, _rows(sums, rows))
-        start = rows.stop
+        part = slice(start, start + len(element.ids))
+        tables[name] = build_table(sdata, plan, name, rows[name].result(), _take(sums, part))
+        start = part.stop
     del sums
     if not inplace:
         one = isinstance(shapes, str) or shapes is None
@@ -157,22 +159,6 @@ def aggregate(
     for name in names:
         _store(sdata, keys[name], tables[name], overwrite)
     return None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was asked for, resolved and checked."""
-
-    image_key: str
-    data: DataArray
-    is_map: bool
-    names: list[str]  # of the genes
-    channels: list[int]  # of the genes, then of the total
-    agg_func: list[str]
-    weights: str
-    min_coverage: float
-    systems: dict[str, str]
-    mpp: float | None
 
 
 def _check(
@@ -184,7 +170,7 @@ def _check(
     weights: str,
     min_coverage: float,
     coordinate_system: str | None,
-) -> _Plan:
+) -> Plan:
     image = sdata.images[image_key]
     data = elements.full_resolution(image)
     if data.dims != ("c", "y", "x"):
@@ -218,18 +204,45 @@ def _check(
         systems[name] = elements.shared_coordinate_system(sdata, name, image_key, coordinate_system)
         for key in (name, image_key):
             to_coordinate_system(sdata, key, systems[name])
+    quantity = _quantity(sdata, image_key) if is_map else None
     mpp = elements.map_mpp(sdata, image_key)
     if mpp is None:
-        if is_map and "sum" in functions:
+        if is_map and ("sum" in functions or quantity == "log_sum"):
+            what = (
+                "agg_func='sum' gives densities" if quantity != "log_sum" else f"{image_key!r} is summed up as values"
+            )
             raise ValueError(
-                f"agg_func='sum' gives densities times um^2, but the um per pixel of {image_key!r} is unknown; "
+                f"{what} times um^2, but the um per pixel of {image_key!r} is unknown; "
                 f"record it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
             )
         logger.warning(
             "the um per pixel of %r is unknown, so obs['area'] is in pixels; record it with pixnet.pp.set_mpp",
             image_key,
         )
-    return _Plan(image_key, data, is_map, chosen, channels, list(functions), weights, float(min_coverage), systems, mpp)
+    return Plan(
+        image_key=image_key,
+        data=data,
+        is_map=is_map,
+        quantity=quantity,
+        names=chosen,
+        channels=channels,
+        agg_func=list(functions),
+        weights=weights,
+        min_coverage=float(min_coverage),
+        systems=systems,
+        mpp=mpp,
+    )
+
+
+def _quantity(sdata: SpatialData, image_key: str) -> str:
+    """Return what the genes of a gene map are; one without a record holds densities."""
+    quantity = sdata.attrs.get("pixnet", {}).get("images", {}).get(image_key, {}).get("quantity", "density")
+    if quantity not in QUANTITIES:
+        raise ValueError(
+            f"gene map {image_key!r} is recorded to hold {quantity!r}, which this version of pixnet cannot aggregate; "
+            f"it knows {elements.listed(QUANTITIES)}"
+        )
+    return quantity
 
 
 def _channels(
@@ -286,104 +299,8 @@ def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> 
     return keys
 
 
-def _rows(sums: Sums, rows: slice) -> Sums:
+def _take(sums: Sums, rows: slice) -> Sums:
     return Sums(*(None if value is None else value[rows] for value in vars(sums).values()))
-
-
-def _table(sdata: SpatialData, plan: _Plan, name: str, element: PixelShapes, sums: Sums) -> AnnData:
-    """Build the table of one shapes element."""
-    area = element.geometries.area
-    seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
-    with np.errstate(invalid="ignore", divide="ignore"):
-        coverage = np.nan_to_num(seen / area)
-    # Rounding aside, a shape that is all there has coverage 1; whole pixels (center) may cover more than the shape.
-    coverage = np.where(coverage > 1 - 1e-9, 1.0, coverage)
-    thin = coverage < plan.min_coverage
-
-    obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
-    obs["region"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), categories=[name])
-    integer = pd.api.types.is_integer_dtype(element.ids.dtype)
-    obs["instance_id"] = element.ids.to_numpy(dtype=np.int64 if integer else object)
-    obs["area"] = area * (plan.mpp or 1.0) ** 2
-    obs["coverage"] = coverage
-
-    values, layers, units = _map_values(plan, sums, obs) if plan.is_map else _image_values(plan, sums)
-    if thin.any():
-        for value in (values, *layers.values()):
-            value[thin] = np.nan
-        if plan.is_map:
-            obs.loc[thin, "total"] = np.nan
-
-    to_system = to_coordinate_system(sdata, plan.image_key, plan.systems[name])
-    centroids = element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2]
-    parameters = {
-        "kind": "aggregate",
-        "shapes": name,
-        "image_key": plan.image_key,
-        "agg_func": plan.agg_func,
-        "weights": plan.weights,
-        "min_coverage": plan.min_coverage,
-        "coordinate_system": plan.systems[name],
-        "genes": plan.names,
-        "area_unit": "um^2" if plan.mpp is not None else "pixel",
-        **units,
-    }
-    if plan.mpp is not None:
-        parameters["mpp"] = plan.mpp
-    model = sdata.attrs.get("pixnet", {}).get("images", {}).get(plan.image_key, {}).get("model")
-    if model is not None:
-        parameters["model"] = model
-    empty = int((seen == 0).sum())
-    if empty or thin.any():
-        logger.info(
-            "%s: of %d shapes %d have no predictions, %d too few", name, len(obs), empty, (thin & (seen > 0)).sum()
-        )
-    table = AnnData(
-        X=values,
-        obs=obs,
-        var=pd.DataFrame(index=pd.Index(plan.names)),
-        layers=layers,
-        obsm={"spatial": centroids},
-        uns={"pixnet": parameters},
-    )
-    return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
-
-
-def _map_values(plan: _Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """CP10k as the ratio of sums, and statistics of the density."""
-    density = np.ascontiguousarray(sums.mean[:, :-1])
-    total = sums.mean[:, -1].astype(np.float64) / 1e4
-    obs["total"] = total
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
-    layers, units = {"density": density}, {"X": "CP10k", "density": "density"}
-    for function in plan.agg_func:
-        if function == "sum":
-            layers["sum"] = density * (sums.weight * plan.mpp**2).astype(np.float32)
-            units["sum"] = "density x um^2"
-        elif function != "mean":
-            layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
-            units[function] = "density"
-    return values, layers, {"unit": units["X"], "layer_units": {k: v for k, v in units.items() if k != "X"}}
-
-
-def _image_values(plan: _Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """Plain statistics, the first of them as X."""
-    values, units = {}, {}
-    for function in plan.agg_func:
-        if function == "sum":
-            values["sum"] = np.where(sums.weight > 0, sums.mean * sums.weight, np.nan).astype(np.float32)
-            units["sum"] = "value x pixel"
-        else:
-            values[function] = getattr(sums, function)
-            units[function] = "value"
-    first = plan.agg_func[0]
-    layers = {function: value for function, value in values.items() if function != first}
-    return (
-        values[first],
-        layers,
-        {"unit": units[first], "layer_units": {function: units[function] for function in layers}},
-    )
 
 
 def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:
