@@ -61,10 +61,14 @@ class Level:
 
 def levels(raster: DataArray | DataTree) -> list[Level]:
     """Return the pyramid of a raster, finest level first, each with the scale that its own transform states."""
+    full, *coarser = _arrays(raster)
+    return [Level(full, (1.0, 1.0)), *(Level(array, _scale(full, array)) for array in coarser)]
+
+
+def _arrays(raster: DataArray | DataTree) -> list[DataArray]:
     if isinstance(raster, DataArray):
-        return [Level(raster, (1.0, 1.0))]
-    arrays = [next(iter(raster[name].values())) for name in raster.keys()]  # noqa: SIM118 a DataTree iterates over variables too
-    return [Level(arrays[0], (1.0, 1.0)), *(Level(array, _scale(arrays[0], array)) for array in arrays[1:])]
+        return [raster]
+    return [next(iter(raster[name].values())) for name in raster.keys()]  # noqa: SIM118 a DataTree iterates over variables too
 
 
 def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
@@ -80,8 +84,11 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     if not shared:
         return ratio
     axes = {"input_axes": ("x", "y"), "output_axes": ("x", "y")}
-    to_full, to_level = (t[shared[0]].to_affine_matrix(**axes) for t in (ours, theirs))
-    matrix = np.linalg.solve(to_full, to_level)
+    try:
+        to_full, to_level = (t[shared[0]].to_affine_matrix(**axes) for t in (ours, theirs))
+        matrix = np.linalg.solve(to_full, to_level)
+    except (ValueError, TypeError, NotImplementedError, np.linalg.LinAlgError):  # who uses them refuses them by name
+        return ratio
     stated = (float(matrix[1, 1]), float(matrix[0, 0]))
     plausible = all(abs(s / r - 1) < 0.1 for s, r in zip(stated, ratio))
     return stated if plausible else ratio
@@ -89,7 +96,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
 
 def full_resolution(raster: DataArray | DataTree) -> DataArray:
     """Return the finest level of a raster."""
-    return levels(raster)[0].data
+    return _arrays(raster)[0]
 
 
 def channel_names(image: DataArray | DataTree) -> list[str]:
