@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pixnet.models._losses import LOSSES, QUANTITIES, log_expression, nb_deviance, pearson, shape_loss
+from pixnet.models._losses import LOSSES, log_expression, nb_deviance, pearson, shape_loss
+from pixnet.models._quantity import QUANTITIES
 
 
 def case(n=40, genes=3):

@@ -108,6 +108,13 @@ def test_wrong_input():
         score(fraction)
 
 
+def test_sums_of_logs_may_lie_below_zero():
+    sdata = predicted(coloured_slide())
+    sdata["spots_genes"].X[0] = -0.01
+    sdata["spots_genes"].uns["pixnet"]["quantity"] = "log_sum"
+    assert score(sdata)["n"].min() == 225
+
+
 class TestCrossValidate:
     options = dict(QUICK.items()) | {"max_epochs": 3}
 
@@ -138,6 +145,64 @@ class TestCrossValidate:
         assert list(frame.columns) == ["fold", "group", "gene", "metric", "value"]
         assert set(frame["group"]) == {"block 0", "block 1"}
         assert set(frame["metric"]) == {"pearson", "mse", "mae"}
+
+    @pytest.mark.parametrize("gap_um", [0.0, 30.0])
+    def test_blocks_keep_their_distance(self, gap_um):
+        """What trains and what chooses the epoch lies a gap away from what is tested; every shape is tested once."""
+        slide = coloured_slide(1)
+        sources = px.tl._cross_validate.resolve_sources({"0": slide}, None, None, None, None)
+        folds = px.tl._cross_validate._blocks(sources, 3, gap_um)
+        places = slide["spots"].geometry.get_coordinates()
+        axis = next(a for a in "xy" if places.loc[folds[0].test["0"]["spots"].index, a].max() < 400)
+        tested = []
+        for fold in folds:
+            training, test = (part["0"]["spots"].index for part in (fold.training, fold.test))
+            assert list(fold.test["0"]["spots_counts"].obs["instance_id"]) == list(test)
+            assert list(fold.training["0"]["spots_counts"].obs["instance_id"]) == list(training)
+            apart = places.loc[training, axis].to_numpy()[:, None] - places.loc[test, axis].to_numpy()
+            assert np.abs(apart).min() * 0.5 >= gap_um + 2 * 12 * 0.5 - 1e-6, "from edge to edge, at 0.5 um/px"
+            tested += list(test)
+        assert sorted(tested) == sorted(slide["spots"].index)
+
+    def test_a_paper_model_is_scored_by_its_own_quantity(self):
+        model = px.models.PixNet.paper(
+            QUICK["genes"], encoder="patch-test", stride=4, widths=(16, 16, 16, 16), window=256, halo=64
+        )
+        objects = [coloured_slide(1), coloured_slide(2), coloured_slide(3)]
+        options = {"mask_key": False, "max_epochs": 15, "variants": 1, "lr": 1e-2, "refit": False}
+        before = [dict(one.attrs["pixnet"]) for one in objects]
+        frame = px.tl.cross_validate(objects, groups=["P", "Q", "P"], model=model, **options)
+        values = frame[frame["metric"] == "mse"].groupby("gene")["value"].mean()
+        assert values.max() < 0.5, "spots of the size trained on have the right values, not only the right order"
+        assert frame[(frame["metric"] == "pearson") & (frame["gene"] == "BLUE")]["value"].min() > 0.5
+        assert not model.history
+        assert [dict(one.attrs["pixnet"]) for one in objects] == before
+
+    def test_a_trained_model_is_refused(self, quick_model):
+        with pytest.raises(ValueError, match="was trained before"):
+            px.tl.cross_validate(coloured_slide(1), groups=2, model=quick_model)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"groups": 1}, "at least two blocks"),
+            ({"groups": 113}, "225 shapes of 'spots' into blocks of fewer than two"),
+            ({"groups": 2, "gap_um": 1000}, "leaves no shapes of 'spots' to train on at gap_um=1000"),
+            ({"groups": 2, "gap_um": -1}, "gap_um is -1"),
+        ],
+    )
+    def test_blocks_that_cannot_be(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            px.tl.cross_validate(coloured_slide(1), **options)
+
+    def test_a_group_of_one_shape_has_no_correlation(self, capsys):
+        small = coloured_slide(2)
+        small["spots_counts"] = small["spots_counts"][:1].copy()
+        objects, options = [coloured_slide(1), coloured_slide(3), small], self.options | {"max_epochs": 1}
+        frame = px.tl.cross_validate(objects, groups=["P", "R", "Q"], **options)
+        of_one = frame[(frame["group"] == "Q") & (frame["metric"] == "pearson")]
+        assert of_one["value"].isna().all()
+        assert "1 shapes to test on" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("groups", "error", "match"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from shapely import Point
-from spatialdata.models import Image2DModel
+from shapely import Point, box
+from spatialdata.models import Image2DModel, ShapesModel
 
 import pixnet as px
 from pixnet._core.crops import place_crops, weigh
+from pixnet._core.material import Material, Measured
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 
 from .conftest import QUICK, PatchEncoder, coloured_slide, table_for
@@ -94,27 +97,165 @@ def test_starting_from_a_model_leaves_it_alone(slide, quick_model):
         px.tl.train(slide, model=quick_model, mpp=1.0)
 
 
-def test_several_scales_train_together(slide):
-    rng = np.random.default_rng(0)
-    centres = slide["spots"].geometry
-    cells = slide["spots"].copy()
-    cells["geometry"] = [Point(p.x + 9, p.y - 7) for p in centres]
-    cells["radius"] = 4.0
-    slide["cells"] = cells
-    slide["cells_counts"] = table_for(
-        "cells", list(cells.index), rng.poisson(2, (len(cells), 4)), ["PINK", "BLUE", "FLAT", "REST"]
-    )
-    model = train(slide, shapes=["spots", "cells"], table_key=["spots_counts", "cells_counts"])
-    assert set(model.config["provenance"]["training"]["0"]) == {"spots", "cells"}
+class TestScales:
+    """Shapes of several sizes at once, and sizes that were never trained on."""
+
+    @staticmethod
+    def _with_cells(slide, shift=9.0):
+        rng = np.random.default_rng(0)
+        cells = slide["spots"].copy()
+        cells["geometry"] = [Point(p.x + shift, p.y - 7) for p in slide["spots"].geometry]
+        cells["radius"] = 4.0
+        slide["cells"] = cells
+        counts = rng.poisson(2, (len(cells), 4))
+        slide["cells_counts"] = table_for("cells", list(cells.index), counts, ["PINK", "BLUE", "FLAT", "REST"])
+        return slide
+
+    def test_several_train_together(self, slide):
+        model = train(self._with_cells(slide), shapes=["spots", "cells"], table_key=["spots_counts", "cells_counts"])
+        assert set(model.config["provenance"]["training"]["0"]) == {"spots", "cells"}
+
+    def test_each_scale_has_its_say_in_every_batch(self, slide, monkeypatch):
+        """The loss is the mean over the elements, however many shapes each has."""
+        from pixnet._core import fit
+
+        seen = []
+        original = fit.shape_loss
+
+        def shape_loss(sums, *args, **kwargs):
+            found = original(sums, *args, **kwargs)
+            seen.append((sums.requires_grad, len(sums), float(found["expression"].detach())))
+            return found
+
+        monkeypatch.setattr(fit, "shape_loss", shape_loss)
+        keys = {"shapes": ["spots", "cells"], "table_key": ["spots_counts", "cells_counts"]}
+        model = train(self._with_cells(slide), **keys, batch_shapes=10**6, refit=False, dropout=0.0)
+        cells, spots = [loss for grad, _, loss in seen if grad]
+        assert model.history[0]["train_expression"] == pytest.approx((cells + spots) / 2)
+        assert len({n for grad, n, _ in seen if grad}) >= 1
+
+    def test_an_object_takes_part_with_the_scales_it_has(self, slide):
+        keys = {"shapes": ["spots", "cells"], "table_key": ["spots_counts", "cells_counts"]}
+        both = {"a": self._with_cells(slide), "b": coloured_slide(1), "c": coloured_slide(2)}
+        training = train(both, **keys).config["provenance"]["training"]
+        assert {name: set(n) for name, n in training.items()} == {"a": {"spots", "cells"}, "b": {"spots"}}
+
+    def test_bins_added_up_to_spots_give_the_spots(self, quick_model):
+        """The CP10k of a spot is that of its pieces, each weighed by its total: exact at every scale, through the public calls."""
+        slide = coloured_slide(5)
+        spots = slide["spots"].iloc[::7]
+        outlines = spots.geometry.buffer(12.0)
+        side = 5.3  # no multiple of a map pixel
+        corners = [(side * i, side * j) for i in range(146) for j in range(146)]
+        bins = gpd.GeoDataFrame(geometry=[box(x, y, x + side, y + side) for x, y in corners])
+        pieces = gpd.overlay(bins, gpd.GeoDataFrame({"spot": spots.index}, geometry=list(outlines)), how="intersection")
+        slide["discs"] = ShapesModel.parse(gpd.GeoDataFrame(geometry=list(outlines), index=list(spots.index)))
+        slide["pieces"] = ShapesModel.parse(gpd.GeoDataFrame(geometry=list(pieces.geometry)))
+        px.tl.predict(slide, quick_model, mask_key=False)
+        px.tl.aggregate(slide, ["discs", "pieces"], image_key="he_genes")
+        whole, parts = slide["discs_genes"], slide["pieces_genes"]
+        assert len(parts) > 15 * len(whole)
+        weight = (parts.obs["total"] * parts.obs["area"]).to_numpy()
+        amount = (
+            pd.DataFrame(parts.X * weight[:, None])
+            .groupby(pieces["spot"].to_numpy())
+            .sum()
+            .loc[whole.obs["instance_id"]]
+        )
+        total = pd.Series(weight).groupby(pieces["spot"].to_numpy()).sum().loc[whole.obs["instance_id"]]
+        np.testing.assert_allclose(amount.to_numpy() / total.to_numpy()[:, None], whole.X, rtol=1e-4)
+        np.testing.assert_allclose(total, whole.obs["total"] * whole.obs["area"], rtol=1e-4)
+        # which the mean over the pieces' CP10k is not
+        plain = pd.DataFrame(parts.X).groupby(pieces["spot"].to_numpy()).mean().loc[whole.obs["instance_id"]]
+        assert not np.allclose(plain, whole.X, rtol=1e-4)
+
+
+class TestUntrainedModels:
+    """A model that is given, but was never trained: settings of its own, and everything set from the training shapes."""
+
+    def _model(self, genes=("PINK", "BLUE", "FLAT"), **options):
+        options = {
+            "encoder": "patch-test",
+            "stride": 4,
+            "widths": (16, 16, 16, 16),
+            "window": 256,
+            "halo": 64,
+        } | options
+        return px.models.PixNet.paper(list(genes), **options)
+
+    def test_its_own_settings_hold_unless_overridden(self, slide):
+        model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
+        recipe = model.config["provenance"]["recipe"]
+        assert (recipe["lr"], recipe["weight_decay"], recipe["ema"], recipe["variants"]) == (5e-4, 1e-4, 0.0, 1)
+        assert recipe["max_epochs"] == 1
+        model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1, lr=1e-3, loss="mse")
+        recipe = model.config["provenance"]["recipe"]
+        assert (recipe["lr"], recipe["loss"], recipe["weight_decay"]) == (1e-3, "mse", 1e-4)
+
+    def test_statistics_and_start_come_from_the_training_shapes(self, slide):
+        given = self._model()
+        model = px.tl.train(slide, model=given, mask_key=False, variants=1, max_epochs=1)
+        assert (model.feature_mean_0 != 0).all()
+        assert model.config["area_um2"] == pytest.approx(np.pi * 12**2 * 0.25, rel=1e-3), "that of a spot"
+        share = np.log1p(1e4 * slide["spots_counts"].X / slide["spots_counts"].X.sum(axis=1, keepdims=True))[
+            :, :3
+        ].mean(axis=0)
+        np.testing.assert_allclose(model.members[0].head.bias.detach()[:3], share, atol=0.3)
+        assert not given.history
+        assert (given.feature_mean_0 == 0).all()
+        # The same once trained: it goes on from what it knows.
+        again = px.tl.train(slide, model=model, mask_key=False, variants=1, max_epochs=1, lr=1e-12)
+        torch.testing.assert_close(again.members[0].head.bias, model.members[0].head.bias)
+
+    def test_a_log_sum_fits_the_size_it_was_trained_on(self):
+        slides = [coloured_slide(1), coloured_slide(2)]
+        model = px.tl.train(slides, model=self._model(), mask_key=False, variants=1, max_epochs=15, lr=1e-2)
+        assert model.config["epochs"] <= 15
+        slide = coloured_slide(7)
+        found = scores(slide, model)
+        assert found.loc[["PINK", "BLUE"], "pearson"].min() > 0.8
+        assert found["mse"].max() < 0.3
+        assert slide["spots_genes"].uns["pixnet"]["quantity"] == "log_sum"
+
+    def test_genes_without_counts_are_kept_out(self, slide):
+        slide["spots_counts"].X[:, 2] = 0
+        model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
+        assert model.genes == ["PINK", "BLUE"]
+
+    def test_what_is_no_model(self, slide):
+        with pytest.raises(TypeError, match="a PixNet is needed"):
+            px.tl.train(slide, model="her2st")
 
 
 def test_members_average(slide):
     assert len(train(slide, members=2).members) == 2
 
 
-@pytest.mark.parametrize("loss", ["mse", "pcc", "poisson+pcc"])
+@pytest.mark.parametrize("loss", ["mse", "pcc", "poisson+pcc", "nb+pcc"])
 def test_losses(slide, loss):
-    assert np.isfinite(train(slide, loss=loss).history[-1]["val_expression"])
+    found = train(slide, loss=loss, max_epochs=4, refit=False).history
+    assert found[-1]["val_expression"] < found[0]["val_expression"]
+
+
+@pytest.mark.parametrize("options", [{"link": "softplus"}, {"quantity": "log_mean"}, {"decoder": "plain"}])
+def test_links_quantities_and_decoders(slide, options):
+    model = train(slide, max_epochs=4, refit=False, **options)
+    assert model.history[-1]["val_expression"] < model.history[0]["val_expression"]
+
+
+def test_dispersion_is_that_of_the_counts():
+    rng = np.random.default_rng(0)
+    umi = rng.uniform(2000, 8000, 4000)
+    share, dispersion = np.array([0.01, 0.03, 0.02]), np.array([0.5, 0.1, 0.0])
+    rate = [rng.gamma(1 / d, d, 4000) if d else np.ones(4000) for d in dispersion]
+    counts = rng.poisson(umi[:, None] * share * np.stack(rate, axis=1))
+    cp10k = torch.from_numpy(1e4 * counts / umi[:, None]).float()
+    depth = torch.ones(4000)
+    depth[0] = 0  # trains nothing
+    cp10k[0] = 1e6
+    material = Material.__new__(Material)
+    material.measured = [{"spots": Measured(cp10k, depth, torch.from_numpy(umi).float())}]
+    np.testing.assert_allclose(material.dispersion["spots"], np.maximum(dispersion, 1e-2), rtol=0.15)
 
 
 def test_a_tuned_encoder_changes_and_a_frozen_one_does_not(slide):
@@ -284,14 +425,39 @@ class TestRefusals:
         slide["spots_counts"].X[:, 2] = 0
         assert train(slide).genes == ["PINK", "BLUE"]
 
+    def test_more_genes_than_the_table_has(self, slide):
+        names = ["PINK", *(f"G{i}" for i in range(300))]
+        with pytest.raises(KeyError, match="lacks 300 of the 301 genes: 'G0', 'G1'"):
+            train(slide, genes=names)
+        with pytest.raises(KeyError, match="lacks 1 of the 2 genes: 'NOPE'"):
+            px.tl.train(slide, model=px.models.PixNet(["PINK", "NOPE"], encoder="patch-test", widths=8))
+
     def test_numbers(self, slide):
-        for options, match in (({"max_epochs": 0}, "max_epochs"), ({"seed": -1}, "seed"), ({"mpp": -1}, "mpp")):
+        wrong = {"max_epochs": 0, "seed": -1, "mpp": -1, "loss": "huber", "lr": 0, "variants": 0, "dropout": 1, "ema": 1,
+                 "batch_shapes": 1.5, "weight_decay": -1}  # fmt: skip
+        for name, value in wrong.items():
+            options, match = {name: value}, f"{name} is {value!r}"
             with pytest.raises(ValueError, match=match):
                 train(slide, **options)
         with pytest.raises(TypeError, match="SpatialData"):
             px.tl.train("slide")
         with pytest.raises(ValueError, match="empty"):
             px.tl.train([])
+
+
+def test_a_validation_that_is_nan_stops_too(slide, monkeypatch):
+    from pixnet._core import fit
+
+    monkeypatch.setattr(fit, "evaluate_material", lambda *_: {"expression": float("nan"), "total": 0.0, "pcc": 0.0})
+    with pytest.raises(FloatingPointError, match="validation loss is nan after epoch 1"):
+        train(slide)
+
+
+def test_the_passes_made_are_kept(slide):
+    model = train(slide, max_epochs=3)
+    best = min(model.history, key=lambda row: row["val_expression"] + 0.2 * row["val_total"])
+    assert abs(model.config["epochs"] - best["epoch"]) <= 1
+    assert len(model.history) <= 3, "the last run on everything has nothing to be validated with"
 
 
 def test_a_nan_loss_names_its_batch(slide, monkeypatch):
@@ -303,5 +469,5 @@ def test_a_nan_loss_names_its_batch(slide, monkeypatch):
 
     original = fit._losses
     monkeypatch.setattr(fit, "_losses", broken)
-    with pytest.raises(FloatingPointError, match="epoch 1, batch 1"):
+    with pytest.raises(FloatingPointError, match=r"epoch 1, batch 1 \(sections 0\)"):
         train(slide)

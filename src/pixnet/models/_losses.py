@@ -8,9 +8,6 @@ from torch import Tensor
 
 LOSSES = ("mse+pcc", "mse", "pcc", "poisson+pcc", "nb+pcc")
 
-QUANTITIES = ("density", "log_sum", "log_mean")
-"""What a gene's channel is: a linear density of transcripts, or a quantity whose sum (or mean) over a shape is a log."""
-
 PCC_WEIGHT = 0.5
 
 

@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnet._names import TOTAL, check_genes
-from pixnet.models._decoder import DECODERS, HypercolumnDecoder, UNetDecoder
+from pixnet.models._decoder import DECODERS
 from pixnet.models._encoders import build_encoder, check_encoder
-from pixnet.models._losses import QUANTITIES
-from pixnet.models._paper import FILTERS, RECIPE, PaperDecoder, n_levels
+from pixnet.models._member import Member
+from pixnet.models._paper import FILTERS, RECIPE, n_levels
+from pixnet.models._quantity import LINKS, QUANTITIES, baseline, linked
 
-LINKS = ("exp", "softplus")
-UNITS = {
-    "density": "CP10k density (__total__ averages 1e4 over the training shapes)",
-    "log_sum": "log1p CP10k per um2, summed over a shape (__total__: density, averages 1e4 over the training shapes)",
-    "log_mean": "log1p CP10k, averaged over a shape (__total__: density, averages 1e4 over the training shapes)",
-}
 DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
 MAX_MAP_UM = 4.0
 """A map is kept at this many um per pixel or finer."""
@@ -147,7 +141,7 @@ class PixNet(nn.Module):
             "window": window,
             "halo": halo,
             "quantity": quantity,
-            "unit": UNITS[quantity],
+            "unit": QUANTITIES[quantity],
         }
         if quantity == "log_sum":
             # What the head's values are divided by, so that they are of the size of logs; training sets it.
@@ -155,7 +149,7 @@ class PixNet(nn.Module):
         self.history: list[dict[str, float]] = []
         self.encoder = module
         self.members = nn.ModuleList(
-            _Member(module.channels, module.strides, widths, stride, decoder, len(genes)) for _ in range(members)
+            Member(module.channels, module.strides, widths, stride, decoder, len(genes)) for _ in range(members)
         )
         for i, channels in enumerate(module.channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(channels))
@@ -384,16 +378,7 @@ class PixNet(nn.Module):
 
     def density(self, logits: Tensor) -> Tensor:
         """Return the map of logits, whose last channel is the total's and the others the genes'."""
-        # Logarithms and exponentials in float32: bfloat16 would keep 3 digits of a value that spans decades.
-        logits = logits.float()
-        genes, total = logits[:, :-1], logits[:, -1:]
-        exp = self.config["link"] == "exp"
-        total = 1e4 * (total.clamp(-10, 4).exp() if exp else F.softplus(total))
-        if self.quantity == "density":
-            genes = (genes.clamp(max=0).exp() if exp else F.softplus(genes) * 1e-3) * total
-        elif self.quantity == "log_sum":
-            genes = genes / self.config["area_um2"]
-        return torch.cat([genes, total], dim=1)
+        return linked(logits, self.quantity, self.config["link"], self.config.get("area_um2", 1.0))
 
     def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
         """Start from what is the same everywhere.
@@ -409,18 +394,9 @@ class PixNet(nn.Module):
             if area_um2 is None or not area_um2 > 0:
                 raise ValueError(f"area_um2 is {area_um2!r}; a map of log sums needs the mean area of its shapes")
             self.config["area_um2"] = float(area_um2)
-        exp = self.config["link"] == "exp"
-        if self.quantity != "density":
-            start = level
-        elif exp:
-            start = level.clamp(min=1e-8).log()
-        else:
-            target = level.clamp(min=1e-8) * 1e3
-            start = target + torch.log(-torch.expm1(-target))
         for member in self.members:
-            bias = member.head.bias.data
-            bias[:-1] = start
-            bias[-1] = 0.0 if exp else 0.5413  # exp, softplus of it is 1
+            genes, total = baseline(level, self.quantity, self.config["link"])
+            member.head.bias.data[:-1], member.head.bias.data[-1] = genes, total
 
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, genes, um/px, configuration and history.
@@ -444,35 +420,3 @@ class PixNet(nn.Module):
         from pixnet.models._checkpoint import save
 
         save(self, path, dtype=dtype, overwrite=overwrite)
-
-
-class _Member(nn.Module):
-    """One decoder and its head."""
-
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        widths: list[int],
-        stride: int,
-        decoder: str,
-        n_genes: int,
-    ) -> None:
-        super().__init__()
-        if decoder == "paper":
-            self.decoder: nn.Module = PaperDecoder(channels, strides, widths, stride)
-        elif decoder == "none":
-            self.decoder = HypercolumnDecoder(channels, strides, widths[0], stride)
-        else:
-            self.decoder = UNetDecoder(channels, strides, widths, stride, decoder)
-        self.head = nn.Conv2d(self.decoder.width, n_genes + 1, 1)
-        nn.init.normal_(self.head.weight, std=0.01)
-
-    def forward(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
-        """Return logits ``(N, channels, h, w)``."""
-        x = self.decoder(features, crop)
-        head = self.head
-        weight, bias = (head.weight, head.bias) if channels is None else (head.weight[channels], head.bias[channels])
-        # In float32 also under autocast: bfloat16 would round a logit of -6 to steps of 0.03, 3 % of the density.
-        with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x.float(), weight, bias)

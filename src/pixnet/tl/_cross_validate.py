@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +13,27 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
+from pixnet._sdata.elements import record
 from pixnet._sdata.geometry import pixel_shapes
 from pixnet._sdata.objects import SpatialDatas, named_objects
-from pixnet._sdata.sections import Source, resolve_sources
+from pixnet._sdata.sections import Source, resolve_sources, slide_grid
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
 from pixnet.tl._predict import predict
 from pixnet.tl._train import train
 
+if TYPE_CHECKING:
+    from pixnet.models import PixNet
+
+
+GAP_UM = 100.0
+"""What a model sees around a shape at 0.5 um/px: blocks this far apart share no tissue."""
+
 
 @dataclass(frozen=True)
 class _Fold:
+    """Objects to train on (``validation`` names some of them; None: as `train` chooses) and objects to test on."""
+
     group: str
     training: dict[str, SpatialData]
     validation: list[str] | None
@@ -40,6 +51,8 @@ def cross_validate(
     layer: str | None = None,
     total_key: str | None = None,
     mask_key: str | bool | None = None,
+    gap_um: float = GAP_UM,
+    model: PixNet | None = None,
     seed: int | None = 0,
     device: str | None = None,
     **train_options: Any,
@@ -47,7 +60,8 @@ def cross_validate(
     """Measure how well training generalises: each group is held out once, as a whole.
 
     In each fold the genes are chosen, the model trained and its epoch chosen without the test group: validation is
-    another group of the training objects where there are at least two, else the last of them, else a block in space.
+    another group of the training objects where there are at least two, else the last of them, else a block in space at
+    one end of what is left to train on. The test group is looked at once, at the end of its fold.
 
     Parameters
     ----------
@@ -56,6 +70,11 @@ def cross_validate(
     groups
         A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
         in space into which its shapes are cut across the longer axis.
+    gap_um
+        With blocks: shapes closer than this to a shape of the block that is tested train nothing. The default is what a model sees
+        around a shape, so that no tissue is in both.
+    model
+        A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
     image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device
         As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
     **train_options
@@ -71,8 +90,8 @@ def cross_validate(
     Raises
     ------
     ValueError
-        If there are fewer than two groups, labels do not fit the objects, or a number of blocks is given for several
-        objects.
+        If there are fewer than two groups, labels do not fit the objects, a number of blocks is given for several
+        objects, a block has fewer than two shapes or leaves none to train on, or the model was trained before.
     KeyError, TypeError
         As `pixnet.tl.train`.
 
@@ -84,15 +103,19 @@ def cross_validate(
     >>> list(scores.columns)
     ['fold', 'group', 'gene', 'metric', 'value']
     """
-    if "validation" in train_options or "model" in train_options:
-        raise TypeError(
-            "cross_validate chooses validation itself and starts from new models; leave out validation= and model="
+    if "validation" in train_options:
+        raise TypeError("cross_validate chooses validation itself, without the test group; leave out validation=")
+    if model is not None and getattr(model, "history", None):
+        raise ValueError(
+            "model= was trained before, perhaps on what is tested here; give one that was never trained, or leave it out"
         )
+    if not gap_um >= 0:
+        raise ValueError(f"gap_um is {gap_um!r}; um from 0 are needed")
     objects = named_objects(sdata)
     keys = (image_key, shapes, table_key, total_key)
     sources = resolve_sources(objects, *keys)
     if isinstance(groups, int | np.integer) and not isinstance(groups, bool):
-        folds = list(_blocks(sources, int(groups)))
+        folds = _blocks(sources, int(groups), gap_um)
     else:
         folds = list(_groups(objects, groups))
     pairs = {source.name: source.pairs for source in sources}
@@ -102,13 +125,18 @@ def cross_validate(
     frames = []
     for number, fold in enumerate(folds):
         logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)
-        model = train(
+        trained = train(
             fold.training if len(fold.training) > 1 else next(iter(fold.training.values())),
-            genes=genes, mask_key=mask_key, seed=seed, device=device, validation=fold.validation,
+            genes=genes, mask_key=mask_key, model=model, seed=seed, device=device, validation=fold.validation,
             **options, **train_options,
         )  # fmt: skip
         for name, one in fold.test.items():
-            scores = _test(one, model, image_key, pairs[name], mask_key, layer, total_key, device)
+            scores = _test(one, trained, image_key, pairs[name], mask_key, layer, total_key, device)
+            for key, s in scores.items():
+                if s["n"].max() < 2:
+                    logger.warning(
+                        "fold %d: %r has %d shapes to test on; correlations need two", number + 1, key, s["n"].max()
+                    )
             frames += [s.assign(fold=number, group=fold.group, section=name, shapes=key) for key, s in scores.items()]
     return _tidy(pd.concat(frames), several_sections=any(len(f.test) > 1 for f in folds), several_shapes=len(names) > 1)
 
@@ -125,9 +153,14 @@ def _test(
 ) -> dict[str, pd.DataFrame]:
     """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
     work = SpatialData.init_from_elements(
-        {name: element for _, name, element in sdata.gen_elements()}, attrs=dict(sdata.attrs)
+        {name: element for _, name, element in sdata.gen_elements()}, attrs=copy.deepcopy(dict(sdata.attrs))
     )
+    source = resolve_sources({"0": work}, image_key, list(pairs), list(pairs.values()), total_key)[0]
+    grid = slide_grid(source, model.mpp, model.stride)
     map_key = _free(work, "map")
+    # A lazy map carries no record of what it holds: it stands here, where aggregate looks.
+    held = {"kind": "gene_map", "quantity": model.quantity, "mpp": grid.mpp * grid.stride}
+    record(work)["images"][map_key] = held
     work.images[map_key] = predict(work, model, image_key=image_key, mask_key=mask_key, device=device, inplace=False)
     tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
     out = {}
@@ -182,8 +215,8 @@ def _groups(objects: dict[str, SpatialData], groups: Any) -> Iterator[_Fold]:
         )
 
 
-def _blocks(sources: list[Source], n: int) -> Iterator[_Fold]:
-    """Yield a fold for each of ``n`` bands of equally many shapes across the longer axis of a single object."""
+def _blocks(sources: list[Source], n: int, gap_um: float) -> list[_Fold]:
+    """Return a fold for each of ``n`` bands of equally many shapes across the longer axis of a single object."""
     if len(sources) != 1:
         raise ValueError(
             f"groups={n} cuts a single object into blocks; for {len(sources)} objects give a label for each"
@@ -191,36 +224,51 @@ def _blocks(sources: list[Source], n: int) -> Iterator[_Fold]:
     if n < 2:
         raise ValueError(f"groups is {n}; at least two blocks are needed to hold one out")
     source = sources[0]
+    gap = gap_um / source.mpp
     bounds, rows = {}, {}
     for key, table_key in source.pairs.items():
         rows[key] = match_rows(source.sdata, table_key, key)
         bounds[key] = pixel_shapes(source.sdata, key, source.image_key).bounds
-    first = bounds[next(iter(bounds))]
+    first, at = next((bounds[key], rows[key]) for key in source.pairs)
+    first = first[at[at >= 0]]
+    if len(first) < 2 * n:
+        raise ValueError(
+            f"groups={n} cuts {len(first)} shapes of {next(iter(source.pairs))!r} into blocks of fewer than two, whose "
+            "correlation is not defined; ask for fewer blocks"
+        )
     centres = np.stack([first[:, [0, 2]].mean(axis=1), first[:, [1, 3]].mean(axis=1)])
     axis = int(np.argmax(np.ptp(centres, axis=1)))
     lines = np.quantile(centres[axis], np.linspace(0, 1, n + 1))
     lines[0], lines[-1] = -np.inf, np.inf
+    folds = []
     for i in range(n):
-        low, high = lines[i], lines[i + 1]
+        extent = {key: (bounds[key][at, axis], bounds[key][at, axis + 2]) for key, at in rows.items()}
         inside, outside = {}, {}
-        for key, table_key in source.pairs.items():
-            at = rows[key]
-            start, stop = bounds[key][at, axis], bounds[key][at, axis + 2]
+        for key, (start, stop) in extent.items():  # shapes on a line are tested where their centre lies
             centre = (start + stop) / 2
-            # Shapes on a line are tested where their centre lies, and train nowhere.
-            inside[table_key] = (at >= 0) & (centre >= low) & (centre < high)
-            outside[table_key] = (at >= 0) & ((stop <= low) | (start >= high))
-        yield _Fold(
-            f"block {i}",
-            {source.name: _with_rows(source.sdata, outside)},
-            None,
-            {source.name: _with_rows(source.sdata, inside)},
-        )
+            inside[key] = (rows[key] >= 0) & (centre >= lines[i]) & (centre < lines[i + 1])
+        low = min(start[inside[key]].min(initial=np.inf) for key, (start, _) in extent.items()) - gap
+        high = max(stop[inside[key]].max(initial=-np.inf) for key, (_, stop) in extent.items()) + gap
+        for key, (start, stop) in extent.items():
+            outside[key] = (rows[key] >= 0) & ((stop <= low) | (start >= high))
+        key = next(iter(source.pairs))
+        if not outside[key].any():
+            raise ValueError(
+                f"block {i} of {n} leaves no shapes of {key!r} to train on at gap_um={gap_um:g}; ask for more blocks or a "
+                "narrower gap"
+            )
+        parts = (_with_rows(source, rows, part) for part in (outside, inside))
+        training, test = ({source.name: part} for part in parts)
+        folds.append(_Fold(f"block {i}", training, None, test))
+    return folds
 
 
-def _with_rows(sdata: SpatialData, keep: dict[str, np.ndarray]) -> SpatialData:
-    """Return the object with some rows of some tables; nothing is copied but those."""
+def _with_rows(source: Source, rows: dict[str, np.ndarray], keep: dict[str, np.ndarray]) -> SpatialData:
+    """Return the object with some rows of its tables, and of shapes those that they annotate; no pixel is copied."""
+    sdata = source.sdata
     elements = {name: element for _, name, element in sdata.gen_elements()}
-    for key, rows in keep.items():
-        elements[key] = sdata.tables[key][rows].copy()
+    for key, table_key in source.pairs.items():
+        elements[table_key] = sdata.tables[table_key][keep[key]].copy()
+        if key in sdata.shapes:  # the rest of the slide need not be predicted then
+            elements[key] = sdata.shapes[key].iloc[np.sort(rows[key][keep[key]])]
     return SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))
