@@ -1,17 +1,23 @@
-"""Speed and memory of `pixnet.tl.predict`, by slide size and gene count, against two naive ways of doing the same.
+"""Speed, memory and seams of `pixnet.tl.predict`, against two naive ways of doing the same.
 
 Every case runs in a process of its own, so that its peak memory is its own. The slide is generated lazily: blocks of
 noise around tissue colours on a white slide, tissue in a disc of 40 % of the area; nothing of it is on disk.
 
-    python benchmarks/predict.py                       # the standard table: a quarter of an hour on two cores
+    python benchmarks/predict.py                       # the standard table: about ten minutes on two cores
     python benchmarks/predict.py size=20000 genes=250  # one case
-    python benchmarks/predict.py her2st                # a real section (needs PIXNET_DATA_DIR)
+    python benchmarks/predict.py how=her2st            # a real section, shipped model (needs PIXNET_DATA_DIR)
+    python benchmarks/predict.py how=graph size=100000 # a huge slide, lazily: built, not run
+    python benchmarks/predict.py seams                 # windows against one forward pass (needs PIXNET_DATA_DIR)
+
+``how=naive`` runs every window, background too, into one float32 array in memory that is written at the end; ``how=spots``
+runs the model on a crop around every map pixel of tissue, whose time is that of a few crops times their number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,26 +27,43 @@ import time
 from pathlib import Path
 
 CASES = [
-    {"size": 5_000, "genes": 250},
-    {"size": 10_000, "genes": 250},
-    {"size": 20_000, "genes": 250},
+    {"size": 5_000},
+    {"size": 10_000},
+    {"size": 20_000},
     {"size": 5_000, "genes": 50},
     {"size": 5_000, "genes": 1_000},
-    {"size": 5_000, "genes": 250, "precision": "float32"},
-    {"size": 5_000, "genes": 250, "workers": 1},
-    {"size": 5_000, "genes": 250, "workers": 2},
-    {"size": 5_000, "genes": 250, "how": "naive"},
-    {"size": 5_000, "genes": 250, "how": "spots"},
+    {"size": 5_000, "precision": "float32"},
+    {"size": 5_000, "workers": 1},
+    {"size": 5_000, "workers": 2},
+    {"size": 5_000, "how": "naive"},
+    {"size": 5_000, "how": "spots"},
+    {"size": 100_000, "how": "graph"},
+    {"how": "her2st"},
 ]
 DEFAULT = {
+    "how": "pixnet",
     "size": 5_000,
     "genes": 250,
     "precision": None,
     "workers": 0,
-    "how": "pixnet",
     "tile": None,
     "decoder": "safb",
+    "halo": None,
 }
+NUMBERS = {"size", "genes", "workers", "tile", "halo"}
+COLUMNS = (
+    "how",
+    "slide, px",
+    "genes",
+    "precision",
+    "workers",
+    "wall, s",
+    "model, s",
+    "CPU, s",
+    "peak, GB",
+    "map, GB",
+    "load",
+)
 
 
 class Peak:
@@ -109,19 +132,37 @@ def make_slide(side: int):
     return SpatialData(images={"he": image}, labels={"he_tissue": labels}, attrs={"pixnet": {"mpp": {"he": 0.5}}})
 
 
-def make_model(genes: int, mpp: float, decoder: str):
+def make_model(case: dict):
+    """The shipped model for a real section, else one with random weights, which costs the same."""
     import torch
 
     import pixnet as px
 
-    torch.manual_seed(0)
-    return px.models.PixNet([f"gene{i}" for i in range(genes)], mpp=mpp, decoder=decoder).eval()
+    if case["how"] == "her2st":
+        model = px.models.load("her2st")
+    else:
+        torch.manual_seed(0)
+        model = px.models.PixNet([f"gene{i}" for i in range(case["genes"])], mpp=0.5, decoder=case["decoder"])
+    if case["halo"] is not None:
+        model.config["halo"] = case["halo"]
+    return model.eval()
 
 
-def naive(sdata, model) -> None:
-    """Every tile, background too, in float32, into one array in memory that is stored at the end."""
-    import numpy as np
+def forward(model, pixels, precision):
+    """The model on uint8 ``(n, 3, y, x)``, in the arithmetic that predict would take."""
     import torch
+
+    from pixnet._core.packed import PRECISIONS, resolve_precision
+
+    dtype = PRECISIONS[resolve_precision(precision, torch.device("cpu"))]
+    with torch.inference_mode(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        image = torch.from_numpy(pixels).to(memory_format=torch.channels_last).float() / 255
+        return model(image).float().numpy()
+
+
+def naive(sdata, model, precision, folder: Path) -> None:
+    """Every window, background too, into one float32 array in memory that is written at the end."""
+    import numpy as np
     from spatialdata.models import Image2DModel
 
     image = sdata["he"].data
@@ -135,100 +176,136 @@ def naive(sdata, model) -> None:
             pixels = image[:, y0 : y + window + halo, x0 : x + window + halo].compute()
             top, left = y0 - y + halo, x0 - x + halo
             part[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
-            with torch.inference_mode():
-                value = model(torch.from_numpy(part)[None].float() / 255)[0].numpy()
+            value = forward(model, part[None], precision)[0]
             edge, core = halo // stride, window // stride
             here = out[:, y // stride : y // stride + core, x // stride : x // stride + core]
             here[:] = value[:, edge : edge + here.shape[1], edge : edge + here.shape[2]]
     sdata["he_genes"] = Image2DModel.parse(out, dims=("c", "y", "x"), c_coords=model.channels, scale_factors=(2, 2))
-    sdata.write(Path(tempfile.mkdtemp(dir=tempfile.gettempdir())) / "naive.zarr")
+    sdata.write(folder / "naive.zarr")
 
 
-def spots(sdata, model, n: int = 64) -> float:
-    """Return the seconds that one 224 px crop per map pixel of tissue would take, from the time of a few."""
+def spots(sdata, model, precision, n: int = 64) -> float:
+    """Return the seconds that a crop of 256 px around each map pixel of tissue would take, from the time of a few."""
     import numpy as np
-    import torch
 
-    image, stride = sdata["he"].data, model.stride
+    image, size = sdata["he"].data, 256
     side = image.shape[1]
-    pixels = image[:, side // 2 : side // 2 + 448, side // 2 : side // 2 + 448].compute()
-    size = 256  # the next multiple of 64
-    model(torch.zeros(8, 3, size, size))
+    pixels = image[:, side // 2 : side // 2 + 2 * size, side // 2 : side // 2 + 2 * size].compute()
+    forward(model, np.zeros((8, 3, size, size), np.uint8), precision)
     start = time.perf_counter()
-    with torch.inference_mode():
-        for k in range(0, n, 8):
-            crops = np.stack([pixels[:, i : i + size, i : i + size] for i in range(k, k + 8)])
-            model(torch.from_numpy(crops).float() / 255).mean(dim=(2, 3))
-    each = (time.perf_counter() - start) / n
-    return each * 0.4 * (side / stride) ** 2
+    for k in range(0, n, 8):
+        crops = np.stack([pixels[:, i : i + size, i : i + size] for i in range(k, k + 8)])
+        forward(model, crops, precision).mean(axis=(2, 3))
+    return (time.perf_counter() - start) / n * 0.4 * (side / model.stride) ** 2
 
 
 def run(case: dict) -> dict:
     """Run one case in this process."""
-    import logging
+    import pixnet as px
+
+    px.settings.progress = False
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("pixnet").addHandler(handler)
+    found: dict = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR"))))
+        px.settings.scratch_dir = folder
+        sdata = px.datasets.her2st("C5") if case["how"] == "her2st" else make_slide(case["size"])
+        model = make_model(case)
+        with contextlib.ExitStack() as cluster, Peak() as peak:
+            if case["workers"]:
+                from distributed import Client, LocalCluster
+
+                options = {"n_workers": case["workers"], "threads_per_worker": 1, "dashboard_address": None}
+                cluster.enter_context(Client(cluster.enter_context(LocalCluster(**options))))
+            start, busy = time.perf_counter(), os.times()
+            if case["how"] == "naive":
+                naive(sdata, model, case["precision"], folder)
+            elif case["how"] == "spots":
+                found["wall, s"] = spots(sdata, model, case["precision"])
+            elif case["how"] == "graph":
+                lazy = px.tl.predict(sdata, model, inplace=False).data
+                found["note"] = f"{lazy.npartitions} tiles, {len(lazy.dask)} tasks"
+            else:
+                px.tl.predict(sdata, model, precision=case["precision"], tile_size=case["tile"])
+                end = next(r for r in reversed(said) if "in the model" in r.getMessage())
+                *_, found["model, s"], found["map, GB"], _ = end.args
+                found["note"] = end.getMessage()
+            found.setdefault("wall, s", time.perf_counter() - start)
+        # of this process and of children that have ended: workers have
+        found["CPU, s"] = sum(os.times()[:4]) - sum(busy[:4])
+    if case["how"] == "spots":
+        del found["CPU, s"]
+    found["peak, GB"] = peak.peak / 1e9
+    found["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {k: v if isinstance(v, str) else round(v, 2) for k, v in found.items()}
+
+
+def seams() -> None:
+    """Print how maps of a 2,048 px square of her2st C5 differ by tile size, and from one forward pass over all of it."""
+    import numpy as np
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
 
     import pixnet as px
 
     px.settings.progress = False
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pixnet").addHandler(handler)
-    with tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR")) as folder:
-        px.settings.scratch_dir = folder
-        tempfile.tempdir = folder
-        if case["how"] == "her2st":
-            sdata = px.datasets.her2st("C5")
-            model = px.models.load("her2st")
-        else:
-            sdata = make_slide(case["size"])
-            model = make_model(case["genes"], 0.5, case["decoder"])
-        stack = contextlib.ExitStack()
-        if case["workers"]:
-            from distributed import Client, LocalCluster
+    model, margin, side = px.models.load("her2st"), 512, 2048
+    pixels = px.datasets.her2st("C5")["he"]
+    pixels = pixels["scale0"]["image"] if "scale0" in pixels else pixels
+    pixels = pixels.data[:, 4096 : 4096 + side, 3072 : 3072 + side].compute()
+    sdata = SpatialData(images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"))})
+    px.pp.set_mpp(sdata, "he", model.mpp)
+    padded = np.pad(pixels, [(0, 0), (margin, margin), (margin, margin)], constant_values=255)
+    n = margin // model.stride
+    truth = forward(model, padded[None], "float32")[0][:, n:-n, n:-n]
+    core = model.window // model.stride
+    near = (
+        np.abs((np.arange(truth.shape[1]) + core / 2) % core - core / 2 + 0.5) < 4
+    )  # on both sides of each window's edge
+    near[:4] = near[-4:] = False  # the square's own edge is no seam
+    seam = near[:, None] | near[None, :]
 
-            cluster = LocalCluster(n_workers=case["workers"], threads_per_worker=1, dashboard_address=None)
-            stack.enter_context(cluster)
-            stack.enter_context(Client(cluster))
-        with stack, Peak() as peak:
-            start, busy = time.perf_counter(), os.times()
-            seconds = None
-            if case["how"] == "naive":
-                naive(sdata, model)
-            elif case["how"] == "spots":
-                seconds = spots(sdata, model)
-            else:
-                px.tl.predict(sdata, model, precision=case["precision"], tile_size=case["tile"])
-            seconds = time.perf_counter() - start if seconds is None else seconds
-    now = os.times()
-    cpu = sum(now[:4]) - sum(busy[:4])  # of this process and of children that ended
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    log = lines[-1] if lines and case["how"] in {"pixnet", "her2st"} else ""
-    return {
-        "seconds": round(seconds, 1),
-        "cpu": round(cpu, 1),
-        "peak_gb": round(peak.peak / 1e9, 2),
-        "load": round(load, 1),
-        "log": log,
-    }
+    def predict(halo: int, tile: int):
+        model.config["halo"] = halo
+        px.tl.predict(
+            sdata, model, mask_key=False, precision="float32", tile_size=tile, key_added="map", overwrite=True
+        )
+        return sdata["map"]["scale0"]["image"].values
+
+    print("| halo, px | where | median | 99th percentile | largest |")
+    print("| --- | --- | --- | --- | --- |")
+    for halo in (192, 256, 320):
+        difference = np.abs(predict(halo, 1024) / truth - 1)
+        for where, part in (("all map pixels", difference), ("within 4 of a seam", difference[:, seam])):
+            print(
+                f"| {halo} | {where} | {np.median(part):.1e} | {np.quantile(part, 0.99):.2%} | {part.max():.1%} |",
+                flush=True,
+            )
+    maps = [predict(320, tile) for tile in (256, 512, 1024, 2048)]
+    largest = max(float(np.abs(a / b - 1).max()) for a in maps for b in maps)
+    print(f"largest relative difference between tiles of 256, 512, 1024 and 2048 px: {largest:.1e}")
 
 
 def main(arguments: list[str]) -> None:
+    """Run what the command line asks for."""
     if arguments[:1] == ["--child"]:
         print(json.dumps(run(json.loads(arguments[1]))))
         return
+    if arguments == ["seams"]:
+        seams()
+        return
     cases = CASES
-    if arguments == ["her2st"]:
-        cases = [{"how": "her2st", "size": 0}]  # the shipped model
-    elif arguments:
+    if arguments:
         given = dict(argument.split("=", 1) for argument in arguments)
         wrong = set(given) - set(DEFAULT)
         if wrong:
             raise SystemExit(f"unknown: {', '.join(sorted(wrong))}; valid: {', '.join(DEFAULT)}")
-        numbers = {"size", "genes", "workers", "tile"}
-        cases = [{k: int(v) if k in numbers else v for k, v in given.items()}]
-    print("| how | slide, px | genes | precision | workers | s | CPU s | peak, GB | load | |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        cases = [{k: int(v) if k in NUMBERS else v for k, v in given.items()}]
+    print("| " + " | ".join([*COLUMNS, "note"]) + " |")
+    print("| --- " * (len(COLUMNS) + 1) + "|", flush=True)
     for case in cases:
         case = {**DEFAULT, **case}
         command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(case)]
@@ -237,16 +314,14 @@ def main(arguments: list[str]) -> None:
             sys.stderr.write(done.stderr)
             raise SystemExit(done.returncode)
         found = json.loads(done.stdout.splitlines()[-1])
-        cells = [case["how"], case["size"] or "her2st C5", case["genes"], case["precision"] or "default"]
-        cells += [
-            case["workers"] or "threads",
-            found["seconds"],
-            found["cpu"],
-            found["peak_gb"],
-            found["load"],
-            found["log"],
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        shown = {
+            **case,
+            "slide, px": "her2st C5" if case["how"] == "her2st" else case["size"],
+            "precision": case["precision"] or "default",
+            "workers": case["workers"] or "threads",
+            **found,
+        }
+        print("| " + " | ".join(str(shown.get(name, "")) for name in (*COLUMNS, "note")) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from pixnet._core import packed as packing
-from pixnet._core.inference import TileError, TileRunner, Work, lazy_map, store_tile
+from pixnet._core.inference import TileRunner, Work, lazy_map, store_tile
 from pixnet._core.layout import choose_layout
 from pixnet._core.masking import SlideExtent, TissueMask
 from pixnet._core.packed import PackedModel, fold_norms, resolve_device, resolve_precision
 from pixnet._core.tasks import run_tasks
-from pixnet._core.tiling import SlideReader, choose_grid
+from pixnet._core.tiling import ReadError, SlideReader, choose_grid
 
 WINDOW, HALO, STRIDE = 64, 64, 4
 
@@ -152,6 +152,26 @@ def test_coarser_maps_are_area_means_of_tissue(pixels, out_mpp, tile_size):
     np.testing.assert_array_equal(there, coarse)
 
 
+def test_batches_that_do_not_fit_are_halved(pixels):
+    class Narrow(Means):
+        def forward(self, image, channels=None, crop=0):
+            if len(image) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(image, channels, crop)
+
+    runner = make_runner(pixels, tile_size=256, model=Narrow(), batch=4)
+    np.testing.assert_allclose(whole(runner), truth(pixels), atol=2e-6)
+    assert runner.batch == 1
+
+    class Full(Means):
+        def forward(self, image, channels=None, crop=0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    packing._READY.clear()  # these models have no weights to tell them apart by
+    with pytest.raises(RuntimeError, match="does not hold one window.*192 x 192.*device='cpu'"):
+        make_runner(pixels, model=Full(), batch=4).tile(0, 0)
+
+
 def test_finer_than_the_model_is_refused(pixels):
     with pytest.raises(ValueError, match="cannot be finer"):
         make_runner(pixels, out_mpp=1.0)
@@ -171,7 +191,7 @@ def test_a_part_that_cannot_be_read_is_named(pixels):
             return pixels[key]
 
     runner = make_runner(pixels, array=Broken())
-    with pytest.raises(TileError, match=r"x 256 to 448 of image 'image' could not be read \(OSError: bad chunk\)"):
+    with pytest.raises(ReadError, match=r"x 256 to 419 of image 'image' could not be read \(OSError: bad chunk\)"):
         runner.tile(0, 0)
 
 

@@ -17,8 +17,9 @@ import zarr
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 
-from pixnet._sdata import store
-from pixnet._sdata.store import WORK, forget, heal, local_store, put
+from pixnet._sdata import store, work
+from pixnet._sdata.store import forget, heal, local_store, put
+from pixnet._sdata.work import WORK
 
 
 def labels(value=1, n=16):
@@ -142,6 +143,7 @@ def crash_at(monkeypatch, n):
 
     wrap(Path, "rename")
     wrap(store, "write_json")
+    wrap(work, "write_json")
     wrap(SpatialData, "write_attrs")
     wrap(SpatialData, "write_consolidated_metadata")
     # a killed process clears nothing up
@@ -190,11 +192,11 @@ def test_a_failed_write_leaves_the_old_element_and_no_debris(backed, monkeypatch
 
 
 def test_the_work_of_a_live_process_is_left_alone(backed):
-    with store.work_folder(Path(backed.path), {"key": "x", "resumable": False}) as work:
+    with work.work_folder(Path(backed.path), {"key": "x", "resumable": False}) as folder:
         heal(backed)
-        assert work.path.exists()
+        assert folder.path.exists()
         put(backed, "mask", labels())
-        assert work.path.exists()
+        assert folder.path.exists()
         sd.read_zarr(backed.path)
     assert leftovers(backed) == []
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import dask.array as da
@@ -289,6 +290,52 @@ def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
     assert "in red" not in warned[0]
 
 
+@pytest.mark.parametrize("quantity", ["density", "log_sum"])
+def test_what_the_values_are_is_recorded(sdata, model, monkeypatch, quantity):
+    warned = []
+    monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
+    own = model.copy()
+    own.config["quantity"] = quantity
+    own.config.setdefault("area_um2", 1000.0)
+    px.tl.predict(sdata, own)
+    entry = sdata.attrs["pixnet"]["images"]["he_genes"]
+    assert (entry["quantity"], entry["unit"]) == (quantity, own.config["unit"])
+    assert not warned
+    px.tl.predict(sdata, own, inplace=False)
+    assert [("log_sum" in line and "inplace=True" in line) for line in warned] == [True] * (quantity != "density")
+
+
+def test_a_huge_slide_is_a_graph_in_no_time(model):
+    def unread(block_info=None):
+        read.append(block_info)
+        return np.full(block_info[None]["chunk-shape"], 128, np.uint8)
+
+    read: list[object] = []
+    pixels = da.map_blocks(
+        unread, chunks=((3,), (4096,) * 24 + (1696,), (4096,) * 24 + (1696,)), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)
+    )  # fmt: skip
+    mask = np.zeros((1250, 1250), np.uint8)
+    mask[100:900, 200:800] = 1
+    sdata = SpatialData(
+        images={"he": Image2DModel.parse(pixels, dims=("c", "y", "x"))},
+        labels={
+            "he_tissue": Labels2DModel.parse(
+                mask, dims=("y", "x"), transformations={"global": Scale([80, 80], axes=("x", "y"))}
+            )
+        },
+        attrs={"pixnet": {"mpp": {"he": 0.5}}},
+    )
+    big = px.models.PixNet([f"g{i}" for i in range(250)], mpp=0.5, decoder="none", widths=8, pretrained=False)
+    start = time.perf_counter()
+    lazy = px.tl.predict(sdata, big, inplace=False)
+    seconds = time.perf_counter() - start
+    assert lazy.shape == (251, 25_000, 25_000)
+    assert seconds < 30
+    assert len(lazy.data.dask) <= 5 * lazy.data.npartitions
+    assert lazy.data.npartitions == 98**2
+    assert len(read) <= 16 * 4  # a look at the stain: none of the tiles ran
+
+
 # what it refuses, before any pixel is read ---------------------------------------------------------------------------
 
 
@@ -355,6 +402,41 @@ def test_wrong_channels(model):
         px.tl.predict(sdata, model, image_key="rgba")
 
 
+def test_read_only_stores_are_refused(backed, model, monkeypatch):
+    before = tree_hash(backed.path)
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=r"read-only.*sdata\.write"):
+        px.tl.predict(backed, model)
+    assert tree_hash(backed.path) == before
+    assert px.tl.predict(backed, model, inplace=False).shape == (4, 125, 155)
+
+
+def test_remote_and_old_stores_are_refused_but_can_be_predicted_from(tmp_path, model):
+    from spatialdata._io.format import SpatialDataContainerFormatV01
+
+    slide().write(tmp_path / "old.zarr", sdata_formats=SpatialDataContainerFormatV01())
+    old = sd.read_zarr(tmp_path / "old.zarr")
+    with pytest.raises(ValueError, match=r"old format \(Zarr v2\).*write"):
+        px.tl.predict(old, model)
+    lazy = px.tl.predict(old, model, inplace=False)
+    old.write(tmp_path / "new.zarr")  # the mend that the message names
+    new = sd.read_zarr(tmp_path / "new.zarr")
+    px.tl.predict(new, model)
+    np.testing.assert_array_equal(full(new).values, lazy.values)
+    old.path = None  # as an object in memory
+    px.tl.predict(old, model)
+    np.testing.assert_array_equal(full(old).values, lazy.values)
+
+    remote = slide()
+    remote.path = "s3://bucket/slide.zarr"
+    with pytest.raises(ValueError, match=r"s3://bucket/slide.zarr is remote.*sdata\.write"):
+        px.tl.predict(remote, model)
+
+
 def test_a_corrupt_chunk_is_named_and_the_run_resumed(backed, model):
     chunk = next(p for p in (backed.path / "images" / "he" / "s0").rglob("c/0/1/3") if p.is_file())
     whole = chunk.read_bytes()
@@ -370,12 +452,16 @@ def test_a_corrupt_chunk_is_named_and_the_run_resumed(backed, model):
 
 
 def interrupt_after(monkeypatch, n, error):
+    """Fail at a tile; Ctrl-C comes as it does: a signal to the main thread while others work."""
     original, count = inference.TileRunner.tile, []
 
     def tile(self, i, j, work=None):
         count.append((i, j))
         if len(count) > n:
-            raise error
+            if not isinstance(error, KeyboardInterrupt):
+                raise error
+            if len(count) == n + 1:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return original(self, i, j, work)
 
     monkeypatch.setattr(inference.TileRunner, "tile", tile)

@@ -26,10 +26,6 @@ _FORWARD = threading.Lock()
 # the runner --------------------------------------------------------------------------------------------------------
 
 
-class TileError(RuntimeError):
-    """A tile that could not be read."""
-
-
 @dataclass
 class Work:
     """What a tile cost: seconds reading, in the model and writing, windows run, and pixels predicted."""
@@ -69,8 +65,6 @@ class TileRunner:
         Where and in which arithmetic to run.
     batch
         Windows of a tile that run at once.
-    name
-        Name of the slide, for messages.
     """
 
     def __init__(
@@ -86,12 +80,11 @@ class TileRunner:
         device: str = "cpu",
         precision: str = "float32",
         batch: int = 1,
-        name: str = "image",
     ) -> None:
         self.reader, self.mask, self.model, self.layout = reader, mask, model, layout
         self.channels, self.n_channels = None if channels is None else list(channels), n_channels
         self.dtype, self.device, self.precision = np.dtype(dtype), device, precision
-        self.batch, self.name = batch, name
+        self.batch = batch
         self.coarse = mask if layout.ratio == 1 else mask.coarser(layout.ratio)
 
     def may_have_tissue(self, i: int, j: int) -> bool:
@@ -175,8 +168,9 @@ class TileRunner:
             x1 = min((j + 1) * core, fine.x + fine.width)
             if tissue[y0 - fine.y : y1 - fine.y, x0 - fine.x : x1 - fine.x].any():
                 wanted.append((i, j, Box(y0, x0, y1 - y0, x1 - x0)))
-        for start in range(0, len(wanted), self.batch):
-            part = wanted[start : start + self.batch]
+        batch = self.batch  # it may shrink on the way
+        for start in range(0, len(wanted), batch):
+            part = wanted[start : start + batch]
             pixels = self._read(part, work)
             values = self._forward(pixels, work)
             for (i, j, inside), value in zip(part, values):
@@ -184,39 +178,33 @@ class TileRunner:
                 yield inside, value[:, top : top + inside.height, left : left + inside.width]
             work.windows += len(part)
 
-    def read(self, y0: int, x0: int, size: int) -> np.ndarray:
-        """Read a square of model pixels, ``(3, size, size)`` uint8.
-
-        Raises
-        ------
-        TileError
-            If the image cannot be read there.
-        """
-        try:
-            return self.reader.read(y0, x0, size, size)
-        except Exception as error:  # whatever a storage format raises
-            py, px = self.layout.grid.px
-            top, bottom, left, right = (
-                max(0, round(v)) for v in (y0 * py, (y0 + size) * py, x0 * px, (x0 + size) * px)
-            )
-            raise TileError(
-                f"pixels y {top} to {bottom}, x {left} to {right} of image {self.name!r} could not be read "
-                f"({type(error).__name__}: {error}). If the file is damaged there, write the image again from its source; "
-                "resume=True then goes on from what is done"
-            ) from error
-
     def _read(self, part: Sequence[tuple[int, int, Box]], work: Work) -> np.ndarray:
         layout, start = self.layout, time.perf_counter()
         size = layout.window + 2 * layout.halo
         pixels = np.empty((len(part), 3, size, size), np.uint8)
         for k, (i, j, _) in enumerate(part):
-            pixels[k] = self.read(i * layout.window - layout.halo, j * layout.window - layout.halo, size)
+            pixels[k] = self.reader.read(i * layout.window - layout.halo, j * layout.window - layout.halo, size, size)
         work.read += time.perf_counter() - start
         return pixels
 
     def _forward(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, core, core)``, without the halo."""
-        return in_callers_thread(lambda: self._forward_here(pixels, work))
+        return in_callers_thread(lambda: self._forward_fitting(pixels, work))
+
+    def _forward_fitting(self, pixels: np.ndarray, work: Work) -> np.ndarray:
+        """Run a batch, in halves where the GPU's memory does not hold it: windows do not know of each other."""
+        try:
+            return self._forward_here(pixels, work)
+        except torch.OutOfMemoryError as error:
+            if len(pixels) == 1:
+                raise RuntimeError(
+                    f"the memory of device {self.device!r} does not hold one window of the model "
+                    f"({pixels.shape[-1]} x {pixels.shape[-1]} px): free some of it, or predict with device='cpu'"
+                ) from error
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        self.batch = min(self.batch, len(pixels) // 2)  # and from here on
+        return np.concatenate([self._forward_fitting(part, work) for part in np.array_split(pixels, 2)])
 
     def _forward_here(self, pixels: np.ndarray, work: Work) -> np.ndarray:
         device = torch.device(self.device)

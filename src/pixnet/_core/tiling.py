@@ -173,6 +173,10 @@ def fetch(array: Any, y: slice, x: slice) -> np.ndarray:
     return np.asarray(part)
 
 
+class ReadError(RuntimeError):
+    """A part of a slide that could not be read."""
+
+
 class SlideReader:
     """Reads a slide in model pixels.
 
@@ -182,20 +186,37 @@ class SlideReader:
         Pixels of the level that the grid reads, ``(3, y, x)`` uint8: numpy, zarr or dask.
     grid
         The grid.
+    name
+        Name of the slide, for messages.
     """
 
-    def __init__(self, array: Any, grid: ModelGrid) -> None:
+    def __init__(self, array: Any, grid: ModelGrid, name: str = "image") -> None:
         self.array = array
         self.grid = grid
+        self.name = name
 
     def read(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
-        """Return a window ``(3, height, width)`` uint8 in model pixels; white where it lies outside the slide."""
+        """Return a window ``(3, height, width)`` uint8 in model pixels; white where it lies outside the slide.
+
+        Raises
+        ------
+        ReadError
+            If the image cannot be read there; the message says which of its pixels.
+        """
         out = np.full((3, height, width), WHITE, np.uint8)
         rows, cols = self.grid.shape
         top, bottom = max(y0, 0), min(y0 + height, rows)
         left, right = max(x0, 0), min(x0 + width, cols)
         if top < bottom and left < right:
-            out[:, top - y0 : bottom - y0, left - x0 : right - x0] = self._inside(top, bottom, left, right)
+            try:
+                out[:, top - y0 : bottom - y0, left - x0 : right - x0] = self._inside(top, bottom, left, right)
+            except Exception as error:  # whatever a storage format raises
+                (py, px), name = self.grid.px, self.name
+                raise ReadError(
+                    f"pixels y {top * py:.0f} to {bottom * py:.0f}, x {left * px:.0f} to {right * px:.0f} of image {name!r} "
+                    f"could not be read ({type(error).__name__}: {error}). If the file is damaged there, write the image "
+                    "again from its source; an interrupted prediction goes on with resume=True"
+                ) from error
         return out
 
     def _inside(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:

@@ -131,7 +131,7 @@ def open_section(
         found = read_counts(sdata, table_key, shapes_key, genes, layer=layer, total_key=total_key)
         geometries = pixel_shapes(sdata, shapes_key, key).take(found.rows).transform(grid.to_out)
         targets.append(_usable(source.name, shapes_key, geometries, found.counts, found.total, grid))
-    reader = SlideReader(pyramid[grid.level].data.data, grid)
+    reader = SlideReader(pyramid[grid.level].data.data, grid, key)
     return Section(source.name, reader, mask_on_grid(sdata, key, mask_key, grid), targets)
 
 

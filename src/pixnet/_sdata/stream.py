@@ -18,18 +18,8 @@ from zarr.codecs import BloscCodec
 
 from pixnet._core.jit import jit
 from pixnet._logging import logger
-from pixnet._sdata.store import (
-    JOB,
-    NEW,
-    Work,
-    commit,
-    heal,
-    local_store,
-    read_element,
-    scratch_root,
-    set_element,
-    work_folders,
-)
+from pixnet._sdata.store import commit, heal, local_store, read_element, set_element
+from pixnet._sdata.work import JOB, NEW, Work, scratch_root, work_folders
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""

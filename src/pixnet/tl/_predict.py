@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-import sys
-import time
 import uuid
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +11,6 @@ import numpy as np
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale, get_transformation
 from spatialdata.transformations import Sequence as Chain
-from tqdm import tqdm
 
 from pixnet._logging import logger
 from pixnet._names import TOTAL, check_genes
@@ -28,19 +22,18 @@ from pixnet._sdata.elements import (
     get_mpp,
     levels,
     listed,
-    record,
     resolve_image,
     tissue_key,
 )
+from pixnet._sdata.run import store_map
 from pixnet._sdata.store import local_store
-from pixnet._sdata.stream import MapSpec, MapStream, fingerprint, store_level
+from pixnet._sdata.stream import MapSpec, MapStream, fingerprint
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
     from xarray import DataArray
 
-    from pixnet._core.inference import TileRunner
     from pixnet.models import PixNet
 
 DTYPES = ("float32", "float16")
@@ -198,7 +191,7 @@ def predict(
         )
     packed = PackedModel(model)
     runner = TileRunner(
-        SlideReader(pyramid[grid.level].data.data, grid),
+        SlideReader(pyramid[grid.level].data.data, grid, image_key),
         mask,
         packed,
         layout,
@@ -208,7 +201,6 @@ def predict(
         device=str(device),
         precision=precision,
         batch=4 if gpu else 1,
-        name=image_key,
     )
     if not runner.tiles():
         raise ValueError(
@@ -226,10 +218,16 @@ def predict(
     to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
     systems = get_transformation(full_resolution(sdata.images[image_key]), get_all=True)
     transformations = {name: Chain([to_image, system]) for name, system in systems.items()}
-    names = [*genes, TOTAL]
+    names, quantity = [*genes, TOTAL], model.config.get("quantity", "density")
     if not inplace:
         from pixnet._core.inference import lazy_map
 
+        if quantity != "density":
+            logger.warning(
+                "the model's map holds %r, not densities. A lazy map carries no record of that and pixnet.tl.aggregate would "
+                "take it for densities: store the map (inplace=True) to aggregate it",
+                quantity,
+            )
         array = lazy_map(runner, uuid.uuid4().hex)
         return Image2DModel.parse(array, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
 
@@ -240,7 +238,7 @@ def predict(
         "model": model_name,
         "genes": list(genes),
         "unit": model.config.get("unit"),
-        "quantity": model.config.get("quantity", "density"),
+        "quantity": quantity,
         "mpp": layout.mpp,
         "params": {
             "model_hash": packed.hash,
@@ -264,85 +262,8 @@ def predict(
         "shape": list(layout.shape),
     }
     stream = MapStream.open(sdata, key, spec, job, resume)
-    _store(runner, stream, sdata, key, entry)
+    store_map(runner, stream, sdata, key, entry)
     return None
-
-
-def _store(runner: TileRunner, stream: MapStream, sdata: SpatialData, key: str, entry: dict[str, Any]) -> None:
-    """Run all tiles and levels into the stream, and finish it."""
-    from pixnet._core.inference import Work, store_tile
-    from pixnet._core.tasks import run_tasks
-
-    started, total, before = time.perf_counter(), Work(), record(sdata)["images"].get(key)
-    tiles = runner.tiles()
-    todo = [tile for tile in tiles if tile not in stream.done]
-    if stream.done:
-        logger.info("resuming %r: %d of %d tiles are done", key, len(tiles) - len(todo), len(tiles))
-    try:
-        _warn_if_full(stream, len(todo), entry["params"]["dtype"])
-        results = run_tasks(store_tile, [runner, stream.arrays[0]], todo)
-        # closing: whatever happens, no task writes any more when the stream is dealt with
-        with (
-            closing(results),
-            tqdm(
-                total=len(tiles),
-                initial=len(tiles) - len(todo),
-                desc=f"predict {key}",
-                unit="tile",
-                file=sys.stderr,
-                disable=not settings.progress,
-            ) as bar,
-        ):
-            for i, j, work in results:
-                stream.mark(i, j)
-                total.add(work)
-                speed = total.windows * runner.layout.window**2 / 1e6 / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
-                bar.update()
-        for level in range(1, len(stream.arrays)):
-            tasks = stream.level_tasks(level, tiles, runner.layout.tile)
-            with closing(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks)) as results:
-                for _ in results:
-                    pass
-        record(sdata)["images"][key] = entry
-        size = stream.size
-        stream.finish(sdata)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            stream.discard()
-            raise OSError(
-                error.errno,
-                f"the disk of {stream.root} is full; the unfinished map {key!r} was deleted. Make room, ask for fewer "
-                "genes (genes=) or a coarser map (out_mpp=)",
-            ) from error
-        _interrupted(stream, sdata, key, before)
-        raise
-    except BaseException:
-        _interrupted(stream, sdata, key, before)
-        raise
-    wall = time.perf_counter() - started
-    logger.info(
-        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
-        "model); %.2f GB in %s",
-        key,
-        runner.n_channels,
-        *runner.layout.shape,
-        runner.layout.mpp,
-        total.pixels / 1e6,
-        wall,
-        total.windows * runner.layout.window**2 / 1e6 / wall,
-        total.forward,
-        size / 1e9,
-        stream.root,
-    )
-
-
-def _interrupted(stream: MapStream, sdata: SpatialData, key: str, before: dict[str, Any] | None) -> None:
-    stream.interrupt()
-    record(sdata)["images"].pop(key, None)
-    if before is not None:
-        record(sdata)["images"][key] = before
-    logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
 
 
 def _resolve_model(model: Any) -> tuple[PixNet, str]:
@@ -398,18 +319,3 @@ def _check_arguments(dtype: Any, scale_factors: Any, tile_size: Any, out_mpp: An
         raise ValueError(f"out_mpp is {out_mpp!r}; it must be positive")
     if resume and not inplace:
         raise ValueError("resume=True goes on with a stored map, and inplace=False stores none: pass one of them")
-
-
-def _warn_if_full(stream: MapStream, n_tiles: int, dtype: str) -> None:
-    """Say early that the disk will not do; what compression saves is not known, so this is no error."""
-    array = stream.arrays[0]
-    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(stream.root).free
-    if needed > free:
-        logger.warning(
-            "the map may take %.1f GB and %s has %.1f GB free: ask for fewer genes (genes=), a coarser map (out_mpp=), "
-            "or make room",
-            needed / 1e9,
-            stream.root,
-            free / 1e9,
-        )
