@@ -112,7 +112,7 @@ def register_encoder(
     ...         fine = self.fine(image).relu()
     ...         return [fine, self.coarse(fine)]
     >>> px.models.register_encoder("mine", Mine, mpp=0.5, licence="MIT", parameters=0.001)
-    >>> px.models.encoders().loc["mine", "mpp"]
+    >>> float(px.models.encoders().loc["mine", "mpp"])
     0.5
     >>> px.models.PixNet(["ERBB2"], encoder="mine").config["encoder"]
     'mine'

@@ -98,8 +98,8 @@ def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap
         _paths(geometries[known]),
         cmap=cmap,
         norm=norm,
-        linewidths=0.0,
-        antialiaseds=bool(known.sum() <= _MANY),  # neighbouring bins would show seams
+        linewidths=0.3,  # neighbouring bins would show seams
+        edgecolors="face",
         rasterized=bool(known.sum() > _MANY),
         gid=f"filled-{key}",
     )

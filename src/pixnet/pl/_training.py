@@ -85,13 +85,13 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
                         color=_COLOURS[part],
                     )
             if kept is not None:
-                label = f"kept: epoch {kept}" + (f"; then all data, {kept} epochs" if again else "")
+                label = f"kept: epoch {kept}" + (f"; then all data, {kept} epoch{'s' * (kept > 1)}" if again else "")
                 panel.axvline(
                     kept, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1, label=label, gid="kept"
                 )
             panel.set_xlabel("epoch")
             panel.set_ylabel(metric)
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             panel.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
             panel.set_axisbelow(True)
             panel.tick_params(length=0, labelsize=8.5)

@@ -43,11 +43,11 @@ def infer_mpp(
     image_key
         The image; ``None`` resolves it.
     pitch_um
-        Distance between the centres of neighbouring shapes (Visium 100, legacy ST 200).
+        Distance between the centres of neighbouring shapes, um (Visium 100, legacy ST 200).
     diameter_um
-        Diameter of a shape (Visium 55, legacy ST 100).
+        Diameter of a shape, um (Visium 55, legacy ST 100).
     edge_um
-        Edge of a square bin (Visium HD 2, 8 or 16).
+        Edge of a square bin, um (Visium HD 2, 8 or 16).
     unit_um
         um per unit of the shapes' own coordinates: 1 for the cell boundaries of Xenium, whatever their sizes. Exactly
         one of the four is given; of spots the pitch is best, because they are often drawn at a nominal size.

@@ -122,8 +122,8 @@ def train(
     Examples
     --------
     >>> import pixnet as px
-    >>> sdata = px.datasets.synthetic_tissue(size_um=800, n_genes=10)
-    >>> model = px.tl.train(sdata, shapes="spots", max_epochs=2, variants=1)
+    >>> sdata = px.datasets.synthetic_tissue(size_um=600, n_genes=10)
+    >>> model = px.tl.train(sdata, shapes="spots", max_epochs=2, variants=1, mpp=1.0)
     >>> model.genes == px.pp.select_genes(sdata, table_key="spots_counts")
     True
     """
