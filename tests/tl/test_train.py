@@ -124,15 +124,14 @@ class TestScales:
 
         def shape_loss(sums, *args, **kwargs):
             found = original(sums, *args, **kwargs)
-            seen.append((sums.requires_grad, len(sums), float(found["expression"].detach())))
+            seen.append((sums.requires_grad, float(found["expression"].detach())))
             return found
 
         monkeypatch.setattr(fit, "shape_loss", shape_loss)
         keys = {"shapes": ["spots", "cells"], "table_key": ["spots_counts", "cells_counts"]}
         model = train(self._with_cells(slide), **keys, batch_shapes=10**6, refit=False, dropout=0.0)
-        cells, spots = [loss for grad, _, loss in seen if grad]
+        cells, spots = [loss for grad, loss in seen if grad]
         assert model.history[0]["train_expression"] == pytest.approx((cells + spots) / 2)
-        assert len({n for grad, n, _ in seen if grad}) >= 1
 
     def test_an_object_takes_part_with_the_scales_it_has(self, slide):
         keys = {"shapes": ["spots", "cells"], "table_key": ["spots_counts", "cells_counts"]}
@@ -148,7 +147,12 @@ class TestScales:
         side = 5.3  # no multiple of a map pixel
         corners = [(side * i, side * j) for i in range(146) for j in range(146)]
         bins = gpd.GeoDataFrame(geometry=[box(x, y, x + side, y + side) for x, y in corners])
-        pieces = gpd.overlay(bins, gpd.GeoDataFrame({"spot": spots.index}, geometry=list(outlines)), how="intersection")
+        pieces = gpd.overlay(
+            bins,
+            gpd.GeoDataFrame({"spot": spots.index}, geometry=list(outlines)),
+            how="intersection",
+            keep_geom_type=True,
+        )
         slide["discs"] = ShapesModel.parse(gpd.GeoDataFrame(geometry=list(outlines), index=list(spots.index)))
         slide["pieces"] = ShapesModel.parse(gpd.GeoDataFrame(geometry=list(pieces.geometry)))
         px.tl.predict(slide, quick_model, mask_key=False)
@@ -209,8 +213,10 @@ class TestUntrainedModels:
 
     def test_a_log_sum_fits_the_size_it_was_trained_on(self):
         slides = [coloured_slide(1), coloured_slide(2)]
-        model = px.tl.train(slides, model=self._model(), mask_key=False, variants=1, max_epochs=15, lr=1e-2)
-        assert model.config["epochs"] <= 15
+        model = px.tl.train(
+            slides, model=self._model(), mask_key=False, variants=1, max_epochs=12, lr=1e-2, refit=False
+        )
+        assert model.config["epochs"] <= 12
         slide = coloured_slide(7)
         found = scores(slide, model)
         assert found.loc[["PINK", "BLUE"], "pearson"].min() > 0.8
