@@ -20,6 +20,7 @@ from pixnet._sdata.geometry import PixelShapes, to_coordinate_system
 QUANTITIES = {
     "density": ("density", "density x um^2"),
     "log_sum": ("log1p CP10k / um^2", "log1p CP10k"),
+    "log_mean": ("log1p CP10k", "log1p CP10k x um^2"),
 }
 """What a gene map may hold: unit of its values, and of their sum times um^2."""
 
@@ -136,6 +137,8 @@ def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, 
         summed = density * (sums.weight * plan.mpp**2).astype(np.float32)
     if plan.quantity == "log_sum":
         values = np.expm1(summed)
+    elif plan.quantity == "log_mean":
+        values = np.expm1(density)
     else:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)

@@ -18,6 +18,8 @@ LABELS = {
     "density": "density (≈ CP10k)",
     "cp10k": "CP10k",
     "log_sum": "log1p CP10k / µm²",
+    "log_mean": "log1p CP10k",
+    "log_mean": "log1p CP10k",
     TOTAL: "density (10,000 on average)",
 }
 
