@@ -77,6 +77,19 @@ def test_images_held_in_any_way(kind, n_channels, tmp_path):
     np.testing.assert_allclose(table.X, means(data), rtol=1e-6)
 
 
+def test_a_pyramid_level_taken_for_itself_lies_where_the_whole_does():
+    made = SpatialData(images={"im": image(COUNTS.astype(np.float64), scale_factors=[2])})
+    made["level"] = made["im"]["scale1"].ds["image"].copy()
+    rng = np.random.default_rng(4)
+    corners = 2 * rng.integers(0, 25, (20, 2))
+    made["s"] = polygons(shapely.box(*c, *(c + s)) for c, s in zip(corners, 2 * rng.integers(1, 5, (20, 2))))
+    whole = aggregate(made, "s", image_key="im", inplace=False)
+    level = aggregate(made, "s", image_key="level", inplace=False)
+    assert made["level"].shape == (3, H // 2, W // 2)
+    np.testing.assert_allclose(level.X, whole.X, rtol=1e-6)
+    np.testing.assert_allclose(level.obsm["spatial"], whole.obsm["spatial"])
+
+
 def test_channels_named_by_numbers():
     made = holding(image(COUNTS.astype(np.uint8), c_coords=[10, 20, 30]))
     whole = aggregate(made, "cells", image_key="im", inplace=False)
