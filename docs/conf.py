@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from importlib.metadata import metadata
+from pathlib import Path
 
 warnings.filterwarnings("ignore", message=".*is deprecated. Check CHANGES for Sphinx API modifications.*")
 
@@ -14,6 +15,18 @@ author = "The pixnet developers"
 copyright = f"2026, {author}"
 version = release = info["Version"]
 repository_url = "https://github.com/pixnet-dev/pixnet"
+
+# Tutorials lie beside docs/, where their links into it begin with ../docs/; in the site both are under one root.
+here = Path(__file__).parent
+(here / "tutorials").mkdir(exist_ok=True)
+for source in (here.parent / "tutorials").iterdir():
+    if source.suffix in {".md", ".ipynb"}:
+        text, copy_ = (
+            source.read_text(encoding="utf-8").replace("](../docs/", "](../"),
+            here / "tutorials" / source.name,
+        )
+        if not copy_.exists() or copy_.read_text(encoding="utf-8") != text:  # a build reads again only what changed
+            copy_.write_text(text, encoding="utf-8")
 
 extensions = [
     "myst_nb",

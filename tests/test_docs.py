@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import json
 import re
 import warnings
 from pathlib import Path
@@ -31,14 +32,51 @@ def test_the_api_reference_lists_nothing_else():
     assert sorted(listed) == sorted(PUBLIC)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs/concepts").glob("*.md"))]
-)
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/concepts").glob("*.md"))),
+]
+NOTEBOOKS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tutorials").glob("*.ipynb"))]
+
+
+def _cells(page):
+    return json.loads((ROOT / page).read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS)
 def test_relative_links_lead_somewhere(page):
-    text = (ROOT / page).read_text()
+    if page.endswith(".ipynb"):
+        text = "\n".join("".join(cell["source"]) for cell in _cells(page) if cell["cell_type"] == "markdown")
+    else:
+        text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if not re.match(r"[a-z]+:|pixnet\.", target):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS)
+def test_tutorials_are_complete(page):
+    """They say how long they take, show figures of a full run, end with what to try next, and name no one's folders."""
+    cells = _cells(page)
+    first, last = "".join(cells[0]["source"]), "".join(cells[-1]["source"])
+    assert re.search(r"\*\*Time:\*\* about .* minute", first)
+    assert "**Needs:**" in first
+    assert last.startswith("## Next")
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] == i + 1 for i, cell in enumerate(code)), "run tutorials/execute.py"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    for cell in code:  # a call that draws and ends in a semicolon has its figure below it
+        if re.search(r"^px\.pl\.\w+\(.*;$", "".join(cell["source"]).splitlines()[-1]):
+            assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), cell["source"]
+    for output in outputs:
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", output
+        text = json.dumps(
+            {k: v for k, v in output.items() if k != "data"} | {"text/plain": output.get("data", {}).get("text/plain")}
+        )
+        assert not re.search(r"/home/|/root/|/tmp/|/Users/|/work/", text)
 
 
 def test_pictures_stay_small():
