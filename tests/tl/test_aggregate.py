@@ -554,6 +554,8 @@ def test_bad_images(sdata):
     sdata.images["none"] = Image2DModel.parse(np.zeros((1, 9, 9)), dims=("c", "y", "x")).isel(c=slice(0, 0))
     check_refused(sdata, ValueError, "no channels", "spots", image_key="none")
     check_refused(sdata, KeyError, "no image 'regions'", "spots", image_key="regions")
+    sdata["alone"] = Image2DModel.parse(np.ones((1, 9, 9)), dims=("c", "y", "x"), c_coords=[TOTAL])
+    check_refused(sdata, ValueError, "'alone' has no gene", "spots", image_key="alone")
     sdata["twice"] = Image2DModel.parse(np.zeros((2, 9, 9)), dims=("c", "y", "x")).assign_coords(c=["a", "a"])
     check_refused(sdata, ValueError, "one name: 'a'", "spots", image_key="twice")
 

@@ -209,7 +209,7 @@ def test_a_map_of_the_paper_s_quantity_is_summed_up_before_the_logarithm_is_undo
 def test_a_quantity_that_cannot_be_summed_is_refused():
     made = holding(image(COUNTS.astype(np.float32), c_coords=["A", "B", TOTAL]))
     record(made)["images"]["im"] = {"quantity": "log_sum"}
-    with pytest.raises(ValueError, match="um per pixel of 'im' is unknown.*set_mpp"):
+    with pytest.raises(ValueError, match="'im'.*um per pixel is unknown.*set_mpp"):
         aggregate(made, "cells")
     record(made)["images"]["im"] = {"mpp": 1.0, "quantity": "rank"}
     with pytest.raises(ValueError, match="'rank'.*'density', 'log_sum'"):

@@ -101,8 +101,8 @@ def aggregate(
     TypeError
         If an argument or a geometry is of the wrong type.
     ValueError
-        If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, or the
-        name of a table is taken. All of this is checked before any pixel is read.
+        If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, the name
+        of a table is taken, or sums need the um per pixel and it is not known. All of this is checked before any pixel is read.
 
     Notes
     -----
@@ -208,11 +208,8 @@ def _check(
     mpp = elements.map_mpp(sdata, image_key)
     if mpp is None:
         if is_map and ("sum" in functions or quantity == "log_sum"):
-            what = (
-                "agg_func='sum' gives densities" if quantity != "log_sum" else f"{image_key!r} is summed up as values"
-            )
             raise ValueError(
-                f"{what} times um^2, but the um per pixel of {image_key!r} is unknown; "
+                f"sums of the gene map {image_key!r} are per um^2, but its um per pixel is unknown; "
                 f"record it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
             )
         logger.warning(
@@ -272,6 +269,8 @@ def _channels(
     if unknown:
         shown = elements.listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
         raise KeyError(f"image {image_key!r} has no channel {elements.listed(unknown[:5])} (genes=); it has {shown}")
+    if not offered:
+        raise ValueError(f"gene map {image_key!r} has no gene, only {elements.TOTAL!r}")
     if not chosen:
         raise ValueError("genes is empty; pass at least one name, or None for all channels")
     if len(set(chosen)) != len(chosen):
