@@ -83,7 +83,6 @@ class TestUni2:
         from pixnet.models import _timm
 
         monkeypatch.setattr(_timm, "_UNI2_OPTIONS", _timm._UNI2_OPTIONS | SMALL_UNI2)
-        genes = ["gene_0", "gene_1"]
         sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=6)
         genes = px.pp.select_genes(sdata, table_key="spots_counts", n_top=2)
         model = PixNet.paper(genes, stride=4, widths=(8, 8, 16, 16), pretrained=False)

@@ -396,7 +396,8 @@ class PixNet(nn.Module):
             self.config["area_um2"] = float(area_um2)
         for member in self.members:
             genes, total = baseline(level, self.quantity, self.config["link"])
-            member.head.bias.data[:-1], member.head.bias.data[-1] = genes, total
+            member.head.bias.data[:-1].copy_(genes)
+            member.head.bias.data[-1] = total
 
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, genes, um/px, configuration and history.
