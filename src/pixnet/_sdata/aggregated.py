@@ -77,7 +77,7 @@ def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) 
 
 
 def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sums) -> AnnData:
-    """Return the table of one shapes element."""
+    """Return the table of one shapes element; ``rows`` and ``sums`` are used up."""
     obs = rows.obs
     seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -130,6 +130,7 @@ def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, 
     """CP10k of a gene map, and statistics of its values."""
     density = np.ascontiguousarray(sums.mean[:, :-1])
     total = sums.mean[:, -1].astype(np.float64) / 1e4
+    sums.mean = None  # it is as large as the table, and copied now
     obs["total"] = total
     value_unit, sum_unit = QUANTITIES[plan.quantity]
     layers, units = {"density": density}, {"density": value_unit}

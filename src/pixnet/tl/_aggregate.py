@@ -146,13 +146,13 @@ def aggregate(
             description=f"aggregate {image_key}",
         )
 
-    tables: dict[str, AnnData] = {}
-    start = 0
+    parts, start = {}, 0
     for name, element in found.items():
-        part = slice(start, start + len(element.ids))
-        tables[name] = build_table(sdata, plan, name, rows[name].result(), _take(sums, part))
-        start = part.stop
+        stop = start + len(element.ids)
+        parts[name] = _take(sums, slice(start, stop))
+        start = stop
     del sums
+    tables = {name: build_table(sdata, plan, name, rows[name].result(), parts.pop(name)) for name in found}
     if not inplace:
         one = isinstance(shapes, str) or shapes is None
         return tables[names[0]] if one else {name: tables[name] for name in names}
