@@ -104,11 +104,18 @@ def test_what_lies_far_away_changes_nothing():
         torch.testing.assert_close(model(a)[..., :48], model(b)[..., :48])
 
 
-def test_crops_leave_out_the_halo():
-    model = paper(stride=4)
-    image = torch.rand(1, 3, 256, 256)
+@pytest.mark.parametrize("stride", [4, 1])
+def test_a_crop_is_the_inner_part_of_the_whole_map(stride):
+    model = paper(stride=stride, quantity="density")
+    nn.init.normal_(model.members[0].head.weight, std=0.5)
+    seen = []
+    model.members[0].decoder.fuse[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    image, crop = torch.rand(1, 3, 64, 384), 128 // stride
     with torch.inference_mode():
-        torch.testing.assert_close(model(image, None, 16), model(image)[..., 16:-16, 16:-16], rtol=1e-4, atol=1e-8)
+        whole = model.decode(model.encode(torch.cat([image] * 6, dim=2)))
+        found = model.decode(model.encode(torch.cat([image] * 6, dim=2)), None, crop)
+    assert seen == [384 // stride, 256 // stride], "the finest level skips half of the halo"
+    torch.testing.assert_close(found, whole[..., crop:-crop, crop:-crop], rtol=1e-4, atol=1e-6)
 
 
 def test_it_carries_the_published_settings():

@@ -437,10 +437,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="smaller than the sum"):
             train(slide, total_key="umi")
 
-    def test_genes_without_counts_are_named_and_kept_out(self, slide, monkeypatch):
+    def test_genes_without_counts_are_named_and_kept_out(self, slide, monkeypatch, capsys):
         monkeypatch.undo()
         slide["spots_counts"].X[:, 2] = 0
         assert train(slide).genes == ["PINK", "BLUE"]
+        assert "1 genes have no counts in the training tables and are left out: 'FLAT'" in capsys.readouterr().err
 
     def test_more_genes_than_the_table_has(self, slide):
         names = ["PINK", *(f"G{i}" for i in range(300))]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnet.models._decoder import ATTENTION_PX, SeparableAttentionFusion
+from pixnet.models._decoder import ATTENTION_PX, SeparableAttentionFusion, _spare, _trim
 
 FILTERS = (64, 128, 256, 512, 512, 512)
 """Channels of the published decoder, finest level first."""
@@ -130,8 +130,14 @@ class PaperDecoder(nn.Module):
             return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
         x = self.deep(at(self.enter(last), len(self.level_strides) - 1))
+        out, done = self.level_strides[0], 0
         for level in reversed(range(len(self.fuse))):
-            x = self.fuse[level](at(self.skip[level](features[self.sources[level]]), level), x)
-            if level:
-                x = self.lift[len(self.fuse) - 1 - level](x)
-        return x[..., crop:-crop, crop:-crop] if crop else x
+            stride = self.level_strides[level]
+            if level < len(self.lift):
+                x = self.lift[len(self.lift) - 1 - level](x)
+            # As in the other decoders, a level leaves out what of the halo the finer ones no longer need.
+            spare = _spare(crop * out, level + 1)
+            skip = at(self.skip[level](features[self.sources[level]]), level)
+            x = self.fuse[level](_trim(skip, spare // stride), _trim(x, (spare - done) // stride))
+            done = spare
+        return _trim(x, crop - done // out)
