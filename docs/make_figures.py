@@ -1,6 +1,7 @@
-"""Draw the figures of the landing page and the README: ``python docs/make_figures.py [idea] [readme]``.
+"""Draw the figures of the landing page and the README: ``python docs/make_figures.py [idea] [readme] [lines]``.
 
-``readme`` shows a real section, her2st C5, predicted by the model that ships; it reads PIXNET_DATA_DIR or downloads.
+``readme`` and ``lines`` show a real section, her2st C5, predicted by the model that ships; they read PIXNET_DATA_DIR or
+download. ``lines`` is what the lines on the landing page draw.
 """
 
 from __future__ import annotations
@@ -63,6 +64,15 @@ def readme(section: str = "C5") -> None:
     save(figure, "her2st_c5.png")
 
 
+def lines() -> None:
+    """What the five lines on the landing page draw, nothing added."""
+    sdata = px.datasets.her2st("C5")
+    px.tl.predict(sdata)
+    px.tl.aggregate(sdata, "spots")
+    axes = px.pl.gene_map(sdata, ["CD24", "HLA-DRA"], shapes="spots")
+    save(axes[0].figure, "lines_c5.png")
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["idea"]:
-        {"idea": idea, "readme": readme}[name]()
+        {"idea": idea, "readme": readme, "lines": lines}[name]()
