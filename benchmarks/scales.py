@@ -51,6 +51,7 @@ SCALES = {
 }
 RECIPES = {"dense": {}, "pixelwise": {"decoder": "none", "widths": 128}}
 EPOCHS, BATCH, SLID_EPOCHS = 12, 32, 100
+PARTS = ("slides", *RECIPES, "spots", *(f"score-{name}" for name in (*RECIPES, "slid")), "show")
 SHOWN, CORNER, EDGE_UM = "EPI1", (700, 700), 500  # of the figure: gene, upper left corner in um, edge
 
 
@@ -131,56 +132,77 @@ def spot_features(path: Path) -> None:
     torch.save(parts, path)
 
 
-def score(seed: int, out: Path) -> None:
-    """Ask the three networks of one seed at all scales of the unseen slide."""
-    import torch
-    from spot_to_vector import encode_slide, slide, train
+class Scorer:
+    """Sums maps of the unseen slide over the shapes of each scale and compares them with the truth."""
 
-    (sdata,) = slides(out, (TEST,), unseen_slide).values()
-    # In memory, so that maps do not go to the stored slide.
-    elements = {kind: dict(getattr(sdata, kind)) for kind in ("images", "labels", "shapes")}
-    sdata = sd.SpatialData(**elements, attrs=sdata.attrs)
-    shapes = [element for element, _ in SCALES.values()]
-    true = px.tl.aggregate(sdata, shapes, image_key="truth", inplace=False)
-    rows, shown = [], {"truth": (_window(sdata["truth"].data[:, :, :]), true)}
+    def __init__(self, out: Path, seed: int) -> None:
+        self.out, self.seed = out, seed
+        (stored,) = slides(out, (TEST,), unseen_slide).values()
+        # In memory, so that maps do not go to the stored slide.
+        elements = {kind: dict(getattr(stored, kind)) for kind in ("images", "labels", "shapes")}
+        self.sdata = sd.SpatialData(**elements, attrs=stored.attrs)
+        shapes = [element for element, _ in SCALES.values()]
+        self.true = px.tl.aggregate(self.sdata, shapes, image_key="truth", inplace=False)
+        self.rows: list[dict] = []
+        self.keep("truth", self.sdata["truth"].data, self.true)
 
-    def ask(network: str, key: str, wanted: list[str]) -> dict[str, AnnData]:
-        found = px.tl.aggregate(sdata, [SCALES[scale][0] for scale in wanted], image_key=key, inplace=False)
-        for scale in wanted:
+    def ask(self, network: str, key: str, scales: list[str]) -> dict[str, AnnData]:
+        """Score a map at some scales and return its tables."""
+        found = px.tl.aggregate(self.sdata, [SCALES[scale][0] for scale in scales], image_key=key, inplace=False)
+        for scale in scales:
             element = SCALES[scale][0]
-            rows.append({"network": network, "scale": scale, "seed": seed} | agreement(found[element], true[element]))
+            same = {"network": network, "scale": scale, "seed": self.seed}
+            self.rows.append(same | agreement(found[element], self.true[element]))
         return found
 
-    for name in ("dense", "pixelwise"):
-        start = time.perf_counter()
-        px.tl.predict(sdata, px.models.load(out / f"{name}-{seed}.safetensors"), key_added=name)
-        print(f"{name}, seed {seed}: predicted in {time.perf_counter() - start:.0f} s", flush=True)
-        shown[name] = (_window(sdata[name]["scale0"]["image"].data), ask(name, name, list(SCALES)))
+    def keep(self, network: str, densities, tables: dict[str, AnnData]) -> None:
+        """Keep what the figure shows of a map, and of its tables."""
+        y, x = (slice(int(c / MAP_UM), int((c + EDGE_UM) / MAP_UM)) for c in CORNER)
+        values = {"map": np.asarray(densities[GENES.index(SHOWN), y, x])}
+        values |= {key: np.asarray(table[:, SHOWN].layers["density"]).ravel() for key, table in tables.items()}
+        np.savez(self.out / f"shown-{network.replace(', ', '-').replace(' ', '')}-{self.seed}.npz", **values)
 
+    def write(self, name: str) -> None:
+        """Write the scores of a network."""
+        pd.DataFrame(self.rows).to_csv(self.out / f"scores-{name}-{self.seed}.csv", index=False)
+
+
+def score_map(name: str, seed: int, out: Path) -> None:
+    """Ask a network that predicts maps."""
+    scorer = Scorer(out, seed)
+    start = time.perf_counter()
+    px.tl.predict(scorer.sdata, px.models.load(out / f"{name}-{seed}.safetensors"), key_added=name)
+    print(f"{name}, seed {seed}: predicted in {time.perf_counter() - start:.0f} s", flush=True)
+    scorer.keep(name, scorer.sdata[name]["scale0"]["image"].data, scorer.ask(name, name, list(SCALES)))
+    scorer.write(name)
+
+
+def score_slid(seed: int, out: Path) -> None:
+    """Train the network that is slid, which takes seconds, and ask it with both kinds of window."""
+    import torch
+    from spot_to_vector import encode_slide, first_layer, slide, train
+
+    scorer = Scorer(out, seed)
     spots = torch.load(out / "spots.pt")
     net, history = train(spots["training"], spots["validation"], seed, max_epochs=SLID_EPOCHS, batch=BATCH)
     best = min(history, key=lambda row: row["objective"])
     print(f"slid, seed {seed}: { ({k: round(v, 3) for k, v in best.items()}) }", flush=True)
-    maps, mask = encode_slide(sdata, GENES)
-    start = time.perf_counter()
-    wide = slide(net, maps, mask, 100 / MAP_UM)
-    print(f"slid, seed {seed}: one pass over the slide in {time.perf_counter() - start:.0f} s", flush=True)
-    add_map(sdata, "slid", wide)
-    shown["slid, 100 um"] = (_window(wide), ask("slid, 100 um", "slid", list(SCALES)))
-    shrunk = {}
+    maps, mask = encode_slide(scorer.sdata, GENES)
+    hidden = first_layer(net, maps, mask.shape)
+    wide = slide(net, hidden, mask, 100 / MAP_UM)
+    add_map(scorer.sdata, "slid", wide)
+    scorer.keep("slid, 100 um", wide, scorer.ask("slid, 100 um", "slid", list(SCALES)))
+    tables = {}
     for scale, (element, diameter) in SCALES.items():
         if scale == "100 um":
             continue
-        densities = slide(net, maps, mask, diameter / MAP_UM)
-        add_map(sdata, "slid", densities)
-        found = ask("slid, shrunk", "slid", [scale])
-        shrunk[element] = found[element]
+        densities = slide(net, hidden, mask, diameter / MAP_UM)
+        add_map(scorer.sdata, "slid", densities)
+        tables[element] = scorer.ask("slid, shrunk", "slid", [scale])[element]
         if scale == "2 um":
-            window = _window(densities)
-    shown["slid, shrunk"] = (window, shrunk)
-    pd.DataFrame(rows).to_csv(out / f"scores-{seed}.csv", index=False)
-    if seed == 0:
-        draw(sdata, shown, out / "scales.png")
+            fine = densities
+    scorer.keep("slid, shrunk", fine, tables)
+    scorer.write("slid")
 
 
 def agreement(predicted: AnnData, true: AnnData) -> dict[str, float]:
@@ -202,48 +224,38 @@ def agreement(predicted: AnnData, true: AnnData) -> dict[str, float]:
 # what is shown -----------------------------------------------------------------------------------------------------
 
 
-def _window(densities) -> np.ndarray:
-    """Return the part of a map that the figure shows."""
-    y, x = (slice(int(c / MAP_UM), int((c + EDGE_UM) / MAP_UM)) for c in CORNER)
-    return np.asarray(densities[GENES.index(SHOWN), y, x])
-
-
-def draw(sdata: SpatialData, shown: dict, path: Path) -> None:
+def draw(out: Path, seed: int) -> None:
     """Draw one gene in a corner of the slide: truth and networks in rows, scales in columns."""
     import matplotlib.pyplot as plt
 
-    top, left = (c / MPP for c in CORNER)
-    edge = EDGE_UM / MPP
+    (sdata,) = slides(out, (TEST,), unseen_slide).values()
+    (top, left), edge = (c / MPP for c in CORNER), EDGE_UM / MPP
     he = np.asarray(sdata["he"]["scale0"]["image"].data[:, int(top) : int(top + edge), int(left) : int(left + edge)])
-    columns = {"2 um": None, "8 um": "bins", "cell": "cells", "55 um": "spots"}
-    rows = ["truth", "dense", "slid, 100 um", "slid, shrunk"]
+    columns = {"map": "2 µm", "bins": "8 µm", "cells": "cells", "spots": "55 µm spots"}
+    rows = {"truth": "truth", "dense": "dense", "slid-100um": "slid,\n100 µm", "slid-shrunk": "slid,\nshrunk"}
+    shown = {name: np.load(out / f"shown-{name}-{seed}.npz") for name in rows}
     fig, axes = plt.subplots(len(rows), len(columns) + 1, figsize=(11, 9), layout="constrained")
     extent = (left, left + edge, top + edge, top)
-    for r, name in enumerate(rows):
-        window, tables = shown[name]
-        for c, (scale, element) in enumerate(columns.items(), start=1):
-            ax = axes[r, c]
-            reference = shown["truth"][0] if element is None else shown["truth"][1][element][:, SHOWN].layers["density"]
-            limits = {"vmin": 0, "vmax": float(np.nanquantile(reference, 0.99))}
-            if element is None:
-                ax.imshow(window, extent=extent, cmap="magma", interpolation="nearest", **limits)
+    for ax in axes[:, 0]:
+        ax.axis("off")
+    axes[0, 0].imshow(he.transpose(1, 2, 0), extent=extent)
+    axes[0, 0].set_title("H&E")
+    for r, (name, label) in enumerate(rows.items()):
+        for c, (element, title) in enumerate(columns.items(), start=1):
+            ax, values = axes[r, c], shown[name][element]
+            look = {"cmap": "magma", "vmin": 0, "vmax": float(np.nanquantile(shown["truth"][element], 0.99))}
+            if element == "map":
+                ax.imshow(values, extent=extent, interpolation="nearest", **look)
+                ax.set_ylabel(label, fontsize=12)
             else:
-                frame = sdata[element].copy()
+                frame = sdata[element].assign(value=values)
                 if "radius" in frame:
                     frame["geometry"] = shapely.buffer(frame.geometry.to_numpy(), frame["radius"].to_numpy())
-                frame["value"] = np.asarray(tables[element][:, SHOWN].layers["density"]).ravel()
-                near = frame.cx[left : left + edge, top : top + edge].dropna(subset="value")
-                near.plot("value", ax=ax, cmap="magma", **limits)
+                frame.cx[left : left + edge, top : top + edge].dropna(subset="value").plot("value", ax=ax, **look)
             ax.set(xlim=(left, left + edge), ylim=(top + edge, top), facecolor="0.9", xticks=[], yticks=[])
             if r == 0:
-                ax.set_title({"2 um": "2 µm", "8 um": "8 µm", "cell": "cells", "55 um": "55 µm spots"}[scale])
-        axes[r, 0].axis("off")
-        label = name.replace("um", "µm")
-        axes[r, 0].text(0.96, 0.5, label, transform=axes[r, 0].transAxes, ha="right", va="center", fontsize=12)
-    axes[0, 0].imshow(he.transpose(1, 2, 0), extent=extent)
-    axes[0, 0].texts[0].remove()
-    axes[0, 0].set_title("H&E; truth →")
-    fig.savefig(path, dpi=110)
+                ax.set_title(title)
+    fig.savefig(out / "scales.png", dpi=100)
 
 
 def table(out: Path) -> str:
@@ -271,23 +283,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", choices=["slides", "dense", "pixelwise", "spots", "score", "table"])
+    parser.add_argument("--only", choices=PARTS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only in {None, "slides"}:
         slides(args.out, TRAINING + VALIDATION)
         slides(args.out, (TEST,), unseen_slide)
-    for name in ("dense", "pixelwise"):
-        for seed in args.seeds:
-            path = args.out / f"{name}-{seed}.safetensors"
-            if args.only in {None, name} and not path.exists():
-                fit(name, seed, path)
-    if args.only in {None, "spots"} and not (args.out / "spots.pt").exists():
-        spot_features(args.out / "spots.pt")
     for seed in args.seeds:
-        if args.only in {None, "score"} and not (args.out / f"scores-{seed}.csv").exists():
-            score(seed, args.out)
-    if args.only in {None, "table", "score"}:
+        for name in RECIPES:
+            model, scores = args.out / f"{name}-{seed}.safetensors", args.out / f"scores-{name}-{seed}.csv"
+            if args.only in {None, name} and not model.exists():
+                fit(name, seed, model)
+            if args.only in {None, f"score-{name}"} and not scores.exists():
+                score_map(name, seed, args.out)
+        if args.only in {None, "spots"} and not (args.out / "spots.pt").exists():
+            spot_features(args.out / "spots.pt")
+        if args.only in {None, "score-slid"} and not (args.out / f"scores-slid-{seed}.csv").exists():
+            score_slid(seed, args.out)
+    if args.only in {None, "show"}:
+        draw(args.out, args.seeds[0])
         (args.out / "scales.md").write_text(table(args.out))
         print(table(args.out))
 

@@ -20,7 +20,9 @@ from pixnet._core.crops import crop_size
 from pixnet._core.features import cache_features, crop_halo, encode_crops
 from pixnet._core.material import Material
 from pixnet._core.packing import pack
-from pixnet._sdata.sections import open_section, resolve_sources
+from pixnet._core.tiling import SlideReader
+from pixnet._sdata.elements import get_mpp, levels, resolve_image
+from pixnet._sdata.sections import Source, open_section, resolve_sources, slide_grid
 from pixnet._sdata.tissue import mask_on_grid
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
@@ -151,11 +153,11 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 def encode_slide(sdata, genes: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the encoder's maps of a whole slide, float16, and its tissue mask on the 2 um grid."""
     net = _encoder(genes)
-    (source,) = resolve_sources({"0": sdata}, None, "spots", None, None)
-    options = {"layer": None, "total_key": None, "mask_key": None}
-    reader = open_section(source, genes, net.mpp, net.stride, **options).reader
+    key = resolve_image(sdata)
+    grid = slide_grid(Source("slide", sdata, key, get_mpp(sdata, key), {}), net.mpp, net.stride)
+    reader = SlideReader(levels(sdata[key])[grid.level].data.data, grid)
     halo = crop_halo(net)
-    height, width = reader.grid.shape
+    height, width = grid.shape
     rows, cols = -(-height // CORE), -(-width // CORE)
     strides = [net.encoder.strides[i] for i in net.levels]
     maps = [
@@ -170,12 +172,26 @@ def encode_slide(sdata, genes: list[str]) -> tuple[list[np.ndarray], np.ndarray]
         for stride, out, part in zip(strides, maps, found):
             core = CORE // stride
             out[:, row * core : (row + 1) * core, col * core : (col + 1) * core] = part[0].float().numpy()
-    mask = mask_on_grid(sdata, source.image_key, None, reader.grid)
-    return maps, mask.window(0, 0, *reader.grid.out_shape)
+    return maps, mask_on_grid(sdata, key, None, grid).window(0, 0, *grid.out_shape)
 
 
 @torch.no_grad()
-def slide(net: SpotToVector, maps: list[np.ndarray], mask: np.ndarray, diameter_px: float) -> np.ndarray:
+def first_layer(net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
+    """Return the first layer's values at each place of the 2 um grid, ``(width, y, x)``.
+
+    The layer is linear, so it may come before the mean over a window, with fewer channels to average.
+    """
+    weight = net.project.weight / net.sd
+    hidden = (net.project.bias - weight @ net.mean)[:, None, None]
+    encoder = _encoder(["a"])
+    for part, level, stride in zip(weight.split(net.channels, dim=1), maps, encoder.encoder.strides):
+        x = torch.einsum("oc,chw->ohw", part, torch.from_numpy(level.astype(np.float32)))
+        hidden = hidden + _to_grid(x[None], stride, encoder.stride)[0]
+    return hidden[:, : shape[0], : shape[1]]
+
+
+@torch.no_grad()
+def slide(net: SpotToVector, hidden: Tensor, mask: np.ndarray, diameter_px: float) -> np.ndarray:
     """Ask the network at each place of a slide's grid, with a round window of that size around it.
 
     Returns
@@ -183,21 +199,13 @@ def slide(net: SpotToVector, maps: list[np.ndarray], mask: np.ndarray, diameter_
     numpy.ndarray
         Densities ``(genes + 1, y, x)``, NaN off tissue.
     """
-    # The first layer is linear: it may come before the mean over the window, with fewer channels to average.
-    weight = net.project.weight / net.sd
-    hidden = (net.project.bias - weight @ net.mean)[:, None, None]
-    encoder = _encoder(["a"])
-    for part, level, stride in zip(weight.split(net.channels, dim=1), maps, encoder.encoder.strides):
-        x = torch.einsum("oc,chw->ohw", part, torch.from_numpy(level.astype(np.float32)))
-        hidden = hidden + _to_grid(x[None], stride, encoder.stride)[0]
-    hidden = hidden[:, : mask.shape[0], : mask.shape[1]]
     tissue = torch.from_numpy(mask)
     kernel = _disc(diameter_px)
     share = _smooth(tissue[None].float(), kernel)[0].clamp(min=1e-6)
-    out = np.full((net.head.out_features, *mask.shape), np.nan, dtype=np.float32)
     mean = torch.empty(hidden.shape[0], int(tissue.sum()))
     for i, channel in enumerate(hidden):
         mean[i] = (_smooth((channel * tissue)[None], kernel)[0] / share)[tissue]
+    out = np.full((net.head.out_features, *mask.shape), np.nan, dtype=np.float32)
     out[:, mask] = torch.cat([net.answer(part.T) for part in mean.split(50_000, dim=1)]).T.numpy()
     return out
 
