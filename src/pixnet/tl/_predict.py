@@ -117,7 +117,8 @@ def predict(
     PermissionError
         If the store cannot be written to.
     RuntimeError
-        If a part of the image cannot be read: the message says which.
+        If a part of the image cannot be read: the message says which. If the device's memory does not hold one window of
+        the model, or another process is writing the same map.
     TypeError
         If an argument or the image's pixels are of the wrong type.
     ValueError
@@ -128,6 +129,10 @@ def predict(
     -----
     Interrupted by an exception, Ctrl-C or a kill, the store stays readable and what is done is kept:
     ``resume=True`` goes on and ends with the same bytes. The next call for the same map without it starts again.
+
+    A slide whose stain or sharpness lies far outside that of the training slides gets a warning that names what differs: a
+    mean optical density, its spread, the share of a colour, or detail, as a wrong um/px makes it. Without a mask
+    (``mask_key=False``) glass counts as tissue, and such slides are compared with training slides of their kind only.
 
     Examples
     --------
