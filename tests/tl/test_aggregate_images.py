@@ -296,11 +296,13 @@ def test_squidpy_and_spatialdata_plot_take_the_table():
     assert set(table.uns["moranI"].index) == {"CD3", "CD8", "DAPI"}
     figure, ax = plt.subplots()
     try:
-        made.pl.render_shapes("cells", color="CD8", table_name="cells_genes").pl.show(
+        made.pl.render_shapes("cells", color="CD8", cmap="viridis", table_name="cells_genes").pl.show(
             ax=ax, coordinate_systems="global"
         )
         figure.canvas.draw()
-        drawn = np.concatenate([c.get_array() for c in ax.collections if c.get_array() is not None])
-        assert np.isclose(np.sort(drawn.astype(float)), np.sort(table[:, "CD8"].X.ravel()), rtol=1e-5).all()
+        colours = np.concatenate([collection.get_facecolor() for collection in ax.collections])
+        values = table[:, "CD8"].X.ravel()
+        expected = plt.get_cmap("viridis")((values - values.min()) / np.ptp(values))
+        np.testing.assert_allclose(colours[:, :3], expected[:, :3], atol=0.01)
     finally:
         plt.close(figure)
