@@ -29,17 +29,19 @@ def execute(path: Path) -> float:
         client.execute()
         text = nbformat.writes(notebook)
     seconds = time.perf_counter() - start
+    notebook.metadata["kernelspec"] = KERNEL
+    notebook.metadata["language_info"] = {"name": "python"}
+    nbformat.write(notebook, path)
     for private in (str(Path.home()), str(HERE.parent), folder, tempfile.gettempdir() + "/"):
-        if len(private) > 5 and private in text:
+        if len(private) > 4 and private in text:
             where = text.index(private)
-            raise SystemExit(f"{path.name}: a path of this machine is in the outputs: {text[where - 200 : where + 200]}")
+            raise SystemExit(
+                f"{path.name}: a path of this machine is in the outputs: {text[where - 200 : where + 200]}"
+            )
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
                 raise SystemExit(f"{path.name}: a cell writes to stderr: {output['text'][:500]}")
-    notebook.metadata["kernelspec"] = KERNEL
-    notebook.metadata["language_info"] = {"name": "python"}
-    nbformat.write(notebook, path)
     return seconds
 
 
