@@ -71,7 +71,7 @@ def cross_validate(
         A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
         in space into which its shapes are cut across the longer axis.
     gap_um
-        With blocks: shapes closer than this to a shape of the block that is tested train nothing. The default is what a model sees
+        With blocks: shapes closer than this (um) to a shape of the block that is tested train nothing. The default is what a model sees
         around a shape, so that no tissue is in both.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
@@ -98,8 +98,8 @@ def cross_validate(
     Examples
     --------
     >>> import pixnet as px
-    >>> sdata = px.datasets.synthetic_tissue(size_um=1000, n_genes=10)
-    >>> scores = px.tl.cross_validate(sdata, groups=2, shapes="bins", max_epochs=1, variants=1)
+    >>> sdata = px.datasets.synthetic_tissue(size_um=600, n_genes=10)
+    >>> scores = px.tl.cross_validate(sdata, groups=2, shapes="spots", max_epochs=1, variants=1, mpp=2.0, halo=64)
     >>> list(scores.columns)
     ['fold', 'group', 'gene', 'metric', 'value']
     """
