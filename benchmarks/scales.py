@@ -225,7 +225,7 @@ def agreement(predicted: AnnData, true: AnnData) -> dict[str, float]:
 
 
 def draw(out: Path, seed: int) -> None:
-    """Draw one gene in a corner of the slide: truth and networks in rows, scales in columns."""
+    """Draw one gene in a corner of the slide: truth and networks in rows, scales in columns; each panel to its own 99th percentile."""
     import matplotlib.pyplot as plt
 
     (sdata,) = slides(out, (TEST,), unseen_slide).values()
@@ -243,16 +243,16 @@ def draw(out: Path, seed: int) -> None:
     for r, (name, label) in enumerate(rows.items()):
         for c, (element, title) in enumerate(columns.items(), start=1):
             ax, values = axes[r, c], shown[name][element]
-            look = {"cmap": "magma", "vmin": 0, "vmax": float(np.nanquantile(shown["truth"][element], 0.99))}
+            look = {"cmap": "magma", "vmin": 0, "vmax": float(np.nanquantile(values, 0.99))}
             if element == "map":
                 ax.imshow(values, extent=extent, interpolation="nearest", **look)
-                ax.set_ylabel(label, fontsize=12)
             else:
                 frame = sdata[element].assign(value=values)
                 if "radius" in frame:
                     frame["geometry"] = shapely.buffer(frame.geometry.to_numpy(), frame["radius"].to_numpy())
                 frame.cx[left : left + edge, top : top + edge].dropna(subset="value").plot("value", ax=ax, **look)
-            ax.set(xlim=(left, left + edge), ylim=(top + edge, top), facecolor="0.9", xticks=[], yticks=[])
+            ax.set(xlim=(left, left + edge), ylim=(top + edge, top), facecolor="0.9", xticks=[], yticks=[], xlabel="")
+            ax.set_ylabel(label if element == "map" else "", fontsize=12)
             if r == 0:
                 ax.set_title(title)
     fig.savefig(out / "scales.png", dpi=100)
