@@ -98,8 +98,8 @@ def cross_validate(
     Examples
     --------
     >>> import pixnet as px
-    >>> sdata = px.datasets.synthetic_tissue(size_um=600, n_genes=10)
-    >>> scores = px.tl.cross_validate(sdata, groups=2, shapes="spots", max_epochs=1, variants=1, mpp=2.0, halo=64)
+    >>> sdata = px.datasets.synthetic_tissue(size_um=400, n_genes=10)
+    >>> scores = px.tl.cross_validate(sdata, groups=2, shapes="bins", max_epochs=1, variants=1, mpp=2.0, halo=64)
     >>> list(scores.columns)
     ['fold', 'group', 'gene', 'metric', 'value']
     """
