@@ -113,6 +113,20 @@ def test_missing_pixels_of_each_channel_or_of_all(image, shapes, validity):
         assert np.isnan(found.mean[touched, 1]).all()
 
 
+def test_one_weight_serves_all_channels_until_one_has_a_gap(image, shapes, monkeypatch):
+    whole = np.nan_to_num(image, nan=7.0)
+    monkeypatch.setattr(pixels, "_TILE_SIDE", 32)
+    monkeypatch.setattr(reduce_module, "TILE_BYTES", 2 * 32 * 32 * 4)  # two channels at a time
+    assert reduce(whole, shapes, channels=range(C)).weight.shape == (len(shapes), 1)
+    gap = whole.copy()
+    gap[3, 64:80, 70:] = np.nan
+    found, expected = reduce(gap, shapes, channels=range(C), statistics=("mean", "std")), plainly(gap, shapes)
+    assert found.weight.shape == (len(shapes), C)
+    np.testing.assert_allclose(found.weight, expected["weight"], atol=1e-9)
+    np.testing.assert_allclose(found.mean, expected["mean"], rtol=3e-6)
+    np.testing.assert_allclose(found.std, expected["std"], rtol=3e-6, atol=3e-5)
+
+
 def test_subsets_of_channels_in_any_order(image, shapes, tmp_path):
     whole = reduce(image, shapes, channels=range(C))
     for name, source in kinds_of(image, tmp_path).items():

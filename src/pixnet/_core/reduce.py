@@ -36,7 +36,8 @@ class Sums:
     Attributes
     ----------
     weight
-        Pixels' worth of area that counted: ``(n, 1)`` where the channels share their missing pixels, else ``(n, c)``.
+        Pixels' worth of area that counted: ``(n, 1)`` where the same pixels are missing in all channels (or none is),
+        else ``(n, c)``.
     mean, std, min, max
         ``(n, c)`` float32; None where not asked for.
     """
@@ -129,6 +130,7 @@ def _run(pixels: Pixels, tasks: Iterator[_Tile]) -> Iterator[tuple[_Tile, tuple[
 
 
 def _put(result: Sums, rows: NDArray, part: Sums) -> None:
+    result.weight = _widened(result.weight, part.weight.shape[1])
     for name, value in vars(part).items():
         if value is not None:
             getattr(result, name)[rows] = value
@@ -138,9 +140,13 @@ def _put_columns(result: Sums | _Part, columns: NDArray[np.int64], part: Sums | 
     low, high = int(columns[0]), int(columns[-1]) + 1
     where = slice(low, high) if (np.diff(columns) == 1).all() else columns
     for name, value in vars(part).items():
-        if value is not None:
-            target = getattr(result, name)
-            target[:, where if target.shape[1] > 1 else slice(None)] = value
+        if value is not None and name != "weight":
+            getattr(result, name)[:, where] = value
+
+
+def _widened(weight: NDArray, n_channels: int) -> NDArray:
+    """One weight for all channels as one for each, where that is asked for: most images never need it."""
+    return np.repeat(weight, n_channels, axis=1) if weight.shape[1] < n_channels else weight
 
 
 @dataclass(frozen=True)
@@ -154,15 +160,16 @@ class _Job:
     weights: Weights
 
     def empty_sums(self, n: int) -> Sums:
-        weight = np.zeros((n, self.n_channels if self.validity is None else 1))
         wanted = (True, self.std, self.extremes, self.extremes)
-        return Sums(weight, *(np.full((n, self.n_channels), np.nan, np.float32) if w else None for w in wanted))
+        return Sums(
+            np.zeros((n, 1)), *(np.full((n, self.n_channels), np.nan, np.float32) if w else None for w in wanted)
+        )
 
     def empty_part(self, n: int, n_channels: int | None = None) -> _Part:
         n_channels = self.n_channels if n_channels is None else n_channels
         shape = (n, n_channels)
         return _Part(
-            np.zeros((n, n_channels if self.validity is None else 1)),
+            np.zeros((n, 1)),
             np.zeros(shape),
             np.zeros(shape) if self.std else None,
             np.full(shape, np.inf) if self.extremes else None,
@@ -182,6 +189,7 @@ class _Part:
 
     def add(self, rows: NDArray, other: _Part) -> None:
         """Join the sums of further pixels of some of the shapes."""
+        self.weight = _widened(self.weight, other.weight.shape[1])
         if self.squares is not None:
             # Chan's rule: squares about two means become squares about their common mean.
             a, b = self.weight[rows], other.weight
@@ -242,37 +250,47 @@ class _Tile:
         batches = self._batches()
         inner = job.empty_sums(self.n_inner)
         outer = job.empty_part(n - self.n_inner) if self.n_inner < n else None
-        shared, weight = None, None
+        shared, common, weight = None, None, None
         for block, data in blocks:
-            if job.validity is not None and weight is None:
-                # What is missing is told by one channel, which comes first, for all.
-                gone = np.isnan(data[int(np.flatnonzero(block == job.validity)[0])])
-                shared = gone if gone.any() else None
-                weight = np.empty((n, 1))
-                for batch in batches:
-                    batch.add_weight(weight, shared)
+            if common is None:
+                if job.validity is not None:  # what is missing is told by one channel, which comes first, for all
+                    gone = np.isnan(data[int(np.flatnonzero(block == job.validity)[0])])
+                    shared = gone if gone.any() else None
+                common = weight = self._weight(np.empty((n, 1)), shared, batches)
             step = max(1, TILE_BYTES // (4 * self.window[2] * self.window[3]))
             for start in range(0, len(block), step):
                 columns = block[start : start + step]
                 part = job.empty_part(n, len(columns))
-                if weight is not None:
-                    part.weight = weight
+                part.weight = common
                 self._fill(part, _as_float(data[start : start + step]), shared, batches)
+                if part.weight is not common:
+                    if weight is common:
+                        weight = np.repeat(common, job.n_channels, axis=1)
+                    weight[:, columns] = part.weight
                 _put_columns(inner, columns, part.take(slice(0, self.n_inner)).finish())
                 if outer is not None:
                     _put_columns(outer, columns, part.take(slice(self.n_inner, None)))
             del data
+        inner.weight = weight[: self.n_inner]
+        if outer is not None:
+            outer.weight = weight[self.n_inner :]
         return inner, outer
+
+    def _weight(self, weight: NDArray, missing: NDArray | None, batches: list[_Batch]) -> NDArray:
+        for batch in batches:
+            batch.add_weight(weight, missing)
+            if len(batches) > 1:
+                batch.release()
+        return weight
 
     def _fill(self, part: _Part, planes: NDArray, shared: NDArray | None, batches: list[_Batch]) -> None:
         """Fill in the sums of some channels, of which ``shared`` are the missing pixels, or each has its own."""
-        if self.job.validity is not None:
-            self._fill_without(part, planes, shared, batches)
-            return
+        self._fill_without(part, planes, shared, batches)
         # Whether pixels are missing shows in the sums, which spares a look at each.
-        self._fill_without(part, planes, None, batches)
-        if np.isnan(part.total).any():
-            self._fill_without(part, planes, np.isnan(planes), batches)
+        if self.job.validity is None and np.isnan(part.total).any():
+            missing = np.isnan(planes)
+            part.weight = self._weight(np.empty(part.total.shape), missing, batches)
+            self._fill_without(part, planes, missing, batches)
 
     def _fill_without(self, part: _Part, planes: NDArray, missing: NDArray | None, batches: list[_Batch]) -> None:
         """Fill in the sums of some channels without the missing pixels."""
@@ -280,8 +298,6 @@ class _Tile:
         if missing is not None and (self.job.std or self.job.extremes):
             planes = np.where(missing, planes.dtype.type(np.nan), planes)
         for batch in batches:
-            if self.job.validity is None:
-                batch.add_weight(part.weight, missing)
             batch.add(part, planes, filled)
             if len(batches) > 1:
                 batch.release()
