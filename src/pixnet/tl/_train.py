@@ -86,13 +86,14 @@ def train(
         Passes over the shapes at most; training stops earlier when validation stops improving, and keeps the best. None: the
         model's own, else 12.
     seed
-        Of everything random; the same seed gives the same weights on the same CPU and threads. None: ``settings.seed``.
+        Of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
+        given brings its own to start from). None: ``settings.seed``.
     device
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
     **recipe
         Other settings of training: ``patience``, ``lr``, ``weight_decay``, ``loss``, ``total_weight``, ``batch_shapes``,
         ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``tune_encoder``, ``refit``; and of the model:
-        ``decoder``, ``widths``, ``members``, ``link``, ``quantity``, ``stride``, ``window``, ``halo`` (see
+        ``decoder``, ``widths``, ``hidden``, ``zoom``, ``members``, ``link``, ``quantity``, ``stride``, ``window``, ``halo`` (see
         `pixnet.models.PixNet`). ``loss`` is one of ``"mse+pcc"``, ``"mse"``, ``"pcc"``, ``"poisson+pcc"`` and ``"nb+pcc"``: a
         negative binomial likelihood of the raw counts, each gene's dispersion taken from the training shapes.
 
@@ -179,7 +180,7 @@ def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str,
     """Tell settings of the model from those of training, where a model's own hold unless given; refuse others."""
     from pixnet._core.recipe import Recipe
 
-    of_model = ("decoder", "widths", "members", "link", "quantity", "stride", "window", "halo")
+    of_model = ("decoder", "widths", "hidden", "zoom", "members", "link", "quantity", "stride", "window", "halo")
     of_training = [f.name for f in fields(Recipe)]
     for name in given:
         if name not in of_model and name not in of_training:
