@@ -233,22 +233,7 @@ def pack(geometries: ArrayLike, radius: ArrayLike | None = None) -> Geometries:
 
 
 def pack_checked(geometries: NDArray, is_point: NDArray[np.bool_], radius: NDArray | None = None) -> Geometries:
-    """Do as :func:`pack` does, with geometries that are known to be what it takes.
-
-    Parameters
-    ----------
-    geometries
-        ``(n,)`` array of Polygon, MultiPolygon and Point, none empty or with z coordinates.
-    is_point
-        ``(n,)``: which of them are points.
-    radius
-        ``(n,)``: radius of the points.
-
-    Returns
-    -------
-    Geometries
-        The packed shapes, in order.
-    """
+    """Do as :func:`pack` does, with arrays ``(n,)`` of geometries known to be what it takes, and of what they are."""
     n = len(geometries)
     has_point = bool(is_point.any())
     coords, closed, parts, owners = _ragged(geometries[~is_point] if has_point else geometries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +13,11 @@ import zarr
 from numpy.typing import NDArray
 
 from pixnet._core.packing import Geometries
+
+try:
+    from zarr.buffer.cpu import NDBuffer
+except ImportError:  # before zarr 3.1
+    from zarr.core.buffer.cpu import NDBuffer
 
 Window = tuple[int, int, int, int]  # y0, x0, h, w
 Edges = NDArray[np.int64]  # borders of chunks or tiles along one axis, the first 0, the last the axis' length
@@ -43,6 +50,13 @@ class Pixels:
         itemsize = np.dtype(self.source.dtype).itemsize * max(deep, 1)
         side = min(_TILE_SIDE, max(1, int(np.sqrt(TILE_BYTES / itemsize))))
         self.edges = _join(y, side), _join(x, side)
+        self._own = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _own=threading.local())
 
     @property
     def lazy(self) -> bool:
@@ -72,7 +86,10 @@ class Pixels:
         return [np.array(block) for block in blocks]
 
     def read(self, block: NDArray[np.int64], window: Window) -> NDArray:
-        """Read some channels of a window, ``(c, h, w)``; what is returned may be the image's own memory."""
+        """Read some channels of a window, ``(c, h, w)``.
+
+        What is returned may be the image's own memory, or is good until this thread reads again.
+        """
         channels = self.channels[block]
         low, high = int(channels.min()), int(channels.max()) + 1
         is_range = high - low == len(channels) and bool((np.diff(channels) == 1).all())
@@ -80,8 +97,20 @@ class Pixels:
         if self.lazy:
             part = self.source[:, rows, columns][slice(low, high) if is_range else channels]
             return np.asarray(part.compute(scheduler="synchronous"))
-        data = np.asarray(self.source[low:high, rows, columns])
+        if isinstance(self.source, zarr.Array):
+            data = self._memory((high - low, window[2], window[3]))
+            self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(data))
+        else:
+            data = np.asarray(self.source[low:high, rows, columns])
         return data if is_range else data[channels - low]
+
+    def _memory(self, shape: tuple[int, int, int]) -> NDArray:
+        """Return an array of this thread to read into: a new one each time costs a fifth of the time of reading."""
+        dtype = np.dtype(self.source.dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if getattr(self._own, "bytes", None) is None or self._own.bytes.nbytes < size:
+            self._own.bytes = np.empty(size, dtype=np.uint8)
+        return self._own.bytes[:size].view(dtype).reshape(shape)
 
     def part(self, window: Window) -> Any:
         """Return a window of the channels as the source's own kind of array, without computing it."""
