@@ -117,6 +117,8 @@ def test_genes_are_checked(genes, error, match):
         ({"link": "relu"}, "'exp'"),
         ({"window": 100}, "multiple of 64"),
         ({"members": 0}, "at least 1"),
+        ({"hidden": 0}, "positive whole"),
+        ({"zoom": 3}, "valid: 1, 2, 4"),
         ({"encoder": "resnet18"}, "timm/NAME"),
         ({"widths": [8, 8, 8]}, "2 levels"),
     ],
@@ -300,3 +302,36 @@ class TestCheckpoint:
         self._edited(tiny, path, lambda h, t: h["config"].pop("genes"))
         with pytest.raises(ValueError, match="without genes"):
             px.models.load(path)
+
+
+class TestZoom:
+    """A coarse image is enlarged for the encoder."""
+
+    @pytest.mark.parametrize(("mpp", "zoom"), [(0.5, 1), (1.4, 1), (2.0, 2)])
+    def test_coarse_slides_are_enlarged_by_default(self, mpp, zoom):
+        model = PixNet(GENES, mpp=mpp, encoder="tiny-test", widths=8)
+        assert model.config["zoom"] == zoom
+
+    def test_it_is_the_encoder_on_the_enlarged_image(self):
+        model = PixNet(GENES, mpp=2.0, widths=8).eval()
+        image = torch.rand(1, 3, 64, 64)
+        enlarged = torch.nn.functional.interpolate(image, scale_factor=2, mode="bilinear")
+        with torch.no_grad():
+            found, expected = model.encoder(image), model.encoder.encoder(enlarged)
+        assert model.encoder.strides == (1, 2, 4, 8, 16)
+        for f, e in zip(found, expected):
+            torch.testing.assert_close(f, e)
+
+    def test_maps_finer_than_the_image_are_left_out(self):
+        model = PixNet(GENES, mpp=2.0, zoom=4, widths=8)
+        assert model.encoder.strides == (1, 2, 4, 8)
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, len(GENES) + 1, 32, 32)
+
+    def test_it_is_kept_in_the_checkpoint(self, tmp_path):
+        model = PixNet(GENES, mpp=2.0, widths=8, hidden=24).eval()
+        model.save(tmp_path / "m.safetensors")
+        again = px.models.load(tmp_path / "m.safetensors")
+        image = torch.rand(1, 3, 64, 64)
+        assert again.config["zoom"] == 2
+        assert again.config["hidden"] == 24
+        torch.testing.assert_close(again(image), model(image))

@@ -19,7 +19,7 @@ ALIGN = 64
 CONTEXT = 16
 """Model pixels between a shape and the edge of its crop, at least."""
 
-SMALLEST = 256
+SMALLEST = 512
 LARGEST = 2048
 
 

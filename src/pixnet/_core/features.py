@@ -20,7 +20,7 @@ CROP_HALO = 192
 
 def crop_halo(model: PixNet) -> int:
     """Return the model pixels to see around a crop."""
-    return min(model.halo, CROP_HALO)
+    return min(model.halo, CROP_HALO // model.config["zoom"])
 
 
 def turn(x: Tensor, how: int) -> Tensor:

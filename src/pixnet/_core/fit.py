@@ -31,16 +31,15 @@ from pixnet.models._pixnet import PixNet
 def _sums(model: PixNet, batch: Batch, features: list[Tensor | None], member: int | None = None) -> dict[str, Tensor]:
     """Return for each element the sums of the densities over its shapes, ``(shapes, genes + 1)``.
 
-    The heads run only on the pixels that shapes cover: the rest of the map is not looked at.
+    What follows the decoders runs only on the pixels that shapes cover: the rest of the map is not looked at.
     """
     members = model.members if member is None else [model.members[member]]
     densities = []
     for m in members:
         with autocast(batch.pixel.device):
-            x = m.decoder(features).flatten(2)
-        x = x.transpose(1, 2)[batch.crop_of_pixel, batch.pixel].float()
-        logits = torch.nn.functional.linear(x, m.head.weight[:, :, 0, 0], m.head.bias)
-        densities.append(model.density(logits))
+            decoded = m.decoder(features).flatten(2).transpose(1, 2)[batch.crop_of_pixel, batch.pixel]
+            logits = m.logits(decoded.T[None, :, None])
+        densities.append(model.density(logits)[0, :, 0].T)
     density = densities[0] if len(densities) == 1 else torch.stack(densities).mean(dim=0)
     return {name: torch.sparse.mm(w, density) for name, w in batch.weights.items()}
 

@@ -41,11 +41,11 @@ class Recipe:
 
     max_epochs: int = 12
     patience: int = 5
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 1e-2
     loss: str = "mse+pcc"
     total_weight: float = 0.2
-    batch_shapes: int = 96
+    batch_shapes: int = 48
     batch_crops: int = 32
     variants: int = 2
     stain: float = 0.15

@@ -17,7 +17,10 @@ SHIPPED = {"her2st": Path(__file__).parent / "weights" / "her2st.safetensors"}
 """Models that come with the package."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_BUILD = ("genes", "mpp", "stride", "encoder", "decoder", "widths", "members", "link", "window", "halo")
+_BUILD = (
+    "genes", "mpp", "stride", "encoder", "decoder", "widths", "hidden", "members", "link", "quantity", "zoom", "window", "halo",
+)  # fmt: skip
+"""What of the configuration builds the model; all of it is in every checkpoint."""
 
 
 def save(model: PixNet, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
@@ -121,7 +124,7 @@ def _build(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor])
     lacking = [key for key in _BUILD if key not in config]
     if lacking:
         raise ValueError(f"{path} has a header without {', '.join(lacking)}")
-    model = PixNet(**{key: config[key] for key in _BUILD}, quantity=config.get("quantity", "density"), pretrained=False)
+    model = PixNet(**{key: config[key] for key in _BUILD}, pretrained=False)
     expected = model.state_dict()
     missing = sorted(set(expected) - set(tensors))
     extra = sorted(set(tensors) - set(expected))

@@ -160,38 +160,75 @@ def _trim(x: Tensor, n: int) -> Tensor:
     return x[..., n:-n, n:-n] if n else x
 
 
-class HypercolumnDecoder(nn.Module):
-    """No decoder: every map brought to the output stride, stacked, and a two-layer perceptron on each pixel.
+class DirectDecoder(nn.Module):
+    """No U-Net: every map brought to the output stride and stacked (a hypercolumn), then one linear layer on each pixel.
 
-    The first layer is applied to each map at its own size, which is the same sum for less work.
+    The layer is applied to each map at its own size, which is the same sum for less work.
 
     Parameters
     ----------
     channels, strides, stride
         As for `UNetDecoder`.
     width
-        Channels of the hidden layer and of the output.
+        Channels of the output.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, stride: int) -> None:
         super().__init__()
         self.stride, self.strides, self.width = stride, tuple(strides), width
-        self.used = list(range(len(strides)))
-        self.project = nn.ModuleList(nn.Conv2d(c, width, 1, bias=i == 0) for i, c in enumerate(channels))
-        self.mix = nn.Sequential(
-            ChannelNorm(width), nn.GELU(), nn.Dropout2d(0.0), nn.Conv2d(width, width, 1), nn.GELU()
-        )
+        self.used = [i for i, s in enumerate(strides) if s >= stride] or [len(strides) - 1]
+        self.project = nn.ModuleList(nn.Conv2d(channels[i], width, 1, bias=n == 0) for n, i in enumerate(self.used))
 
     def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
         spare = _spare(crop * self.stride, 1)
-        size = [(n * self.strides[-1] - 2 * spare) // self.stride for n in features[-1].shape[-2:]]
+        deepest = self.used[-1]
+        size = [(n * self.strides[deepest] - 2 * spare) // self.stride for n in features[deepest].shape[-2:]]
         total = None
-        for stride, project, feature in zip(self.strides, self.project, features):
-            x = project(_trim(feature, spare // stride))
-            if stride < self.stride:
-                x = F.avg_pool2d(x, self.stride // stride)
-            elif stride > self.stride:
+        for i, project in zip(self.used, self.project):
+            x = project(_trim(features[i], spare // self.strides[i]))
+            if self.strides[i] > self.stride:
                 x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
             total = x if total is None else total + x
-        return self.mix(_trim(total, crop - spare // self.stride))
+        return _trim(total, crop - spare // self.stride)
+
+
+class FusedDecoder(nn.Module):
+    """A U-Net with every map of the encoder also led straight to the output.
+
+    The U-Net adds what is around a pixel to what the encoder says of it; the direct paths let a few hundred shapes teach
+    the rest, which a narrow U-Net alone learns slowly.
+
+    Parameters
+    ----------
+    channels, strides, widths, stride, fusion
+        As for `UNetDecoder`.
+    width
+        Channels of the output.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        widths: Sequence[int],
+        stride: int,
+        fusion: str,
+        width: int,
+    ) -> None:
+        super().__init__()
+        self.direct = DirectDecoder(channels, strides, width, stride)
+        self.unet = UNetDecoder(channels, strides, widths, stride, fusion)
+        self.join = nn.Conv2d(self.unet.width, width, 1, bias=False)
+        self.used, self.width = self.unet.used, width
+
+    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+        """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
+        return self.direct(features, crop) + self.join(self.unet(features, crop))
+
+
+class PixelMixer(nn.Sequential):
+    """What follows on each pixel by itself: norm and activation, then a hidden layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(ChannelNorm(width), nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU())

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnet.models._lite0 import EfficientNetLite0
@@ -180,6 +181,35 @@ def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[st
         )
     _check_protocol(name, module)
     return name, module
+
+
+class Enlarged(nn.Module):
+    """An encoder that sees an image enlarged: its maps then have finer strides.
+
+    Parameters
+    ----------
+    encoder
+        The encoder.
+    zoom
+        How many times; maps that would be finer than the image are left out.
+    """
+
+    def __init__(self, encoder: nn.Module, zoom: int) -> None:
+        super().__init__()
+        self.encoder, self.zoom = encoder, zoom
+        self.kept = [i for i, s in enumerate(encoder.strides) if s >= zoom]
+        if not self.kept:
+            raise ValueError(
+                f"zoom is {zoom}, more than every stride of the encoder ({tuple(encoder.strides)}); lower it"
+            )
+        self.strides = tuple(encoder.strides[i] // zoom for i in self.kept)
+        self.channels = tuple(encoder.channels[i] for i in self.kept)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return the features of an image ``(N, 3, H, W)``."""
+        enlarged = F.interpolate(image, scale_factor=self.zoom, mode="bilinear", align_corners=False)
+        features = self.encoder(enlarged)
+        return [features[i] for i in self.kept]
 
 
 def _check_protocol(name: str, module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixnet._names import TOTAL, check_genes
 from pixnet.models._decoder import DECODERS
-from pixnet.models._encoders import build_encoder, check_encoder
+from pixnet.models._encoders import Enlarged, build_encoder, check_encoder
 from pixnet.models._member import Member
 from pixnet.models._paper import FILTERS, RECIPE, n_levels
 from pixnet.models._quantity import LINKS, QUANTITIES, baseline, linked
@@ -25,6 +25,11 @@ MAX_MAP_UM = 4.0
 def default_stride(mpp: float) -> int:
     """Return the largest of 4, 2, 1 that keeps the map at 4 um per pixel or finer (1 where none does)."""
     return next((s for s in (4, 2) if s * mpp <= MAX_MAP_UM * 1.02), 1)
+
+
+def default_zoom(mpp: float) -> int:
+    """Return how many times images are enlarged for the encoder: to 1 um per pixel or so where they are coarse."""
+    return 2 if mpp >= 1.5 else 1
 
 
 class PixNet(nn.Module):
@@ -45,11 +50,13 @@ class PixNet(nn.Module):
     encoder
         A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol.
     decoder
-        ``"safb"``: U-Net with separable attention fusion; ``"plain"``: U-Net with concatenation; ``"none"``: a perceptron
-        on stacked features; ``"paper"``: the published one (see `paper`).
+        ``"safb"``: U-Net with separable attention fusion, beside direct paths from the encoder; ``"plain"``: the same with
+        concatenation in place of attention; ``"none"``: the direct paths alone, that is a perceptron on stacked features; ``"paper"``: the published one (see `paper`).
     widths
         Channels of the decoder at each of the encoder's levels, finest first; one number for all.
         The default fits any number of levels. Of ``decoder="paper"``: of its levels, from the output stride to 32.
+    hidden
+        Channels of the decoded map, and of the layer after it that sees one pixel at a time.
     members
         Decoders side by side on the one encoder; the map is their mean.
     link
@@ -59,10 +66,14 @@ class PixNet(nn.Module):
         sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was trained on).
         ``"log_mean"``: a value whose mean over a shape is. Gene channels of logs have no link and may be negative; the total
         is a linear density whatever this says.
+    zoom
+        How many times an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to 1 um/px.
+        None: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window
-        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted.
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted. None: 1024, by
+        ``zoom``.
     halo
-        Image pixels that a window sees beyond each of its edges.
+        Image pixels that a window sees beyond each of its edges. None: 320, by ``zoom``.
     pretrained
         Load the encoder's pretrained weights.
 
@@ -92,11 +103,13 @@ class PixNet(nn.Module):
         encoder: str | nn.Module = "efficientnet_lite0",
         decoder: str = "safb",
         widths: int | Sequence[int] = DEFAULT_WIDTHS,
+        hidden: int = 128,
         members: int = 1,
         link: str = "exp",
         quantity: str = "density",
-        window: int = 1024,
-        halo: int = 320,
+        zoom: int | None = None,
+        window: int | None = None,
+        halo: int | None = None,
         pretrained: bool = True,
     ) -> None:
         super().__init__()
@@ -114,11 +127,21 @@ class PixNet(nn.Module):
             raise ValueError(f"quantity is {quantity!r}; valid: {', '.join(map(repr, QUANTITIES))}")
         if members < 1:
             raise ValueError(f"members is {members!r}; at least 1 is needed")
+        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
+            raise ValueError(f"hidden is {hidden!r}; a positive whole number is needed")
+        zoom = default_zoom(mpp) if zoom is None else zoom
+        if zoom not in {1, 2, 4}:
+            raise ValueError(f"zoom is {zoom!r}; valid: 1, 2, 4")
+        # An enlarged image brings the encoder's reach, and the memory of a window, down to fewer of its own pixels.
+        window = 1024 // zoom if window is None else window
+        halo = -(-320 // (64 * zoom)) * 64 if halo is None else halo
         for name, value in (("window", window), ("halo", halo)):
             if value % 64 or value < (64 if name == "window" else 0):
                 raise ValueError(f"{name} is {value!r}; a multiple of 64 is needed")
         name, module = build_encoder(encoder, pretrained)
         check_encoder(name, module)
+        if zoom > 1:
+            module = Enlarged(module, zoom)
         if decoder == "paper":
             levels, owner = n_levels(stride), f"the published decoder at stride {stride}"
         else:
@@ -136,6 +159,8 @@ class PixNet(nn.Module):
             "encoder": name,
             "decoder": decoder,
             "widths": widths,
+            "hidden": hidden,
+            "zoom": zoom,
             "members": members,
             "link": link,
             "window": window,
@@ -149,7 +174,7 @@ class PixNet(nn.Module):
         self.history: list[dict[str, float]] = []
         self.encoder = module
         self.members = nn.ModuleList(
-            Member(module.channels, module.strides, widths, stride, decoder, len(genes)) for _ in range(members)
+            Member(module.channels, module.strides, widths, hidden, stride, decoder, len(genes)) for _ in range(members)
         )
         for i, channels in enumerate(module.channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(channels))

@@ -19,7 +19,6 @@ LABELS = {
     "cp10k": "CP10k",
     "log_sum": "log1p CP10k / µm²",
     "log_mean": "log1p CP10k",
-    "log_mean": "log1p CP10k",
     TOTAL: "density (10,000 on average)",
 }
 

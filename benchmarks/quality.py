@@ -1,0 +1,240 @@
+"""How good the predictions are, on real tissue, beside reference methods on the same features and splits.
+
+    python benchmarks/quality.py kidney DATA/visium_hd_kidney          # spots -> bins of 8 to 56 um, another part of the section
+    python benchmarks/quality.py kidney DATA/visium_hd_kidney --methods dense mixed --seeds 3
+    python benchmarks/quality.py her2st DATA/her2st                    # leave one section out, and across patients
+
+Results go to docs/_generated/quality_{protocol}.json and figures to docs/_static. Recipes were not chosen on the test parts:
+for the kidney on the reverse split (trained below, tested above), for her2st on C2, C3, C4 and B4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import kidney
+import numpy as np
+import references as ref
+from scipy.spatial import cKDTree
+from spatialdata import SpatialData
+
+import pixnet as px
+from pixnet.models import PixNet
+
+ROOT = Path(__file__).parents[1] / "docs"
+BINS = list(kidney.SCALES)
+SPOT_UM = 55
+UPPER, LOWER = (0.0, 0.5), (0.55, 1.0)
+"""Parts of the kidney's height; a twentieth of it (about 330 um) lies between them."""
+
+
+# kidney ------------------------------------------------------------------------------------------------------------
+
+
+def kidney_split(folder: Path, reverse: bool) -> tuple[SpatialData, SpatialData, list[str]]:
+    """Return the training part, the test part and the 250 genes of highest mean in training that the bins have."""
+    whole = kidney.load(folder)
+    train, test = (LOWER, UPPER) if reverse else (UPPER, LOWER)
+    train, test = kidney.part(whole, *train, least_umi=0), kidney.part(whole, *test, least_umi=20)
+    ranked = px.pp.select_genes(
+        train, table_key="spots_counts", total_key=kidney.TOTAL_KEY, n_top=None, exclude_prefixes=("MT-",)
+    )
+    known = set(whole.tables["bins_008um_counts"].var_names)
+    genes = [g for g in ranked if g in known][:250]
+    for key in [*BINS, "spots"]:  # only shapes that are scored are predicted
+        test.shapes[key] = test.shapes[key].loc[test.tables[f"{key}_counts"].obs["instance_id"]]
+    return train, test, genes
+
+
+def kidney_dense(train: SpatialData, test: SpatialData, genes: list[str], shapes: list[str], seed: int, out: Path):
+    """Train PixNet with its defaults, sum its map over every test shape and score it; return figures and the object."""
+    start = time.perf_counter()
+    model = px.tl.train(
+        train,
+        shapes=shapes,
+        table_key=[f"{s}_counts" for s in shapes],
+        genes=genes,
+        total_key=kidney.TOTAL_KEY,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - start
+    model.save(out / f"kidney_{len(shapes)}_{seed}.safetensors", overwrite=True)
+    px.tl.predict(test, model, overwrite=True)
+    px.tl.aggregate(test, [*BINS, "spots"], overwrite=True)
+    found = {"train_s": round(seconds), "passes": len(model.history)}
+    for key in [*BINS, "spots"]:
+        scores = px.tl.evaluate(
+            test, table_key=f"{key}_genes", reference_key=f"{key}_counts", genes=genes, total_key=kidney.TOTAL_KEY
+        )
+        found[key] = {k: round(float(v), 4) for k, v in scores.attrs["summary"].items()}
+    return found
+
+
+def kidney_references(train: SpatialData, test: SpatialData, genes: list[str], seeds: int) -> dict[str, list[dict]]:
+    """Score the reference methods on every scale."""
+    mpp = train.attrs["pixnet"]["mpp"]["he"]
+    net = PixNet(genes, mpp=mpp, decoder="none")
+    discs = [ref.add_discs(test, key, SPOT_UM, mpp) for key in BINS]
+    inner = {key: _inner_split(net, train, key, genes) for key in ("spots", "bins_016um", "bins_032um")}
+    fitted = {
+        "ridge on spots": [ref.ridge(*inner["spots"])],
+        "MLP on spots": [ref.mlp(*inner["spots"], seed=s) for s in range(seeds)],
+        "MLP on 16 um bins": [ref.mlp(*inner["bins_016um"], seed=s) for s in range(seeds)],
+        "MLP on 32 um bins": [ref.mlp(*inner["bins_032um"], seed=s) for s in range(seeds)],
+    }
+    results: dict[str, list[dict]] = {}
+
+    def score(method: str, run: int, key: str, predicted: np.ndarray, pooled: ref.Pooled) -> None:
+        runs = results.setdefault(method, [])
+        while len(runs) <= run:
+            runs.append({})
+        runs[run][key] = _summary(predicted, pooled.target)
+
+    for key in [*BINS, "spots"]:
+        asked = [key] + ([f"{key}_disc"] if key in BINS else [])
+        pooled = ref.pool(net, test, asked, genes, kidney.TOTAL_KEY)
+        own = pooled[key]
+        for method, fits in fitted.items():
+            for run, fit in enumerate(fits):
+                score(method, run, key, fit(own), own)
+        if key in BINS:  # the same network sees a spot's disc around every bin
+            disc = pooled[f"{key}_disc"]
+            for run, fit in enumerate(fitted["MLP on spots"]):
+                score("MLP on spots, slid", run, key, fit(disc), disc)
+        pitch = 100.0 if key == "spots" else 8.0 * kidney.SCALES[key]
+        score("mean of measured neighbours", 0, key, ref.neighbours(own, pitch, 6 if key == "spots" else 8), own)
+        score("section mean", 0, key, np.tile(inner["spots"][0][0].target.mean(axis=0), (len(own.target), 1)), own)
+        counts = own.cp10k * own.total[:, None] / 1e4
+        runs = results.setdefault("ceiling (perfect prediction)", [{}])
+        runs[0][key] = {"pcc_mean": round(float(np.nanmean(ref.ceiling(counts, own.total))), 4)}
+    for key in discs:
+        del test.shapes[key], test.tables[f"{key}_counts"]
+    return results
+
+
+def _inner_split(net: PixNet, train: SpatialData, key: str, genes: list[str]) -> tuple[list, list]:
+    """Return the training part's shapes for fitting and a block at its end for validation, as `tl.train` cuts it."""
+    pooled = ref.pool(net, train, [key], genes, kidney.TOTAL_KEY)[key]
+    axis = int(np.argmax(np.ptp(pooled.centres, axis=0)))
+    far = pooled.centres[:, axis] > np.quantile(pooled.centres[:, axis], 0.8)
+    return [pooled.take(~far)], [pooled.take(far)]
+
+
+def _summary(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
+    r = ref.pearson(predicted, measured)
+    known = np.isfinite(predicted).all(axis=1)
+    error = predicted[known] - measured[known]
+    found = {"mse": (error**2).mean(), "mae": np.abs(error).mean()}
+    if np.isfinite(r).any():
+        found |= {"pcc_mean": np.nanmean(r), "pcc_median": np.nanmedian(r), "pcc_q1": np.nanquantile(r, 0.25)}
+    return {k: round(float(v), 4) for k, v in found.items()}
+
+
+def run_kidney(args) -> dict:
+    train, test, genes = kidney_split(Path(args.data), args.reverse)
+    results: dict[str, list[dict]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(args.keep or scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        for method, shapes in (("mixed", ["spots", "bins_016um", "bins_032um"]), ("dense", ["spots"])):
+            if method in args.methods:
+                name = {"dense": "PixNet on spots", "mixed": "PixNet on spots and bins"}[method]
+                results[name] = [kidney_dense(train, test, genes, shapes, s, out) for s in range(args.seeds)]
+                print(name, json.dumps(results[name]), flush=True)
+                if method == "dense" and not args.reverse:
+                    draw_kidney(test, ROOT / "_static" / "quality_kidney.png")
+        if "references" in args.methods:
+            results |= kidney_references(train, test, genes, args.seeds)
+    return {"protocol": "kidney", "reverse": args.reverse, "genes": len(genes), "methods": results}
+
+
+def draw_kidney(test: SpatialData, path: Path, gene: str = "NPHS2") -> None:
+    """Draw a gene measured in 16 um bins beside its dense map."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    px.pl.compare(test, gene, table_key="bins_032um_genes", reference_key="bins_032um_counts", ax=axes)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+# her2st ------------------------------------------------------------------------------------------------------------
+
+
+def run_her2st(args) -> dict:
+    """Leave each section out in turn; the model of C2, C3 and C4 also predicts B4, of another patient."""
+    results: dict[str, dict] = {}
+    for held in args.sections:
+        others = [n for n in ("C2", "C3", "C4") if n != held]  # C5 is in no training
+        objects = {n: px.datasets.her2st(n, path=args.data) for n in others}
+        start = time.perf_counter()
+        # The model that ships was trained on the others by `benchmarks/her2st.py train`.
+        model = px.models.load("her2st") if held == "C5" else px.tl.train(objects, seed=args.seed)
+        seconds, genes = round(time.perf_counter() - start), model.genes
+        net = PixNet(genes, mpp=model.mpp, decoder="none")
+        fits = [ref.pool(net, o, ["spots"], genes, None)["spots"] for o in objects.values()]
+        ridge, mlp = ref.ridge(fits[:-1], fits[-1:]), ref.mlp(fits[:-1], fits[-1:], seed=args.seed)
+        for name in ["C5", "B4"] if held == "C5" else [held]:
+            sdata = px.datasets.her2st(name, path=args.data)
+            px.tl.predict(sdata, model)
+            px.tl.aggregate(sdata, "spots")
+            pooled = ref.pool(net, sdata, ["spots"], genes, None)["spots"]
+            dense = _dense_rows(sdata, pooled)
+            smooth = np.log1p(ref.smoothed(pooled, 200.0))
+            found = {"trained on": others, "train_s": seconds, "spots": len(pooled.total)}
+            for method, predicted in (
+                ("PixNet", dense),
+                ("ridge on spots", ridge(pooled)),
+                ("MLP on spots", mlp(pooled)),
+                ("mean of measured neighbours", ref.neighbours(pooled, 200.0)),
+            ):
+                scores = _summary(predicted, pooled.target)
+                scores["pcc_mean_smoothed"] = round(float(np.nanmean(ref.pearson(predicted, smooth))), 4)
+                found[method] = scores
+            counts = pooled.cp10k * pooled.total[:, None] / 1e4
+            found["ceiling"] = round(float(np.nanmean(ref.ceiling(counts, pooled.total))), 4)
+            results[name] = found
+            print(name, json.dumps(found), flush=True)
+    return {"protocol": "her2st", "seed": args.seed, "sections": results}
+
+
+def _dense_rows(sdata: SpatialData, pooled: ref.Pooled) -> np.ndarray:
+    """Return log1p of the aggregated CP10k for the pooled spots, which are told by their centres."""
+    centres = (
+        np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * sdata.attrs["pixnet"]["mpp"]["he"]
+    )
+    distance, rows = cKDTree(centres).query(pooled.centres)
+    assert distance.max() < 10, "the pooled spots are not those of the table"
+    return np.log1p(sdata["spots_genes"].X[rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=["kidney", "her2st"])
+    parser.add_argument("data")
+    parser.add_argument("--methods", nargs="+", default=["dense", "mixed", "references"])
+    parser.add_argument("--seeds", type=int, default=1, help="kidney: runs of each method")
+    parser.add_argument("--seed", type=int, default=0, help="her2st")
+    parser.add_argument("--reverse", action="store_true", help="kidney: the split on which recipes were chosen")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        default=["C2", "C3", "C4", "C5"],
+        choices=["C2", "C3", "C4", "C5"],
+        help="her2st: sections to hold out",
+    )
+    parser.add_argument("--keep", help="kidney: folder to keep the trained models in")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    results = run_kidney(args) if args.protocol == "kidney" else run_her2st(args)
+    path = Path(args.json) if args.json else ROOT / "_generated" / f"quality_{args.protocol}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
