@@ -1,12 +1,14 @@
 """Run tutorials as a reader would, and keep their outputs: ``python tutorials/execute.py [NAME ...]`` (all of them).
 
 Real data is read from PIXNET_DATA_DIR (or ``../shared/data`` beside the checkout). The tests run the same notebooks with
-smaller values of the first cell's constants (its ``nbmake`` metadata); here nothing is made smaller.
+smaller values of the first cell's constants (its ``nbmake`` metadata); here nothing is made smaller. The time that each
+took is written into its first lines.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -29,6 +31,11 @@ def execute(path: Path) -> float:
         client.execute()
         text = nbformat.writes(notebook)
     seconds = time.perf_counter() - start
+    minutes = max(1, round(seconds / 60))
+    said = f"**Time:** about {minutes} minute{'s' * (minutes > 1)} on two cores"
+    notebook.cells[0].source, n = re.subn(r"\*\*Time:\*\* about .*? on two cores", said, notebook.cells[0].source)
+    if n != 1:
+        raise SystemExit(f"{path.name}: its first cell does not say '**Time:** about ... on two cores'")
     notebook.metadata["kernelspec"] = KERNEL
     notebook.metadata["language_info"] = {"name": "python"}
     nbformat.write(notebook, path)
