@@ -50,7 +50,7 @@ SCALES = {
     "100 um": ("spots_legacy", 100.0),
 }
 RECIPES = {"dense": {}, "pixelwise": {"decoder": "none", "widths": 128}}
-EPOCHS, BATCH, SLID_EPOCHS = 12, 32, 100
+EPOCHS, BATCH, SLID_EPOCHS = 40, 32, 100
 PARTS = ("slides", *RECIPES, "spots", *(f"score-{name}" for name in (*RECIPES, "slid")), "show")
 SHOWN, CORNER, EDGE_UM = "EPI1", (700, 700), 500  # of the figure: gene, upper left corner in um, edge
 

@@ -8,6 +8,7 @@ over the spot and turns the mean into expression. To answer finer than spots it 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import shapely
@@ -36,16 +37,16 @@ class SpotToVector(nn.Module):
     Parameters
     ----------
     channels
-        Of the encoder's maps.
+        Of the encoder's maps in use.
     n_genes
         Number of genes.
     width
         Units of each hidden layer.
     """
 
-    def __init__(self, channels: tuple[int, ...], n_genes: int, width: int = 128) -> None:
+    def __init__(self, channels: Sequence[int], n_genes: int, width: int = 128) -> None:
         super().__init__()
-        self.channels = tuple(channels)
+        self.channels = list(channels)
         self.register_buffer("mean", torch.zeros(sum(channels)))
         self.register_buffer("sd", torch.ones(sum(channels)))
         self.project = nn.Linear(sum(channels), width)
@@ -104,7 +105,8 @@ def train(
 ):
     """Fit the network; validation on the held-out spots chooses the pass, as in `pixnet.tl.train`."""
     torch.manual_seed(seed)
-    net = SpotToVector(_encoder(["a"]).encoder.channels, spots["cp10k"].shape[1])
+    source = _encoder(["a"])
+    net = SpotToVector([source.encoder.channels[i] for i in source.levels], spots["cp10k"].shape[1])
     flat = spots["features"].flatten(0, 1)
     net.mean.copy_(flat.mean(dim=0))
     net.sd.copy_(flat.std(dim=0).clamp(min=1e-3))
@@ -183,10 +185,11 @@ def first_layer(net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int
     """
     weight = net.project.weight / net.sd
     hidden = (net.project.bias - weight @ net.mean)[:, None, None]
-    encoder = _encoder(["a"])
-    for part, level, stride in zip(weight.split(net.channels, dim=1), maps, encoder.encoder.strides):
+    source = _encoder(["a"])
+    strides = [source.encoder.strides[i] for i in source.levels]
+    for part, level, stride in zip(weight.split(net.channels, dim=1), maps, strides, strict=True):
         x = torch.einsum("oc,chw->ohw", part, torch.from_numpy(level.astype(np.float32)))
-        hidden = hidden + _to_grid(x[None], stride, encoder.stride)[0]
+        hidden = hidden + _to_grid(x[None], stride, source.stride)[0]
     return hidden[:, : shape[0], : shape[1]]
 
 
