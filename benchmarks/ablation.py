@@ -1,0 +1,137 @@
+"""Which choices of the default recipe matter, on the kidney: a reduced protocol, several seeds.
+
+    python benchmarks/ablation.py DATA/visium_hd_kidney                       # all rows, three seeds
+    python benchmarks/ablation.py DATA/visium_hd_kidney --rows "loss: MSE only" --seeds 1
+
+The split is the reverse of `quality.py kidney`'s: trained below the middle of the section, tested above it. Features of a
+frozen encoder are computed once and shared by all rows; 8 passes, the best on a held-out block of the training part is tested, nothing
+is trained again on everything. Rows differ from the base in what they name. To fit two hours on two cores the base has
+no U-Net (decoder "none"); "decoder" rows put one back. Results go to docs/_generated/ablation.json, after each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import kidney
+import numpy as np
+import torch
+from quality import BINS, kidney_split
+
+import pixnet as px
+from pixnet._core.crops import crop_size
+from pixnet._core.features import cache_features, set_feature_statistics
+from pixnet._core.fit import _optimise, _set_baseline, evaluate_material
+from pixnet._core.material import Material
+from pixnet._core.recipe import Recipe
+from pixnet._sdata.sections import open_section, resolve_sources, split_block
+from pixnet.models import PixNet
+
+PASSES = 8
+BASE = {"decoder": "none"}
+ROWS: dict[str, dict] = {
+    "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px": {},
+    "decoder: SAFB (the default)": {"model": {"decoder": "safb"}},
+    "decoder: plain U-Net": {"model": {"decoder": "plain"}},
+    "link: softplus": {"model": {"link": "softplus"}},
+    "space: sum of logs (published)": {"model": {"quantity": "log_sum"}},
+    "space: mean of logs": {"model": {"quantity": "log_mean"}},
+    "loss: MSE only": {"recipe": {"loss": "mse"}},
+    "loss: PCC only": {"recipe": {"loss": "pcc"}},
+    "loss: Poisson + PCC": {"recipe": {"loss": "poisson+pcc"}},
+    "loss: negative binomial + PCC": {"recipe": {"loss": "nb+pcc"}},
+    "trained on 16 um bins": {"shapes": ["bins_016um"]},
+    "trained on spots and 32 um bins": {"shapes": ["spots", "bins_032um"]},
+    "trained on spots, 16 and 32 um bins": {"shapes": ["spots", "bins_016um", "bins_032um"]},
+    "stain: not varied": {"recipe": {"variants": 1}},
+    "um/px: 2, not enlarged": {"model": {"zoom": 1}},
+    "um/px: 2, not enlarged, encoder tuned": {"model": {"zoom": 1}, "recipe": {"tune_encoder": True, "lr": 5e-4}},
+}
+
+
+def sections(train, test, genes: list[str], mpp: float, stride: int):
+    """Return the training part but for a block, the block, and the test part, with all their shapes."""
+
+    def opened(sdata, shapes: list[str]):
+        tables = [f"{s}_counts" for s in shapes]
+        source = resolve_sources({"kidney": sdata}, None, shapes, tables, kidney.TOTAL_KEY)[0]
+        return open_section(source, genes, mpp, stride, layer=None, total_key=kidney.TOTAL_KEY, mask_key=None)
+
+    near, far = split_block(opened(train, ["spots", "bins_016um", "bins_032um"]))
+    return near, far, opened(test, [*BINS, "spots"])
+
+
+def only(material: Material, names: list[str]) -> Material:
+    """Return the material with the shapes of some elements; features are shared."""
+    out = copy.copy(material)
+    kept = [i for i, crop in enumerate(material.crops) if any(n in crop.rows for n in names)]
+    out.crops = [
+        replace(
+            material.crops[i],
+            rows={n: r for n, r in material.crops[i].rows.items() if n in names},
+            weights={n: w for n, w in material.crops[i].weights.items() if n in names},
+        )
+        for i in kept
+    ]
+    out.features = [[level[kept] for level in variant] for variant in material.features]
+    return out
+
+
+def run(row: dict, seed: int, materials: list[Material], genes: list[str], mpp: float) -> dict:
+    """Train one row with one seed and test it."""
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    recipe = Recipe(**{"max_epochs": PASSES, "patience": PASSES} | row.get("recipe", {}))
+    model = PixNet(genes, mpp=mpp, **BASE | row.get("model", {}))
+    model.encoder.requires_grad_(recipe.tune_encoder)
+    shapes = row.get("shapes", ["spots"])
+    train, valid = only(materials[0], shapes), only(materials[1], shapes)
+    train.features = train.features[: recipe.variants]
+    set_feature_statistics(model, train)
+    _set_baseline(model, train)
+    start = time.perf_counter()
+    state, _ = _optimise(model, train, valid, recipe, rng, "cpu")
+    found = {"seconds": round(time.perf_counter() - start)}
+    model.load_state_dict(state)
+    for name in [*BINS, "spots"]:
+        scores = evaluate_material(model, only(materials[2], [name]), recipe, "cpu")
+        found[name] = round(scores["pcc"], 4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).parents[1] / "docs" / "_generated" / "ablation.json"
+    )
+    args = parser.parse_args()
+    px.settings.progress = False
+    train, test, genes = kidney_split(args.data, reverse=True)
+    mpp = train.attrs["pixnet"]["mpp"]["he"]
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    ready: dict[int, list[Material]] = {}
+    for name in args.rows:
+        zoom = ROWS[name].get("model", {}).get("zoom", 2)
+        if zoom not in ready:
+            net = PixNet(genes, mpp=mpp, zoom=zoom)
+            parts = sections(train, test, genes, mpp, net.stride)
+            ready = {zoom: [Material([part], crop_size(list(parts))) for part in parts]}
+            rng = torch.Generator().manual_seed(0)
+            for material, variants in zip(ready[zoom], (Recipe().variants, 1, 1)):
+                cache_features(net, material, variants, Recipe().stain, rng, "cpu", "features")
+        results[name] = [run(ROWS[name], seed, ready[zoom], genes, mpp) for seed in range(args.seeds)]
+        mean = {k: round(float(np.mean([r[k] for r in results[name]])), 4) for k in results[name][0]}
+        print(name, json.dumps(mean), flush=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

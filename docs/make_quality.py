@@ -1,0 +1,103 @@
+"""Write the tables of the quality page from what `benchmarks/quality.py` and `benchmarks/ablation.py` measured.
+
+python docs/make_quality.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+GENERATED = Path(__file__).parent / "_generated"
+SCALES = {
+    "bins_008um": "8 µm",
+    "bins_016um": "16 µm",
+    "bins_032um": "32 µm",
+    "bins_056um": "56 µm",
+    "spots": "55 µm spots",
+}
+ORDER = (
+    "PixNet on spots",
+    "PixNet on spots and bins",
+    "ridge on spots",
+    "MLP on spots",
+    "MLP on spots, slid",
+    "MLP on 16 um bins",
+    "MLP on 32 um bins",
+    "mean of measured neighbours",
+    "section mean",
+    "ceiling (perfect prediction)",
+)
+
+
+def spread(values: list[float]) -> str:
+    """Return mean and, of several, standard deviation."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+
+
+def kidney() -> list[str]:
+    """Return the rows of the kidney's table."""
+    methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
+    lines = [f"| method | {' | '.join(SCALES.values())} |", "|---" * (len(SCALES) + 1) + "|"]
+    ceiling = methods.get("ceiling (perfect prediction)", [{}])[0]
+    for name in [m for m in ORDER if m in methods]:
+        cells = []
+        for key in SCALES:
+            values = [run[key]["pcc_mean"] for run in methods[name] if "pcc_mean" in run.get(key, {})]
+            cells.append(spread(values) if values else "–")
+        lines.append(f"| {name.replace(' um', ' µm')} | {' | '.join(cells)} |")
+    if ceiling and "PixNet on spots" in methods:
+        shares = [
+            f"{np.mean([r[key]['pcc_mean'] for r in methods['PixNet on spots']]) / ceiling[key]['pcc_mean']:.0%}"
+            for key in SCALES
+        ]
+        lines.append(f"| *PixNet on spots, share of the ceiling* | {' | '.join(shares)} |")
+    return lines
+
+
+def her2st() -> list[str]:
+    """Return the rows of the her2st table: a section and a method each."""
+    sections = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]
+    lines = [
+        "| tested on | trained on | method | PCC mean | median | first quartile | MSE | MAE | PCC mean, 3 x 3-smoothed targets |",
+        "|---" * 9 + "|",
+    ]
+    for section, found in sections.items():
+        who = "another patient" if section.startswith("B") else "same patient"
+        for method, scores in found.items():
+            if isinstance(scores, dict):
+                lines.append(
+                    f"| {section} ({who}) | {', '.join(found['trained on'])} | {method} | {scores['pcc_mean']:.3f} | {scores['pcc_median']:.3f} "
+                    f"| {scores['pcc_q1']:.3f} | {scores['mse']:.3f} | {scores['mae']:.3f} | {scores['pcc_mean_smoothed']:.3f} |"
+                )
+        lines.append(f"| {section} ({who}) | | ceiling (perfect prediction) | {found['ceiling']:.3f} | | | | | |")
+    within = [f["PixNet"]["pcc_mean"] for s, f in sections.items() if s.startswith("C")]
+    lines += ["", f"Within patient, mean over {len(within)} sections left out: PCC {np.mean(within):.3f}."]
+    return lines
+
+
+def ablation() -> list[str]:
+    """Return the rows of the ablation."""
+    rows = json.loads((GENERATED / "ablation.json").read_text())
+    lines = [f"| what differs | seeds | {' | '.join(SCALES.values())} |", "|---" * (len(SCALES) + 2) + "|"]
+    for name, runs in rows.items():
+        cells = [spread([run[key] for run in runs]) for key in SCALES]
+        lines.append(f"| {name.replace(' um', ' µm')} | {len(runs)} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    for name, make, source in (
+        ("quality_kidney", kidney, "quality_kidney"),
+        ("quality_her2st", her2st, "quality_her2st"),
+        ("ablation", ablation, "ablation"),
+    ):
+        if (GENERATED / f"{source}.json").exists():
+            (GENERATED / f"{name}.md").write_text("\n".join(make()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
