@@ -152,3 +152,9 @@ def test_a_map_of_log_sums_is_not_taken_for_densities(slide):
         px.pl.gene_map(slide, "EPCAM", quantity="cp10k")
     _, ax = px.pl.gene_map(slide, "EPCAM")
     assert ax.child_axes[0].get_ylabel() == "log1p CP10k / µm²"
+
+
+def test_scales_shows_the_predicted_map_beside_others(slide):
+    slide["truth"] = slide["he_genes"].copy()
+    axes = px.pl.scales(slide, "EPCAM", "spots")
+    assert [ax.get_title().split(" (")[0] for ax in axes] == ["H&E", "EPCAM, map", "spots "]

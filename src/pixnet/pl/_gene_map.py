@@ -163,7 +163,9 @@ def gene_map(
         # The unit of the genes stands once, beside the last of them.
         bar_labels = dict.fromkeys(genes, "")
         bar_labels.update(
-            dict.fromkeys([g for g in genes if g != TOTAL][-1:], LABELS.get(quantity if held == "density" else held, held))
+            dict.fromkeys(
+                [g for g in genes if g != TOTAL][-1:], LABELS.get(quantity if held == "density" else held, held)
+            )
         )
         bar_labels[TOTAL] = LABELS[TOTAL]
         for panel, gene, picture in zip(axes[beside:], genes, values, strict=True):

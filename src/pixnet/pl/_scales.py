@@ -20,7 +20,7 @@ from pixnet._sdata.elements import (
     resolve_any_image,
     resolve_shapes,
 )
-from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
+from pixnet.pl._frame import draw_image, panel_pixels, read_pixels, recorded
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
@@ -201,6 +201,7 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
             for key in sdata.images
             if is_gene_map(sdata[key]) and gene in channel_names(sdata[key]) and map_quantity(sdata, key) == "density"
         ]
+        maps = [key for key in maps if key in recorded(sdata, "images")] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
     key = resolve_any_image(sdata, image_key)
     if not is_gene_map(sdata[key]):
