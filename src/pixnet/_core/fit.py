@@ -183,7 +183,7 @@ def _optimise(
         losses = []
         order = torch.randperm(len(train.crops), generator=rng).tolist()
         for number, chosen in enumerate(batches_of(train, order, recipe.batch_shapes, recipe.batch_crops)):
-            batch = collate(train, chosen, device)
+            batch = collate(train, chosen, device, rng)
             losses.append(
                 _step(
                     model, train, batch, recipe, rng, device, optimiser, trained, f"epoch {epoch}, batch {number + 1}"

@@ -200,9 +200,25 @@ def _of_one_section(material: Material, order: Sequence[int], shapes: int, most:
     return out
 
 
-def collate(material: Material, chosen: list[int], device: str) -> Batch:
-    """Put the chosen crops together, on a device."""
+ENOUGH_PX = 200
+"""Pixels of a shape that a training step looks at, about: the mean over more of them is the same but for little noise."""
+
+
+def thinned(crop: Crop, rng: torch.Generator) -> Crop:
+    """Return the crop with a random part of its pixels, so many that its smallest shape keeps `ENOUGH_PX` or all it has."""
+    fewest = min(int(np.diff(w.indptr).min()) for w in crop.weights.values())
+    if fewest <= ENOUGH_PX:
+        return crop
+    kept = np.flatnonzero(torch.rand(len(crop.pixels), generator=rng).numpy() < ENOUGH_PX / fewest)
+    weights = {name: w[:, kept] for name, w in crop.weights.items()}
+    return replace(crop, pixels=crop.pixels[kept], weights=weights)
+
+
+def collate(material: Material, chosen: list[int], device: str, thin: torch.Generator | None = None) -> Batch:
+    """Put the chosen crops together, on a device; with ``thin``, of large shapes only some of the pixels, drawn from it."""
     crops = [material.crops[i] for i in chosen]
+    if thin is not None:
+        crops = [thinned(crop, thin) for crop in crops]
     sizes = [len(c.pixels) for c in crops]
     names = sorted({name for c in crops for name in c.rows})
     weights, cp10k, depth, umi = {}, {}, {}, {}
