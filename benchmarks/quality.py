@@ -153,12 +153,12 @@ def run_kidney(args) -> dict:
 
 
 def draw_kidney(test: SpatialData, path: Path, gene: str = "NPHS2") -> None:
-    """Draw a gene measured in 16 um bins beside its dense map."""
+    """Draw a gene measured in 32 um bins beside its prediction."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     px.pl.compare(test, gene, table_key="bins_032um_genes", reference_key="bins_032um_counts", ax=axes)
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=85)
     plt.close(fig)
 
 
