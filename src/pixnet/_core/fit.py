@@ -275,7 +275,7 @@ def evaluate_material(model: PixNet, material: Material, recipe: Recipe, device:
     found: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
     for index in range(len(material.sections)):
         own = [i for i, crop in enumerate(material.crops) if crop.section == index]
-        for chosen in batches_of(material, own, 10**9, recipe.batch_crops) if own else []:
+        for chosen in batches_of(material, own, 10**9, min(recipe.batch_crops, 8)) if own else []:
             batch = collate(material, chosen, device)
             if recipe.tune_encoder:
                 pixels = torch.stack([material.pixels(material.crops[i], crop_halo(model)) for i in chosen]).to(device)
