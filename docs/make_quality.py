@@ -69,9 +69,10 @@ def her2st() -> list[str]:
         who = "another patient" if section.startswith("B") else "same patient"
         for method, scores in found.items():
             if isinstance(scores, dict):
+                smooth = f"{scores['pcc_mean_smoothed']:.3f}" if "pcc_mean_smoothed" in scores else "–"
                 lines.append(
                     f"| {section} ({who}) | {', '.join(found['trained on'])} | {method} | {scores['pcc_mean']:.3f} | {scores['pcc_median']:.3f} "
-                    f"| {scores['pcc_q1']:.3f} | {scores['mse']:.3f} | {scores['mae']:.3f} | {scores['pcc_mean_smoothed']:.3f} |"
+                    f"| {scores['pcc_q1']:.3f} | {scores['mse']:.3f} | {scores['mae']:.3f} | {smooth} |"
                 )
         lines.append(f"| {section} ({who}) | | ceiling (perfect prediction) | {found['ceiling']:.3f} | | | | | |")
     within = [f["PixNet"]["pcc_mean"] for s, f in sections.items() if s.startswith("C")]
