@@ -451,6 +451,14 @@ def test_a_corrupt_chunk_is_named_and_the_run_resumed(backed, model):
 # interruptions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded():
+    """A process that a shell started in the background ignores Ctrl-C: not here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(monkeypatch, n, error):
     """Fail at a tile; Ctrl-C comes as it does: a signal to the main thread while others work."""
     original, count = inference.TileRunner.tile, []
