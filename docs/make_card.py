@@ -51,7 +51,7 @@ def main() -> None:
         "",
         f"Best predicted genes (r): {best}.",
         "",
-        f"Predicting the whole section took {measured['predict_s']:.0f} s and {measured['predict_peak_gb']:.1f} GB (peak of the process) on 2 cores.",
+        f"Predicting the whole section took {measured['predict_s']:.0f} s and {measured['predict_peak_gb']:.1f} GB (peak of the process) on 2 cores that did other work besides.",
     ]
     (GENERATED / "her2st_card.md").write_text("\n".join(lines) + "\n")
 
