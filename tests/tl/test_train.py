@@ -450,6 +450,12 @@ class TestRefusals:
         with pytest.raises(KeyError, match="lacks 1 of the 2 genes: 'NOPE'"):
             px.tl.train(slide, model=px.models.PixNet(["PINK", "NOPE"], encoder="patch-test", widths=8))
 
+    def test_a_gene_that_only_the_last_object_lacks(self, slide):
+        other = coloured_slide(2)
+        other["spots_counts"].var_names = ["PINK", "OTHER", "FLAT", "REST"]
+        with pytest.raises(KeyError, match="lacks 1 of the 2 genes: 'BLUE'"):
+            train([slide, other], genes=["PINK", "BLUE"], validation=["1"])
+
     def test_numbers(self, slide):
         wrong = {"max_epochs": 0, "seed": -1, "mpp": -1, "loss": "huber", "lr": 0, "variants": 0, "dropout": 1, "ema": 1,
                  "batch_shapes": 1.5, "weight_decay": -1}  # fmt: skip

@@ -146,6 +146,7 @@ def train(
     sources = [*train_sources, *valid_sources]
     _check_totals(sources, total_key)
     genes = _genes(genes, model, train_sources, layer, total_key)
+    _check_genes_everywhere(genes, sources)
     model_mpp = model.mpp if model is not None else _model_mpp(mpp, sources)
 
     import torch
@@ -277,6 +278,15 @@ def _genes(
         )
         found = [g for g in ranked if g in (common or ())][:250]
     return _without_silent(found, sources, layer)
+
+
+def _check_genes_everywhere(genes: list[str], sources: Sequence[Source]) -> None:
+    """Refuse a table that lacks a gene before any slide is opened."""
+    from pixnet._sdata.genes import gene_positions
+
+    for source in sources:
+        for key in source.pairs.values():
+            gene_positions(source.sdata.tables[key], key, genes)
 
 
 def _without_silent(genes: list[str], sources: Sequence[Source], layer: str | None) -> list[str]:
