@@ -180,14 +180,14 @@ def run_her2st(args) -> dict:
         ridge, mlp = ref.ridge(fits[:-1], fits[-1:]), ref.mlp(fits[:-1], fits[-1:], seed=args.seed)
         for name in ["C5", "B4"] if held == "C5" else [held]:
             sdata = px.datasets.her2st(name, path=args.data)
-            px.tl.predict(sdata, model)
-            px.tl.aggregate(sdata, "spots")
             pooled = ref.pool(net, sdata, ["spots"], genes, None)["spots"]
-            dense = _dense_rows(sdata, pooled)
+            px.pp.normalize_stain(sdata, model)
+            dense, normalised = (_dense_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
             smooth = np.log1p(ref.smoothed(pooled, 200.0))
             found = {"trained on": others, "train_s": seconds, "spots": len(pooled.total)}
             for method, predicted in (
                 ("PixNet", dense),
+                ("PixNet, stain normalised", normalised),
                 ("ridge on spots", ridge(pooled)),
                 ("MLP on spots", mlp(pooled)),
                 ("mean of measured neighbours", ref.neighbours(pooled, 200.0)),
@@ -203,8 +203,10 @@ def run_her2st(args) -> dict:
     return {"protocol": "her2st", "seed": args.seed, "sections": results}
 
 
-def _dense_rows(sdata: SpatialData, pooled: ref.Pooled) -> np.ndarray:
+def _dense_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: ref.Pooled) -> np.ndarray:
     """Return log1p of the aggregated CP10k for the pooled spots, which are told by their centres."""
+    px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
+    px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
     centres = (
         np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * sdata.attrs["pixnet"]["mpp"]["he"]
     )

@@ -98,6 +98,32 @@ def _fine(values: np.ndarray) -> np.ndarray:
     return (squares - squares.mean(axis=(1, 3), keepdims=True)).reshape(values.shape)
 
 
+def matching_table(found: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return what each value of R, G and B becomes for the tissue to have the optical density of the training slides.
+
+    Parameters
+    ----------
+    found
+        The slide's :func:`statistics`.
+    training
+        Those of each training slide; their average is what is aimed at.
+
+    Returns
+    -------
+    numpy.ndarray
+        ``(3, 256)`` uint8.
+    """
+    mean, sd = (np.array(found[name])[:, None] for name in ("od_mean", "od_sd"))
+    aim, spread = (np.mean([slide[name] for slide in training], axis=0)[:, None] for name in ("od_mean", "od_sd"))
+    density = (optical_density(np.arange(256)[None, :]) - mean) * (spread / np.maximum(sd, 1e-6)) + aim
+    return (255 * np.power(10.0, -density)).clip(0, 255).round().astype(np.uint8)
+
+
+def apply_table(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Look each value of ``(3, y, x)`` up in the table of its channel."""
+    return np.stack([values[channel] for values, channel in zip(table, pixels)])
+
+
 def differences(found: Mapping[str, Any] | None, training: Sequence[Mapping[str, Any]] | None) -> list[str]:
     """Return what differs between a slide and all of the training slides, in words; empty: nothing much.
 

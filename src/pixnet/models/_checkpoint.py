@@ -88,6 +88,27 @@ def load(path: str | Path) -> PixNet:
     return _build(path, header, tensors)
 
 
+def resolve_model(model: Any) -> tuple[PixNet, str]:
+    """Return the model that an argument means, and what to call it: a PixNet, a path or a name; None is the one that ships.
+
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    """
+    from pixnet.models._pixnet import PixNet
+
+    if model is None:
+        model = "her2st"
+    if isinstance(model, str | Path):
+        return load(model), Path(model).stem
+    if not isinstance(model, PixNet):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; pass a PixNet, the path or name of a checkpoint, or None"
+        )
+    return model, str(model.config.get("name") or f"{len(model.genes)} genes, {model.config.get('encoder', 'PixNet')}")
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read header and tensors, or say what the file is instead."""
     from safetensors import SafetensorError, safe_open

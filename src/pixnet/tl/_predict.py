@@ -150,6 +150,7 @@ def predict(
     from pixnet._core.stain import differences, sample, statistics
     from pixnet._core.tiling import SlideReader, choose_grid
     from pixnet._sdata.tissue import open_mask
+    from pixnet.models._checkpoint import resolve_model
 
     # what is meant, and whether it can be done
     check_sdata(sdata, "tl.predict")
@@ -166,7 +167,7 @@ def predict(
     _check_arguments(dtype, scale_factors, tile_size, out_mpp, resume, inplace)
     device = resolve_device(settings.device if device is None else device)
     precision = resolve_precision(settings.precision if precision is None else precision, device)
-    model, model_name = _resolve_model(model)
+    model, model_name = resolve_model(model)
     genes, channels = _resolve_genes(model, genes)
     pyramid = levels(sdata.images[image_key])
     grid = choose_grid(
@@ -216,7 +217,7 @@ def predict(
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
-            "without checking it against measured genes",
+            "without checking it against measured genes; pixnet.pp.normalize_stain may help",
             image_key,
             "; ".join(differs),
         )
@@ -269,20 +270,6 @@ def predict(
     stream = MapStream.open(sdata, key, spec, job, resume)
     store_map(runner, stream, sdata, key, entry)
     return None
-
-
-def _resolve_model(model: Any) -> tuple[PixNet, str]:
-    from pixnet.models import PixNet, load
-
-    if model is None:
-        model = "her2st"
-    if isinstance(model, str | Path):
-        return load(model), Path(model).stem
-    if not isinstance(model, PixNet):
-        raise TypeError(
-            f"model is of type {type(model).__name__}; pass a PixNet, the path or name of a checkpoint, or None"
-        )
-    return model, str(model.config.get("name") or f"{len(model.genes)} genes, {model.config.get('encoder', 'PixNet')}")
 
 
 def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str], list[int] | None]:

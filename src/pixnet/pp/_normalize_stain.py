@@ -1,0 +1,138 @@
+"""The stain of a slide brought to that of the slides a model was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from spatialdata.transformations import get_transformation
+
+from pixnet._sdata import elements
+from pixnet._sdata.store import local_store, put
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+    from xarray import DataArray, DataTree
+
+    from pixnet.models import PixNet
+
+
+def normalize_stain(
+    sdata: SpatialData,
+    model: PixNet | str | Path | None = None,
+    *,
+    image_key: str | None = None,
+    mask_key: str | bool | None = None,
+    key_added: str | None = None,
+    overwrite: bool = False,
+    inplace: bool = True,
+) -> DataArray | DataTree | None:
+    """Bring the stain of a slide to that of the slides a model was trained on, for slides of another laboratory or patient.
+
+    Mean and standard deviation of the optical density of the tissue, in R, G and B, become those that the model keeps
+    of its training slides. Predict from the new image then: ``pixnet.tl.predict(sdata, model, image_key="he_normalized")``.
+    The benchmarks say when it helps (a new patient) and when not (a section like those trained on).
+
+    Parameters
+    ----------
+    sdata
+        Object that holds the image; its um/px must be known.
+    model
+        The model that will predict, its path or its name; ``None`` is the one that `pixnet.tl.predict` takes.
+    image_key
+        The H&E image. ``None`` resolves it.
+    mask_key
+        Where tissue is, as for `pixnet.tl.predict`.
+    key_added
+        Name of the new image; ``None`` is ``"{image_key}_normalized"``.
+    overwrite
+        Replace an element of that name.
+    inplace
+        Add the image to ``sdata`` (and to its store when it is backed) and return None; ``False`` returns it.
+
+    Returns
+    -------
+    DataArray, DataTree or None
+        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its um/px and its
+        tissue mask, if it has one, are those of the image.
+
+    Raises
+    ------
+    KeyError
+        If there is no such image or mask.
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If um/px is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
+        slides.
+
+    Notes
+    -----
+    Reinhard's colour transfer, in optical density in place of Lab: each channel goes through a table of 256 values, so
+    nothing depends on how the slide is cut.
+
+    References
+    ----------
+    Reinhard et al., Color transfer between images, IEEE Computer Graphics and Applications 2001.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> sdata = px.datasets.synthetic_tissue(size_um=300, stain_seed=1)
+    >>> px.pp.normalize_stain(sdata)
+    >>> sdata["he_normalized"]["scale0"]["image"].dtype
+    dtype('uint8')
+    """
+    from pixnet._core.masking import TissueMask
+    from pixnet._core.stain import apply_table, matching_table, sample, statistics
+    from pixnet._core.tiling import SlideReader, choose_grid
+    from pixnet._sdata.tissue import mask_on_grid
+    from pixnet.io._raster import raster_element
+    from pixnet.models._checkpoint import resolve_model
+
+    elements.check_sdata(sdata, "pp.normalize_stain")
+    image_key = elements.resolve_image(sdata, image_key)
+    mpp = elements.get_mpp(sdata, image_key)
+    tissue = elements.tissue_key(sdata, image_key, mask_key)
+    key_added = f"{image_key}_normalized" if key_added is None else key_added
+    if inplace:
+        elements.check_key_free(sdata, key_added, overwrite)
+        elements.check_replaces(sdata, key_added, "images")
+        if key_added == image_key:
+            raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
+        local_store(sdata)
+    model, name = resolve_model(model)
+    training = model.config.get("stain")
+    if not training:
+        raise ValueError(
+            f"model {name!r} does not know the stain of its training slides; models that pixnet.tl.train made do"
+        )
+
+    levels = elements.levels(sdata.images[image_key])
+    shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in levels]
+    grid = choose_grid([level.scale for level in levels], shapes, mpp, model.mpp, model.stride)
+    mask = mask_on_grid(sdata, image_key, mask_key, grid)
+    found = statistics(
+        sample(SlideReader(levels[grid.level].data.data, grid, image_key), mask), isinstance(mask, TissueMask)
+    )
+    if found is None:
+        raise ValueError(
+            f"no tissue on image {image_key!r}: there is no stain to normalise; check its mask (mask_key=)"
+        )
+    table = matching_table(found, training)
+    full = levels[0].data
+    element = raster_element(
+        [level.data.data.map_blocks(apply_table, table, dtype=np.uint8) for level in levels],
+        [level.scale for level in levels],
+        transformations=get_transformation(full, get_all=True),
+        channels=elements.channel_names(full),
+    )
+    if not inplace:
+        return element
+    known = elements.record(sdata)
+    known["mpp"][key_added] = mpp
+    if isinstance(tissue, str):
+        known["masks"][key_added] = tissue
+    put(sdata, key_added, element, overwrite=overwrite)
+    return None
