@@ -47,7 +47,7 @@ DEFAULT = {
     "precision": None,
     "workers": 0,
     "tile": None,
-    "decoder": "safb",
+    "decoder": "none",
     "halo": None,
 }
 NUMBERS = {"size", "genes", "workers", "tile", "halo"}

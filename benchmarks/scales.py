@@ -7,9 +7,9 @@ Trained on legacy spots (100 um across, 200 um apart) of synthetic tissues, test
 noise-free map that the counts of a synthetic tissue are drawn from. Three networks have the same features of the same frozen
 encoder, the same spots and the same loss:
 
-- ``dense``: `pixnet.tl.train` as it is: decoder, map, sum over the spot;
-- ``pixelwise``: the same with a perceptron on each pixel's features in place of the decoder (``decoder="none"``);
-- ``slid``: that perceptron on the mean of the features inside the spot (`spot_to_vector.py`), which is what spot-to-vector
+- ``dense``: `pixnet.tl.train` as it is: a perceptron on each pixel's features, a map, its sum over the spot;
+- ``unet``: the same with a U-Net beside it (``decoder="safb"``);
+- ``slid``: the perceptron on the mean of the features inside the spot (`spot_to_vector.py`), which is what spot-to-vector
   methods do. It answers finer by moving over the slide, 2 um a step, with the 100 um window it was trained with
   (``slid, 100 um``) or with a window of the area of what is asked for (``slid, shrunk``).
 
@@ -49,7 +49,7 @@ SCALES = {
     "55 um": ("spots", 55.0),
     "100 um": ("spots_legacy", 100.0),
 }
-RECIPES = {"dense": {}, "pixelwise": {"decoder": "none", "widths": 128}}
+RECIPES = {"dense": {}, "unet": {"decoder": "safb"}}
 EPOCHS, BATCH, SLID_EPOCHS = 40, 32, 100
 PARTS = ("slides", *RECIPES, "spots", *(f"score-{name}" for name in (*RECIPES, "slid")), "show")
 SHOWN, CORNER, EDGE_UM = "EPI1", (700, 700), 500  # of the figure: gene, upper left corner in um, edge

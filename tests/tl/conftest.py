@@ -67,7 +67,7 @@ def coloured_slide(seed: int = 0, size: int = 768, pitch: float = 48.0) -> Spati
     return sdata
 
 
-QUICK = {"encoder": "patch-test", "widths": 16, "window": 256, "halo": 64, "mask_key": False, "variants": 1, "lr": 1e-2,
+QUICK = {"encoder": "patch-test", "hidden": 16, "window": 256, "halo": 64, "mask_key": False, "variants": 1, "lr": 1e-2,
          "genes": ["PINK", "BLUE", "FLAT"]}  # fmt: skip
 
 

@@ -39,8 +39,8 @@ class Recipe:
         If a number is out of range or there is no such loss.
     """
 
-    max_epochs: int = 12
-    patience: int = 5
+    max_epochs: int = 30
+    patience: int = 8
     lr: float = 2e-3
     weight_decay: float = 1e-2
     loss: str = "mse+pcc"
@@ -49,7 +49,7 @@ class Recipe:
     batch_crops: int = 32
     variants: int = 2
     stain: float = 0.15
-    dropout: float = 0.1
+    dropout: float = 0.2
     ema: float = 0.98
     tune_encoder: bool = False
     refit: bool = True

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DECODERS = ("safb", "plain", "none", "paper")
+DECODERS = ("none", "safb", "plain", "paper")
 
 ATTENTION_PX = 64
 """Attention runs inside segments of this many image pixels, anchored at the slide's origin: never across a tile's edge."""

@@ -50,10 +50,11 @@ class PixNet(nn.Module):
     encoder
         A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol.
     decoder
-        ``"safb"``: U-Net with separable attention fusion, beside direct paths from the encoder; ``"plain"``: the same with
-        concatenation in place of attention; ``"none"``: the direct paths alone, that is a perceptron on stacked features; ``"paper"``: the published one (see `paper`).
+        ``"none"``: no U-Net; all maps of the encoder are stacked at the output stride and a perceptron runs on each pixel.
+        ``"safb"``: beside that, a U-Net with separable attention fusion; ``"plain"``: the same with concatenation in place of
+        attention; ``"paper"``: the published one (see `paper`).
     widths
-        Channels of the decoder at each of the encoder's levels, finest first; one number for all.
+        Channels of a U-Net at each of the encoder's levels, finest first; one number for all.
         The default fits any number of levels. Of ``decoder="paper"``: of its levels, from the output stride to 32.
     hidden
         Channels of the decoded map, and of the layer after it that sees one pixel at a time.
@@ -101,7 +102,7 @@ class PixNet(nn.Module):
         mpp: float = 0.5,
         stride: int | None = None,
         encoder: str | nn.Module = "efficientnet_lite0",
-        decoder: str = "safb",
+        decoder: str = "none",
         widths: int | Sequence[int] = DEFAULT_WIDTHS,
         hidden: int = 128,
         members: int = 1,
