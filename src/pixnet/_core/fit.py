@@ -167,7 +167,8 @@ def _optimise(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
     per_epoch = len(batches_of(train, range(len(train.crops)), recipe.batch_shapes, recipe.batch_crops))
-    steps = per_epoch * recipe.max_epochs
+    passes = recipe.max_epochs if epochs is None else epochs
+    steps = per_epoch * passes
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda t: min((t + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(t / max(steps, 1), 1))))
@@ -177,7 +178,6 @@ def _optimise(
     running = [averaged[k] for k in live]
     best, best_loss, best_epoch, step = averaged, math.inf, 0, 0
     label = "training" if valid is not None else "training on all"
-    passes = recipe.max_epochs if epochs is None else epochs
     bar = tqdm(range(1, passes + 1), desc=label, unit="epoch", file=sys.stderr, disable=not settings.progress)
     for epoch in bar:
         losses = []

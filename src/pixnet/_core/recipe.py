@@ -31,7 +31,8 @@ class Recipe:
     tune_encoder
         Train the encoder too; features are then computed anew at every step.
     refit
-        Once validation has told how many passes to make, train again from the start on training and validation together.
+        Once validation has told how many passes to make, train again from the start on training and validation together, with
+        a rate that falls to zero over these passes.
 
     Raises
     ------
@@ -49,7 +50,7 @@ class Recipe:
     batch_crops: int = 32
     variants: int = 2
     stain: float = 0.15
-    dropout: float = 0.2
+    dropout: float = 0.4
     ema: float = 0.98
     tune_encoder: bool = False
     refit: bool = True
