@@ -13,7 +13,7 @@ from pathlib import Path
 import pixnet as px
 
 GENERATED = Path(__file__).parent / "_generated"
-CORES = "one core"  # of the machine that made her2st.json
+CORES = "one core, with other work on the next"  # where her2st.json was made
 
 
 def main() -> None:
