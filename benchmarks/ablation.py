@@ -32,7 +32,7 @@ from pixnet._core.recipe import Recipe
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 from pixnet.models import PixNet
 
-REDUCED = {"max_epochs": 8, "patience": 8, "dropout": 0.1}
+REDUCED = {"max_epochs": 8, "dropout": 0.1}
 ROWS: dict[str, dict] = {
     "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px": {},
     "decoder: U-Net with separable attention (SAFB)": {"model": {"decoder": "safb"}},
@@ -48,6 +48,11 @@ ROWS: dict[str, dict] = {
     "trained on spots and 32 um bins": {"shapes": ["spots", "bins_032um"]},
     "trained on spots, 16 and 32 um bins": {"shapes": ["spots", "bins_016um", "bins_032um"]},
     "stain: not varied": {"recipe": {"variants": 1}},
+    "decoders averaged: 3": {"model": {"members": 3}},
+    "passes: 24": {"recipe": {"max_epochs": 24}},
+    "passes: 24; decoder: SAFB": {"model": {"decoder": "safb"}, "recipe": {"max_epochs": 24}},
+    "passes: 24; rate: 4e-3": {"recipe": {"max_epochs": 24, "lr": 4e-3}},
+    "passes and dropout of the default (30 and 0.4)": {"recipe": {"max_epochs": 30, "dropout": 0.4}},
     "um/px: 2, not enlarged": {"model": {"zoom": 1}},
     "um/px: 2, not enlarged, encoder tuned": {"model": {"zoom": 1}, "recipe": {"tune_encoder": True, "lr": 5e-4}},
 }
@@ -85,7 +90,8 @@ def run(row: dict, seed: int, materials: list[Material], genes: list[str], mpp: 
     """Train one row with one seed and test it."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    recipe = Recipe(**REDUCED | row.get("recipe", {}))
+    settings = REDUCED | row.get("recipe", {})
+    recipe = Recipe(patience=settings["max_epochs"], **settings)  # every row makes all its passes
     model = PixNet(genes, mpp=mpp, **row.get("model", {}))
     model.encoder.requires_grad_(recipe.tune_encoder)
     shapes = row.get("shapes", ["spots"])
