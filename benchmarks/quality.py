@@ -182,7 +182,7 @@ def run_her2st(args) -> dict:
             sdata = px.datasets.her2st(name, path=args.data)
             pooled = ref.pool(net, sdata, ["spots"], genes, None)["spots"]
             px.pp.normalize_stain(sdata, model)
-            dense, normalised = (_dense_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
+            dense, normalised = (_predicted_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
             smooth = np.log1p(ref.smoothed(pooled, 200.0))
             found = {"trained on": others, "train_s": seconds, "spots": len(pooled.total)}
             for method, predicted in (
@@ -203,8 +203,8 @@ def run_her2st(args) -> dict:
     return {"protocol": "her2st", "seed": args.seed, "sections": results}
 
 
-def _dense_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: ref.Pooled) -> np.ndarray:
-    """Return log1p of the aggregated CP10k for the pooled spots, which are told by their centres."""
+def _predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: ref.Pooled) -> np.ndarray:
+    """Predict from an image and return log1p of the CP10k of the pooled spots, which are told by their centres."""
     px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
     px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
     centres = (

@@ -21,9 +21,9 @@ from pixnet._core.crops import crop_size
 from pixnet._core.features import cache_features, crop_halo, encode_crops
 from pixnet._core.material import Material
 from pixnet._core.packing import pack
-from pixnet._core.tiling import SlideReader
-from pixnet._sdata.elements import get_mpp, levels, resolve_image
-from pixnet._sdata.sections import Source, open_section, resolve_sources, slide_grid
+from pixnet._sdata.elements import resolve_image
+from pixnet._sdata.sections import open_section, resolve_sources
+from pixnet._sdata.slide import slide_grid, slide_reader
 from pixnet._sdata.tissue import mask_on_grid
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
@@ -156,8 +156,8 @@ def encode_slide(sdata, genes: list[str]) -> tuple[list[np.ndarray], np.ndarray]
     """Return the encoder's maps of a whole slide, float16, and its tissue mask on the 2 um grid."""
     net = _encoder(genes)
     key = resolve_image(sdata)
-    grid = slide_grid(Source("slide", sdata, key, get_mpp(sdata, key), {}), net.mpp, net.stride)
-    reader = SlideReader(levels(sdata[key])[grid.level].data.data, grid)
+    grid = slide_grid(sdata, key, net.mpp, net.stride)
+    reader = slide_reader(sdata, key, grid)
     halo = crop_halo(net)
     height, width = grid.shape
     rows, cols = -(-height // CORE), -(-width // CORE)

@@ -75,6 +75,21 @@ def test_levels_systems_scale_and_mask_are_those_of_the_image(slide, model):
     assert slide.attrs["pixnet"]["images"]["he_normalized_genes"]["image_key"] == "he_normalized"
 
 
+def test_channels_in_chunks_of_their_own(slide, model):
+    expected = levels(px.pp.normalize_stain(slide, model, inplace=False))[0].data.values
+    pixels = levels(slide["he"])[0].data.data.rechunk((1, 300, 300))
+    slide["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    found = levels(px.pp.normalize_stain(slide, model, inplace=False))[0].data.values
+    assert np.abs(found.astype(int) - expected).max() <= 1  # one level in place of a pyramid
+
+
+def test_a_mask_that_is_no_longer_used_is_forgotten(slide, model):
+    model.config["stain"] += [s | {"masked": False} for s in model.config["stain"]]
+    px.pp.normalize_stain(slide, model)
+    px.pp.normalize_stain(slide, model, mask_key=False, overwrite=True)
+    assert "he_normalized" not in slide.attrs["pixnet"]["masks"]
+
+
 def test_nothing_is_added_where_it_is_only_returned(slide, model):
     image = px.pp.normalize_stain(slide, model, inplace=False)
     assert "he_normalized" not in slide
@@ -100,6 +115,8 @@ def test_bad_input(slide, model):
         px.pp.normalize_stain(slide, model, key_added="he")
     with pytest.raises(TypeError, match="model is of type int"):
         px.pp.normalize_stain(slide, 3)
+    with pytest.raises(ValueError, match="does not know the stain of its training slides without a mask"):
+        px.pp.normalize_stain(slide, model, mask_key=False)
     with pytest.raises(ValueError, match="does not know the stain"):
         px.pp.normalize_stain(slide, px.models.PixNet(["A"], mpp=0.5, pretrained=False))
     glass = sd.SpatialData(

@@ -27,6 +27,9 @@ from pixnet._settings import settings
 from pixnet.models._losses import shape_loss
 from pixnet.models._pixnet import PixNet
 
+EVALUATED_CROPS = 8
+"""Crops at once where nothing is learned: scores are over all shapes anyhow, and memory is what a batch takes."""
+
 
 def _sums(model: PixNet, batch: Batch, features: list[Tensor | None], member: int | None = None) -> dict[str, Tensor]:
     """Return for each element the sums of the densities over its shapes, ``(shapes, genes + 1)``.
@@ -275,7 +278,7 @@ def evaluate_material(model: PixNet, material: Material, recipe: Recipe, device:
     found: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
     for index in range(len(material.sections)):
         own = [i for i, crop in enumerate(material.crops) if crop.section == index]
-        for chosen in batches_of(material, own, 10**9, min(recipe.batch_crops, 8)) if own else []:
+        for chosen in batches_of(material, own, 10**9, min(recipe.batch_crops, EVALUATED_CROPS)) if own else []:
             batch = collate(material, chosen, device)
             if recipe.tune_encoder:
                 pixels = torch.stack([material.pixels(material.crops[i], crop_halo(model)) for i in chosen]).to(device)

@@ -91,6 +91,16 @@ def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
     }
 
 
+def slide_statistics(reader: SlideReader, mask: TissueMask | SlideExtent) -> dict[str, Any] | None:
+    """Return the :func:`statistics` of a slide's tissue, from samples of it."""
+    return statistics(sample(reader, mask), masked=isinstance(mask, TissueMask))
+
+
+def comparable(found: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """Return those of the training slides that a slide can be compared with: glass counts where nothing is masked."""
+    return [slide for slide in training or () if slide.get("masked", True) == found["masked"]]
+
+
 def _fine(values: np.ndarray) -> np.ndarray:
     """Take the mean of each small square off."""
     n, k = WINDOW_PX // DETAIL_PX, DETAIL_PX
@@ -106,7 +116,7 @@ def matching_table(found: Mapping[str, Any], training: Sequence[Mapping[str, Any
     found
         The slide's :func:`statistics`.
     training
-        Those of each training slide; their average is what is aimed at.
+        Those of the training slides (`comparable`); their average is what is aimed at.
 
     Returns
     -------
@@ -134,9 +144,8 @@ def differences(found: Mapping[str, Any] | None, training: Sequence[Mapping[str,
     training
         Those of each training slide.
     """
-    # glass counts where nothing is masked: such a slide is comparable with its like only
-    training = [s for s in training or () if found is not None and s.get("masked", True) == found["masked"]]
-    if found is None or not training:
+    training = [] if found is None else comparable(found, training)
+    if not training:
         return []
     mean, sd = np.array(found["od_mean"]), np.array(found["od_sd"])
     means, sds = (np.array([slide[name] for slide in training], dtype=float) for name in ("od_mean", "od_sd"))

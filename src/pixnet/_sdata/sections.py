@@ -10,19 +10,19 @@ from spatialdata import SpatialData
 
 from pixnet._core.crops import Section, Targets
 from pixnet._core.packing import Geometries
-from pixnet._core.tiling import ModelGrid, SlideReader, choose_grid
+from pixnet._core.tiling import ModelGrid
 from pixnet._logging import logger
 from pixnet._sdata.counts import check_totals_alike, read_counts
 from pixnet._sdata.elements import (
     annotated_regions,
     get_mpp,
-    levels,
     listed,
     resolve_image,
     resolve_shapes,
     resolve_table,
 )
 from pixnet._sdata.geometry import pixel_shapes
+from pixnet._sdata.slide import slide_grid, slide_reader
 from pixnet._sdata.tissue import mask_on_grid
 
 
@@ -124,22 +124,13 @@ def open_section(
 ) -> Section:
     """Open one object for training: tables are read and shapes moved into the model's grid; pixels stay where they are."""
     sdata, key = source.sdata, source.image_key
-    pyramid = levels(sdata.images[key])
-    grid = slide_grid(source, model_mpp, stride)
+    grid = slide_grid(sdata, key, model_mpp, stride)
     targets = []
     for shapes_key, table_key in source.pairs.items():
         found = read_counts(sdata, table_key, shapes_key, genes, layer=layer, total_key=total_key)
         geometries = pixel_shapes(sdata, shapes_key, key).take(found.rows).transform(grid.to_out)
         targets.append(_usable(source.name, shapes_key, geometries, found.counts, found.total, grid))
-    reader = SlideReader(pyramid[grid.level].data.data, grid, key)
-    return Section(source.name, reader, mask_on_grid(sdata, key, mask_key, grid), targets)
-
-
-def slide_grid(source: Source, model_mpp: float, stride: int) -> ModelGrid:
-    """Return the grid on which a model sees the object's slide."""
-    pyramid = levels(source.sdata.images[source.image_key])
-    shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in pyramid]
-    return choose_grid([level.scale for level in pyramid], shapes, source.mpp, model_mpp, stride)
+    return Section(source.name, slide_reader(sdata, key, grid), mask_on_grid(sdata, key, mask_key, grid), targets)
 
 
 def _usable(

@@ -84,9 +84,10 @@ def normalize_stain(
     >>> sdata["he_normalized"]["scale0"]["image"].dtype
     dtype('uint8')
     """
-    from pixnet._core.masking import TissueMask
-    from pixnet._core.stain import apply_table, matching_table, sample, statistics
-    from pixnet._core.tiling import SlideReader, choose_grid
+    import dask.array as da
+
+    from pixnet._core.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._sdata.slide import slide_grid, slide_reader
     from pixnet._sdata.tissue import mask_on_grid
     from pixnet.io._raster import raster_element
     from pixnet.models._checkpoint import resolve_model
@@ -104,26 +105,26 @@ def normalize_stain(
         local_store(sdata)
     model, name = resolve_model(model)
     training = model.config.get("stain")
-    if not training:
+    if not comparable({"masked": tissue is not False}, training):
         raise ValueError(
-            f"model {name!r} does not know the stain of its training slides; models that pixnet.tl.train made do"
+            f"model {name!r} does not know the stain of its training slides"
+            f"{' without a mask' if tissue is False else ''}; models that pixnet.tl.train made know it, with mask_key as in training"
         )
 
-    levels = elements.levels(sdata.images[image_key])
-    shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in levels]
-    grid = choose_grid([level.scale for level in levels], shapes, mpp, model.mpp, model.stride)
+    grid = slide_grid(sdata, image_key, model.mpp, model.stride)
     mask = mask_on_grid(sdata, image_key, mask_key, grid)
-    found = statistics(
-        sample(SlideReader(levels[grid.level].data.data, grid, image_key), mask), isinstance(mask, TissueMask)
-    )
+    found = slide_statistics(slide_reader(sdata, image_key, grid), mask)
     if found is None:
         raise ValueError(
             f"no tissue on image {image_key!r}: there is no stain to normalise; check its mask (mask_key=)"
         )
-    table = matching_table(found, training)
+    table = matching_table(found, comparable(found, training))
+    levels = elements.levels(sdata.images[image_key])
     full = levels[0].data
+    # a block holds all three channels, since each has its own row of the table
+    whole = [da.asarray(level.data.data).rechunk({0: -1}) for level in levels]
     element = raster_element(
-        [level.data.data.map_blocks(apply_table, table, dtype=np.uint8) for level in levels],
+        [pixels.map_blocks(apply_table, table, dtype=np.uint8) for pixels in whole],
         [level.scale for level in levels],
         transformations=get_transformation(full, get_all=True),
         channels=elements.channel_names(full),
@@ -132,6 +133,7 @@ def normalize_stain(
         return element
     known = elements.record(sdata)
     known["mpp"][key_added] = mpp
+    known["masks"].pop(key_added, None)
     if isinstance(tissue, str):
         known["masks"][key_added] = tissue
     put(sdata, key_added, element, overwrite=overwrite)

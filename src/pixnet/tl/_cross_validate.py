@@ -16,7 +16,8 @@ from pixnet._sdata.counts import match_rows
 from pixnet._sdata.elements import record
 from pixnet._sdata.geometry import pixel_shapes
 from pixnet._sdata.objects import SpatialDatas, named_objects
-from pixnet._sdata.sections import Source, resolve_sources, slide_grid
+from pixnet._sdata.sections import Source, resolve_sources
+from pixnet._sdata.slide import slide_grid
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
 from pixnet.tl._predict import predict
@@ -156,7 +157,7 @@ def _test(
         {name: element for _, name, element in sdata.gen_elements()}, attrs=copy.deepcopy(dict(sdata.attrs))
     )
     source = resolve_sources({"0": work}, image_key, list(pairs), list(pairs.values()), total_key)[0]
-    grid = slide_grid(source, model.mpp, model.stride)
+    grid = slide_grid(source.sdata, source.image_key, model.mpp, model.stride)
     map_key = _free(work, "map")
     # A lazy map carries no record of what it holds: it stands here, where aggregate looks.
     held = {"kind": "gene_map", "quantity": model.quantity, "mpp": grid.mpp * grid.stride}

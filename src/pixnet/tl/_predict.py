@@ -20,7 +20,6 @@ from pixnet._sdata.elements import (
     check_sdata,
     full_resolution,
     get_mpp,
-    levels,
     listed,
     resolve_image,
     tissue_key,
@@ -148,7 +147,7 @@ def predict(
     from pixnet._core.masking import TissueMask
     from pixnet._core.packed import PackedModel, resolve_device, resolve_precision
     from pixnet._core.stain import differences, sample, statistics
-    from pixnet._core.tiling import SlideReader, choose_grid
+    from pixnet._sdata.slide import slide_grid, slide_reader
     from pixnet._sdata.tissue import open_mask
     from pixnet.models._checkpoint import resolve_model
 
@@ -169,14 +168,7 @@ def predict(
     precision = resolve_precision(settings.precision if precision is None else precision, device)
     model, model_name = resolve_model(model)
     genes, channels = _resolve_genes(model, genes)
-    pyramid = levels(sdata.images[image_key])
-    grid = choose_grid(
-        [level.scale for level in pyramid],
-        [(level.data.sizes["y"], level.data.sizes["x"]) for level in pyramid],
-        mpp,
-        model.mpp,
-        model.stride,
-    )
+    grid = slide_grid(sdata, image_key, model.mpp, model.stride)
     gpu = device.type == "cuda"
     layout = choose_layout(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
     if grid.enlarged:
@@ -197,7 +189,7 @@ def predict(
         )
     packed = PackedModel(model)
     runner = TileRunner(
-        SlideReader(pyramid[grid.level].data.data, grid, image_key),
+        slide_reader(sdata, image_key, grid),
         mask,
         packed,
         layout,

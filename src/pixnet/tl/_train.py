@@ -13,7 +13,8 @@ from pixnet._names import check_genes
 from pixnet._sdata.counts import check_totals_alike
 from pixnet._sdata.elements import listed
 from pixnet._sdata.objects import SpatialDatas, named_objects
-from pixnet._sdata.sections import Source, open_section, resolve_sources, slide_grid, split_block
+from pixnet._sdata.sections import Source, open_section, resolve_sources, split_block
+from pixnet._sdata.slide import slide_grid
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def train(
         torch.manual_seed(seed)
         net = _network(model, genes, encoder, model_mpp, build)
         for source in sources:  # refuses slides that are too coarse before anything is read
-            if slide_grid(source, net.mpp, net.stride).enlarged:
+            if slide_grid(source.sdata, source.image_key, net.mpp, net.stride).enlarged:
                 logger.warning(
                     "slide %r has %.3g um/px and is enlarged to the model's %.3g um/px; detail is missing",
                     source.name, source.mpp, net.mpp,
@@ -356,8 +357,7 @@ def _provenance(training, valid, keys, recipe, seed) -> dict[str, Any]:
 
 def _stain(training: Sequence[Section]) -> list[dict[str, Any]]:
     """Return the stain statistics of the training slides: what predict compares a new slide with."""
-    from pixnet._core.masking import SlideExtent
-    from pixnet._core.stain import sample, statistics
+    from pixnet._core.stain import slide_statistics
 
-    found = [statistics(sample(s.reader, s.mask), not isinstance(s.mask, SlideExtent)) for s in training]
+    found = [slide_statistics(s.reader, s.mask) for s in training]
     return [f for f in found if f is not None]
