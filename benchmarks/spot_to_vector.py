@@ -237,7 +237,7 @@ def _smooth(image: Tensor, kernel: Tensor) -> Tensor:
 
 def _encoder(genes: list[str]) -> PixNet:
     """Return the default encoder in a model that uses all of its levels."""
-    return PixNet(genes, decoder="none", widths=8)
+    return PixNet(genes)
 
 
 def _hypercolumns(levels: list[Tensor], net: PixNet) -> Tensor:

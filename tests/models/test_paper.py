@@ -122,7 +122,7 @@ def test_it_carries_the_published_settings():
     recipe = paper(stride=4).config["recipe"]
     assert (recipe["lr"], recipe["weight_decay"], recipe["loss"]) == (5e-4, 1e-4, "mse+pcc")
     assert paper().config["quantity"] == "log_sum"
-    assert "recipe" not in PixNet(GENES, encoder="pyramid-test", widths=8).config
+    assert "recipe" not in PixNet(GENES, encoder="pyramid-test").config
 
 
 def test_wrong_settings():

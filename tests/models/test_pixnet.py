@@ -38,20 +38,20 @@ px.models.register_encoder("tiny-test", TinyEncoder, licence="BSD-3-Clause")
 @pytest.fixture
 def tiny():
     torch.manual_seed(0)
-    return PixNet(GENES, encoder="tiny-test", widths=8).eval()
+    return PixNet(GENES, encoder="tiny-test").eval()
 
 
 @pytest.mark.parametrize(
     ("mpp", "stride"), [(0.25, 4), (0.5, 4), (0.69, 4), (1.0, 4), (2.0, 2), (2.0026, 2), (4.0, 1), (7.0, 1)]
 )
 def test_the_map_is_kept_at_four_um_or_finer(mpp, stride):
-    assert PixNet(GENES, mpp=mpp, encoder="tiny-test", widths=8).stride == stride
+    assert PixNet(GENES, mpp=mpp, encoder="tiny-test").stride == stride
 
 
 @pytest.mark.parametrize("decoder", ["safb", "plain", "none"])
 @pytest.mark.parametrize("stride", [4, 2, 1])
 def test_shapes_and_nonnegative_densities(decoder, stride):
-    model = PixNet(GENES, stride=stride, decoder=decoder, widths=16).eval()
+    model = PixNet(GENES, stride=stride, decoder=decoder).eval()
     with torch.inference_mode():
         out = model(torch.rand(2, 3, 128, 192))
     assert out.shape == (2, 4, 128 // stride, 192 // stride)
@@ -67,7 +67,7 @@ def test_a_subset_of_channels_is_the_same_numbers(tiny):
 
 def test_what_lies_far_away_changes_nothing():
     """Nothing is pooled over the image: the attention too stays inside its segments."""
-    model = PixNet(GENES, encoder="tiny-test", widths=8).eval()
+    model = PixNet(GENES, encoder="tiny-test", decoder="safb").eval()
     a = torch.rand(1, 3, 256, 512)
     b = a.clone()
     b[..., 320:] = torch.rand(1, 3, 256, 192)
@@ -120,12 +120,13 @@ def test_genes_are_checked(genes, error, match):
         ({"hidden": 0}, "positive whole"),
         ({"zoom": 3}, "valid: 1, 2, 4"),
         ({"encoder": "resnet18"}, "timm/NAME"),
-        ({"widths": [8, 8, 8]}, "2 levels"),
+        ({"decoder": "safb", "widths": [8, 8, 8]}, "2 levels"),
+        ({"widths": 8}, "decoder='safb'"),
     ],
 )
 def test_settings_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
-        PixNet(GENES, **{"encoder": "tiny-test", "widths": 8} | options)
+        PixNet(GENES, **{"encoder": "tiny-test"} | options)
 
 
 def test_sizes_of_images_are_checked(tiny):
@@ -162,7 +163,7 @@ class TestEncoders:
         assert px.models.encoders().loc["efficientnet_lite0", "parameters"] == pytest.approx(n, abs=0.5)
 
     def test_a_module_of_a_registered_class_goes_by_its_name(self, tmp_path):
-        model = PixNet(GENES, encoder=TinyEncoder(), widths=8)
+        model = PixNet(GENES, encoder=TinyEncoder())
         assert model.config["encoder"] == "tiny-test"
         model.save(tmp_path / "m.safetensors")
         assert px.models.load(tmp_path / "m.safetensors").config == model.config
@@ -171,7 +172,7 @@ class TestEncoders:
         class Unnamed(TinyEncoder):
             pass
 
-        PixNet(GENES, encoder=Unnamed(), widths=8).save(tmp_path / "m.safetensors")
+        PixNet(GENES, encoder=Unnamed()).save(tmp_path / "m.safetensors")
         with pytest.raises(ValueError, match="'Unnamed'.*register_encoder"):
             px.models.load(tmp_path / "m.safetensors")
 
@@ -231,7 +232,7 @@ class TestCheckpoint:
             torch.testing.assert_close(found(image), tiny(image), rtol=0, atol=0)
 
     def test_half_precision_halves_the_file(self, tmp_path):
-        model = PixNet(GENES, widths=16)
+        model = PixNet(GENES)
         model.save(tmp_path / "a.safetensors")
         model.save(tmp_path / "b.safetensors", dtype="float16")
         assert (tmp_path / "b.safetensors").stat().st_size < 0.55 * (tmp_path / "a.safetensors").stat().st_size
@@ -309,11 +310,11 @@ class TestZoom:
 
     @pytest.mark.parametrize(("mpp", "zoom"), [(0.5, 1), (1.4, 1), (2.0, 2)])
     def test_coarse_slides_are_enlarged_by_default(self, mpp, zoom):
-        model = PixNet(GENES, mpp=mpp, encoder="tiny-test", widths=8)
+        model = PixNet(GENES, mpp=mpp, encoder="tiny-test")
         assert model.config["zoom"] == zoom
 
     def test_it_is_the_encoder_on_the_enlarged_image(self):
-        model = PixNet(GENES, mpp=2.0, widths=8).eval()
+        model = PixNet(GENES, mpp=2.0).eval()
         image = torch.rand(1, 3, 64, 64)
         enlarged = torch.nn.functional.interpolate(image, scale_factor=2, mode="bilinear")
         with torch.no_grad():
@@ -323,12 +324,12 @@ class TestZoom:
             torch.testing.assert_close(f, e)
 
     def test_maps_finer_than_the_image_are_left_out(self):
-        model = PixNet(GENES, mpp=2.0, zoom=4, widths=8)
+        model = PixNet(GENES, mpp=2.0, zoom=4)
         assert model.encoder.strides == (1, 2, 4, 8)
         assert model(torch.rand(1, 3, 64, 64)).shape == (1, len(GENES) + 1, 32, 32)
 
     def test_it_is_kept_in_the_checkpoint(self, tmp_path):
-        model = PixNet(GENES, mpp=2.0, widths=8, hidden=24).eval()
+        model = PixNet(GENES, mpp=2.0, hidden=24).eval()
         model.save(tmp_path / "m.safetensors")
         again = px.models.load(tmp_path / "m.safetensors")
         image = torch.rand(1, 3, 64, 64)

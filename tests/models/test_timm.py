@@ -25,7 +25,7 @@ def test_a_cnn_gives_its_pyramid():
     encoder = TimmEncoder("resnet18", pretrained=False)
     assert encoder.strides == (2, 4, 8, 16, 32)
     check_encoder("timm/resnet18", encoder)
-    model = PixNet(["A"], encoder=encoder, widths=16).eval()
+    model = PixNet(["A"], encoder=encoder).eval()
     with torch.inference_mode():
         assert model(torch.rand(1, 3, 128, 128)).shape == (1, 2, 32, 32)
 

@@ -158,7 +158,7 @@ def test_ids_against_symbols(by_id):
         px.tl.evaluate(by_id, table_key="p", reference_key="measured")
     with pytest.raises(KeyError, match=MENDS):
         px.tl.train(by_id, shapes="bins", table_key="measured", genes=SYMBOLS[:2])
-    model = px.models.PixNet(SYMBOLS, pretrained=False, widths=8)
+    model = px.models.PixNet(SYMBOLS, pretrained=False)
     with pytest.raises(KeyError, match=MENDS):
         px.tl.train(by_id, shapes="bins", table_key="measured", model=model)
     with pytest.raises(ValueError, match=f"no gene is in all 2 tables.*{MENDS}"):

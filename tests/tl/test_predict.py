@@ -44,7 +44,7 @@ def _quiet():
 @pytest.fixture(scope="session")
 def model():
     torch.manual_seed(0)
-    net = px.models.PixNet(GENES, mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64)
+    net = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64)
     torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
     return net.eval()
 
@@ -280,7 +280,7 @@ def test_slides_finer_and_coarser_than_the_model(model, monkeypatch):
 def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
     warned = []
     monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
-    own = px.models.PixNet(GENES, mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64)
+    own = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64)
     own.config["stain"] = [{"od_mean": [0.22, 0.22, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
     px.tl.predict(sdata, own)
     assert not warned
@@ -325,7 +325,7 @@ def test_a_huge_slide_is_a_graph_in_no_time(model):
         },
         attrs={"pixnet": {"mpp": {"he": 0.5}}},
     )
-    big = px.models.PixNet([f"g{i}" for i in range(250)], mpp=0.5, decoder="none", widths=8, pretrained=False)
+    big = px.models.PixNet([f"g{i}" for i in range(250)], mpp=0.5, pretrained=False)
     start = time.perf_counter()
     lazy = px.tl.predict(sdata, big, inplace=False)
     seconds = time.perf_counter() - start
@@ -600,9 +600,7 @@ def test_a_really_full_disk(tmp_path, model):
         slide().write(disk / "s.zarr")
         sdata = sd.read_zarr(disk / "s.zarr")
         before = tree_hash(sdata.path)
-        big = px.models.PixNet(
-            [f"g{i}" for i in range(200)], mpp=0.5, decoder="none", widths=8, pretrained=False, window=64, halo=64
-        )
+        big = px.models.PixNet([f"g{i}" for i in range(200)], mpp=0.5, pretrained=False, window=64, halo=64)
         with pytest.raises(OSError, match="disk of .* is full"):
             px.tl.predict(sdata, big, mask_key=False)
         assert tree_hash(sdata.path) == before

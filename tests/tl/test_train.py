@@ -224,9 +224,7 @@ class TestUntrainedModels:
         assert slide["spots_genes"].uns["pixnet"]["quantity"] == "log_sum"
 
     def test_a_log_mean_is_averaged(self, slide):
-        model = px.models.PixNet(
-            QUICK["genes"], encoder="patch-test", widths=8, quantity="log_mean", window=256, halo=64
-        )
+        model = px.models.PixNet(QUICK["genes"], encoder="patch-test", quantity="log_mean", window=256, halo=64)
         model.set_baseline(torch.tensor([7.0, 6.0, 5.0]))
         px.tl.predict(slide, model, mask_key=False)
         px.tl.aggregate(slide, "spots")
@@ -448,7 +446,7 @@ class TestRefusals:
         with pytest.raises(KeyError, match="lacks 300 of the 301 genes: 'G0', 'G1'"):
             train(slide, genes=names)
         with pytest.raises(KeyError, match="lacks 1 of the 2 genes: 'NOPE'"):
-            px.tl.train(slide, model=px.models.PixNet(["PINK", "NOPE"], encoder="patch-test", widths=8))
+            px.tl.train(slide, model=px.models.PixNet(["PINK", "NOPE"], encoder="patch-test"))
 
     def test_a_gene_that_only_the_last_object_lacks(self, slide):
         other = coloured_slide(2)

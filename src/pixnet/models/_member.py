@@ -20,7 +20,7 @@ class Member(nn.Module):
     channels, strides
         Of the encoder's maps, finest first.
     widths
-        Channels of the decoder's levels, finest first.
+        Channels of the decoder's levels, finest first; None without a U-Net.
     hidden
         Channels of the decoded map and of the layer after it; the published decoder has its own.
     stride
@@ -35,7 +35,7 @@ class Member(nn.Module):
         self,
         channels: Sequence[int],
         strides: Sequence[int],
-        widths: list[int],
+        widths: list[int] | None,
         hidden: int,
         stride: int,
         decoder: str,

@@ -18,6 +18,7 @@ from pixnet.models._paper import FILTERS, RECIPE, n_levels
 from pixnet.models._quantity import LINKS, QUANTITIES, baseline, linked
 
 DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
+"""Of a U-Net's levels, finest first; deeper levels are as wide as the last."""
 MAX_MAP_UM = 4.0
 """A map is kept at this many um per pixel or finer."""
 
@@ -30,6 +31,16 @@ def default_stride(mpp: float) -> int:
 def default_zoom(mpp: float) -> int:
     """Return how many times images are enlarged for the encoder: to 1 um per pixel or so where they are coarse."""
     return 2 if mpp >= 1.5 else 1
+
+
+def _fitted(widths: int | Sequence[int] | None, levels: int, owner: str) -> list[int]:
+    """Return a width for each level."""
+    if widths is None:
+        return [*DEFAULT_WIDTHS, *DEFAULT_WIDTHS[-1:] * levels][:levels]
+    widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
+    if len(widths) != levels:
+        raise ValueError(f"widths has {len(widths)} entries; {owner} has {levels} levels")
+    return widths
 
 
 class PixNet(nn.Module):
@@ -54,8 +65,8 @@ class PixNet(nn.Module):
         ``"safb"``: beside that, a U-Net with separable attention fusion; ``"plain"``: the same with concatenation in place of
         attention; ``"paper"``: the published one (see `paper`).
     widths
-        Channels of a U-Net at each of the encoder's levels, finest first; one number for all.
-        The default fits any number of levels. Of ``decoder="paper"``: of its levels, from the output stride to 32.
+        Channels of the U-Net at each of the encoder's levels, finest first; one number for all. Of ``decoder="paper"``: of its
+        levels, from the output stride to 32. None: 16 to 128, for any number of levels. ``decoder="none"`` has none.
     hidden
         Channels of the decoded map, and of the layer after it that sees one pixel at a time.
     members
@@ -103,7 +114,7 @@ class PixNet(nn.Module):
         stride: int | None = None,
         encoder: str | nn.Module = "efficientnet_lite0",
         decoder: str = "none",
-        widths: int | Sequence[int] = DEFAULT_WIDTHS,
+        widths: int | Sequence[int] | None = None,
         hidden: int = 128,
         members: int = 1,
         link: str = "exp",
@@ -144,14 +155,11 @@ class PixNet(nn.Module):
         if zoom > 1:
             module = Enlarged(module, zoom)
         if decoder == "paper":
-            levels, owner = n_levels(stride), f"the published decoder at stride {stride}"
-        else:
-            levels, owner = len(module.channels), f"encoder {name!r}"
-        widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
-        if widths == list(DEFAULT_WIDTHS):
-            widths = (widths + widths[-1:] * levels)[:levels]
-        if len(widths) != levels:
-            raise ValueError(f"widths has {len(widths)} entries; {owner} has {levels} levels")
+            widths = _fitted(widths, n_levels(stride), f"the published decoder at stride {stride}")
+        elif decoder != "none":
+            widths = _fitted(widths, len(module.channels), f"encoder {name!r}")
+        elif widths is not None:
+            raise ValueError("widths are those of a U-Net, which decoder='none' lacks; pass decoder='safb' or hidden=")
 
         self.config: dict[str, Any] = {
             "genes": genes,
