@@ -13,6 +13,7 @@ from shapely import Point, box
 from spatialdata.models import Image2DModel, ShapesModel
 
 import pixnet as px
+from pixnet._core import fit
 from pixnet._core.crops import place_crops, weigh
 from pixnet._core.material import Material, Measured
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
@@ -71,6 +72,27 @@ def test_the_same_seed_gives_the_same_weights(slide):
         assert torch.equal(value, b.state_dict()[key]), key
     assert not torch.equal(a.members[0].head.weight, c.members[0].head.weight)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
+
+
+def test_the_run_on_everything_anneals_over_its_own_passes(slide, monkeypatch):
+    """Else it would stop in the middle of the schedule of the run before it, at a high rate."""
+    rates = []
+    step = fit._step
+
+    def watched(model, train, batch, recipe, rng, device, optimiser, *rest):
+        rates.append((len(train.sections), optimiser.param_groups[0]["lr"]))
+        return step(model, train, batch, recipe, rng, device, optimiser, *rest)
+
+    monkeypatch.setattr(fit, "_step", watched)
+    monkeypatch.setattr(fit, "evaluate_material", lambda *args: {"expression": 1.0, "total": 0.0, "pcc": 0.0})
+    model = train(slide, max_epochs=6, patience=3, batch_shapes=8, lr=1e-2)
+    assert model.config["epochs"] == 1, "no pass after the first was better"
+    first = [rate for sections, rate in rates if sections == 1]
+    last = [rate for sections, rate in rates if sections == 2]
+    assert len(first) > len(last) > 4
+    assert max(last) == pytest.approx(1e-2)
+    assert last[-1] < 0.2 * max(last)
+    assert first[-1] > 0.2 * max(first), "the run before stopped in the middle"
 
 
 def test_genes_default_to_those_of_highest_mean(slide):
