@@ -34,7 +34,9 @@ CASES = [
     {"size": 5_000, "genes": 1_000},
     {"size": 5_000, "precision": "float32"},
     {"size": 5_000, "workers": 1},
+    {"size": 5_000, "workers": 1, "keep": 1},
     {"size": 5_000, "workers": 2},
+    {"size": 5_000, "workers": 2, "keep": 1},
     {"size": 5_000, "how": "naive"},
     {"size": 5_000, "how": "spots"},
     {"size": 100_000, "how": "graph"},
@@ -46,17 +48,21 @@ DEFAULT = {
     "genes": 250,
     "precision": None,
     "workers": 0,
+    "keep": 0,
     "tile": None,
     "decoder": "none",
     "halo": None,
 }
-NUMBERS = {"size", "genes", "workers", "tile", "halo"}
+NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
+KEPT = {"MALLOC_TRIM_THRESHOLD_": 2_000_000_000, "MALLOC_MMAP_THRESHOLD_": 1_000_000_000, "MALLOC_ARENA_MAX": 1}
+"""With ``keep=1``: workers keep the memory that they free, as docs/clusters.md advises."""
 COLUMNS = (
     "how",
     "slide, px",
     "genes",
     "precision",
     "workers",
+    "keep",
     "wall, s",
     "model, s",
     "CPU, s",
@@ -216,8 +222,12 @@ def run(case: dict) -> dict:
         model = make_model(case)
         with contextlib.ExitStack() as cluster, Peak() as peak:
             if case["workers"]:
+                import dask
                 from distributed import Client, LocalCluster
 
+                if case["keep"]:
+                    spawned = {f"distributed.nanny.pre-spawn-environ.{k}": v for k, v in KEPT.items()}
+                    cluster.enter_context(dask.config.set(spawned))
                 options = {"n_workers": case["workers"], "threads_per_worker": 1, "dashboard_address": None}
                 cluster.enter_context(Client(cluster.enter_context(LocalCluster(**options))))
             start, busy = time.perf_counter(), os.times()

@@ -77,7 +77,8 @@ def kidney_dense(train: SpatialData, test: SpatialData, genes: list[str], shapes
 def kidney_references(train: SpatialData, test: SpatialData, genes: list[str], seeds: int) -> dict[str, list[dict]]:
     """Score the reference methods on every scale."""
     mpp = train.attrs["pixnet"]["mpp"]["he"]
-    net = PixNet(genes, mpp=mpp, decoder="none")
+    net = PixNet(genes, mpp=mpp)
+    ref.adapt(net, train, "spots", genes, kidney.TOTAL_KEY)
     discs = [ref.add_discs(test, key, SPOT_UM, mpp) for key in BINS]
     inner = {key: _inner_split(net, train, key, genes) for key in ("spots", "bins_016um", "bins_032um")}
     fitted = {
@@ -175,12 +176,11 @@ def run_her2st(args) -> dict:
         # The model that ships was trained on the others by `benchmarks/her2st.py train`.
         model = px.models.load("her2st") if held == "C5" else px.tl.train(objects, seed=args.seed)
         seconds, genes = round(time.perf_counter() - start), model.genes
-        net = PixNet(genes, mpp=model.mpp, decoder="none")
-        fits = [ref.pool(net, o, ["spots"], genes, None)["spots"] for o in objects.values()]
+        fits = [ref.pool(model, o, ["spots"], genes, None)["spots"] for o in objects.values()]
         ridge, mlp = ref.ridge(fits[:-1], fits[-1:]), ref.mlp(fits[:-1], fits[-1:], seed=args.seed)
         for name in ["C5", "B4"] if held == "C5" else [held]:
             sdata = px.datasets.her2st(name, path=args.data)
-            pooled = ref.pool(net, sdata, ["spots"], genes, None)["spots"]
+            pooled = ref.pool(model, sdata, ["spots"], genes, None)["spots"]
             px.pp.normalize_stain(sdata, model)
             dense, normalised = (_predicted_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
             smooth = np.log1p(ref.smoothed(pooled, 200.0))

@@ -1,6 +1,6 @@
 """Methods to compare with: the same frozen features and the same splits, but shape to vector instead of a dense map.
 
-Features of a shape are the encoder's, all levels brought to the map's grid and averaged over the shape's tissue.
+Features of a shape are those of the encoder as PixNet uses it, all levels brought to the map's grid and averaged over the shape's tissue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spatialdata.models import ShapesModel
 from torch import Tensor, nn
 
 from pixnet._core.crops import crop_size
-from pixnet._core.features import cache_features
+from pixnet._core.features import adapt_norms, cache_features
 from pixnet._core.material import Material
 from pixnet._sdata.sections import open_section, resolve_sources
 from pixnet.models import PixNet
@@ -46,9 +46,8 @@ def pool(
     net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None
 ) -> dict[str, Pooled]:
     """Return mean features and measurement of each shapes element that has a table ``{shapes}_counts``."""
-    source = resolve_sources({"": sdata}, None, shapes, [f"{s}_counts" for s in shapes], total_key)[0]
-    section = open_section(source, genes, net.mpp, net.stride, layer=None, total_key=total_key, mask_key=None)
-    material = Material([section], crop_size([section]))
+    material = _material(net, sdata, shapes, genes, total_key)
+    (section,) = material.sections
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in shapes}
     for crop in material.crops:  # one at a time: the features of a slide need not fit
         part = Material.__new__(Material)
@@ -76,6 +75,17 @@ def pool(
         features = np.concatenate([f for _, f in found[targets.name]])
         out[targets.name] = Pooled(features, targets.cp10k[rows], targets.depth[rows], centres)
     return out
+
+
+def adapt(net: PixNet, sdata: SpatialData, shapes: str, genes: list[str], total_key: str | None) -> None:
+    """Give the encoder the statistics of the training tissue, as `pixnet.tl.train` does where images are enlarged."""
+    adapt_norms(net, _material(net, sdata, [shapes], genes, total_key), torch.Generator().manual_seed(0), "cpu")
+
+
+def _material(net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None) -> Material:
+    source = resolve_sources({"": sdata}, None, shapes, [f"{s}_counts" for s in shapes], total_key)[0]
+    section = open_section(source, genes, net.mpp, net.stride, layer=None, total_key=total_key, mask_key=None)
+    return Material([section], crop_size([section]))
 
 
 def add_discs(sdata: SpatialData, shapes: str, diameter_um: float, mpp: float) -> str:

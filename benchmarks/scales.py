@@ -51,7 +51,7 @@ SCALES = {
     "100 um": ("spots_legacy", 100.0),
 }
 EPOCHS, BATCH, SLID_EPOCHS = 40, 32, 100
-PARTS = ("slides", "dense", "spots", "score-dense", "score-slid", "show")
+PARTS = ("slides", "dense", "score-dense", "score-slid", "show")
 SHOWN, CORNER, EDGE_UM = "EPI1", (700, 700), 500  # of the figure: gene, upper left corner in um, edge
 
 
@@ -120,18 +120,6 @@ def _best(history: list[dict]) -> dict:
     return {k: round(v, 3) for k, v in min(history, key=lambda row: row["val_expression"]).items()}
 
 
-def spot_features(path: Path) -> None:
-    """Keep the mean features of the training spots, for the network that is slid."""
-    import torch
-    from spot_to_vector import spot_features as features_of
-
-    parts = {
-        part: features_of(slides(path.parent, seeds), "spots_legacy", GENES, 2 if part == "training" else 1, 0.15, 0)
-        for part, seeds in (("training", TRAINING), ("validation", VALIDATION))
-    }
-    torch.save(parts, path)
-
-
 class Scorer:
     """Sums maps of the unseen slide over the shapes of each scale and compares them with the truth."""
 
@@ -178,17 +166,20 @@ def score_dense(seed: int, out: Path) -> None:
 
 
 def score_slid(seed: int, out: Path) -> None:
-    """Train the network that is slid, which takes seconds, and ask it with both kinds of window."""
-    import torch
-    from spot_to_vector import encode_slide, first_layer, slide, train
+    """Train the network that is slid, on features of the other's encoder, and ask it with both kinds of window."""
+    from spot_to_vector import encode_slide, first_layer, slide, spot_features, train
 
     scorer = Scorer(out, seed)
-    spots = torch.load(out / "spots.pt")
-    net, history = train(spots["training"], spots["validation"], seed, max_epochs=SLID_EPOCHS, batch=BATCH)
+    source = px.models.load(out / f"dense-{seed}.safetensors")
+    spots, held_out = (
+        spot_features(source, slides(out, seeds), "spots_legacy", variants, 0.15, 0)
+        for seeds, variants in ((TRAINING, 2), (VALIDATION, 1))
+    )
+    net, history = train(source, spots, held_out, seed, max_epochs=SLID_EPOCHS, batch=BATCH)
     best = min(history, key=lambda row: row["objective"])
     print(f"slid, seed {seed}: { ({k: round(v, 3) for k, v in best.items()}) }", flush=True)
-    maps, mask = encode_slide(scorer.sdata, GENES)
-    hidden = first_layer(net, maps, mask.shape)
+    maps, mask = encode_slide(source, scorer.sdata)
+    hidden = first_layer(source, net, maps, mask.shape)
     wide = slide(net, hidden, mask, 100 / MAP_UM)
     add_map(scorer.sdata, "slid", wide)
     scorer.keep("slid, 100 um", wide, scorer.ask("slid, 100 um", "slid", list(SCALES)))
@@ -298,8 +289,6 @@ def main() -> None:
             fit(seed, model)
         if args.only in {None, "score-dense"} and not (args.out / f"scores-dense-{seed}.csv").exists():
             score_dense(seed, args.out)
-        if args.only in {None, "spots"} and not (args.out / "spots.pt").exists():
-            spot_features(args.out / "spots.pt")
         if args.only in {None, "score-slid"} and not (args.out / f"scores-slid-{seed}.csv").exists():
             score_slid(seed, args.out)
     if args.only in {None, "show"}:

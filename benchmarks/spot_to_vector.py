@@ -69,27 +69,28 @@ class SpotToVector(nn.Module):
 # training ----------------------------------------------------------------------------------------------------------
 
 
-def spot_features(slides: dict, shapes: str, genes: list[str], variants: int, stain: float, seed: int) -> dict:
-    """Return mean features of all spots in several versions, and what was measured there.
+def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stain: float, seed: int) -> dict:
+    """Return mean features, by a model's encoder, of all spots in several versions, and what was measured there.
 
     Returns
     -------
     dict
         ``features (variants, spots, channels)``, ``cp10k (spots, genes)``, ``depth``, ``covered`` and ``section (spots,)``.
     """
-    net = _encoder(genes)
-    sources = resolve_sources(slides, None, shapes, None, None)
     options = {"layer": None, "total_key": None, "mask_key": None}
-    sections = [open_section(source, genes, net.mpp, net.stride, **options) for source in sources]
+    sections = [
+        open_section(slide, source.genes, source.mpp, source.stride, **options)
+        for slide in resolve_sources(slides, None, shapes, None, None)
+    ]
     material = Material(sections, crop_size(sections))
-    cache_features(net, material, variants, stain, torch.Generator().manual_seed(seed), "cpu", "features")
+    cache_features(source, material, variants, stain, torch.Generator().manual_seed(seed), "cpu", "features")
     out: dict[str, list] = {"features": [], "cp10k": [], "depth": [], "covered": [], "section": []}
     for i, crop in enumerate(material.crops):
         weights = torch.from_numpy(crop.weights[shapes].toarray()).float()
         covered = weights.sum(dim=1, keepdim=True)
         versions = []
         for version in material.features:
-            columns = _hypercolumns([level[i : i + 1].float() for level in version], net)
+            columns = _hypercolumns([level[i : i + 1].float() for level in version], source)
             versions.append(weights @ columns[0].flatten(1)[:, torch.from_numpy(crop.pixels)].T / covered)
         measured, rows = material.measured[crop.section][shapes], crop.rows[shapes]
         out["features"].append(torch.stack(versions))
@@ -101,11 +102,18 @@ def spot_features(slides: dict, shapes: str, genes: list[str], variants: int, st
 
 
 def train(
-    spots: dict, held_out: dict, seed: int, *, max_epochs: int, batch: int, lr: float = 1e-3, dropout: float = 0.1
+    source: PixNet,
+    spots: dict,
+    held_out: dict,
+    seed: int,
+    *,
+    max_epochs: int,
+    batch: int,
+    lr: float = 1e-3,
+    dropout: float = 0.1,
 ):
     """Fit the network; validation on the held-out spots chooses the pass, as in `pixnet.tl.train`."""
     torch.manual_seed(seed)
-    source = _encoder(["a"])
     net = SpotToVector([source.encoder.channels[i] for i in source.levels], spots["cp10k"].shape[1])
     flat = spots["features"].flatten(0, 1)
     net.mean.copy_(flat.mean(dim=0))
@@ -152,9 +160,8 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 # sliding -----------------------------------------------------------------------------------------------------------
 
 
-def encode_slide(sdata, genes: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the encoder's maps of a whole slide, float16, and its tissue mask on the 2 um grid."""
-    net = _encoder(genes)
+def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 um grid."""
     key = resolve_image(sdata)
     grid = slide_grid(sdata, key, net.mpp, net.stride)
     reader = slide_reader(sdata, key, grid)
@@ -178,14 +185,13 @@ def encode_slide(sdata, genes: list[str]) -> tuple[list[np.ndarray], np.ndarray]
 
 
 @torch.no_grad()
-def first_layer(net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
+def first_layer(source: PixNet, net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
     """Return the first layer's values at each place of the 2 um grid, ``(width, y, x)``.
 
     The layer is linear, so it may come before the mean over a window, with fewer channels to average.
     """
     weight = net.project.weight / net.sd
     hidden = (net.project.bias - weight @ net.mean)[:, None, None]
-    source = _encoder(["a"])
     strides = [source.encoder.strides[i] for i in source.levels]
     for part, level, stride in zip(weight.split(net.channels, dim=1), maps, strides, strict=True):
         x = torch.einsum("oc,chw->ohw", part, torch.from_numpy(level.astype(np.float32)))
@@ -233,11 +239,6 @@ def _smooth(image: Tensor, kernel: Tensor) -> Tensor:
 
 
 # features ----------------------------------------------------------------------------------------------------------
-
-
-def _encoder(genes: list[str]) -> PixNet:
-    """Return the default encoder in a model that uses all of its levels."""
-    return PixNet(genes)
 
 
 def _hypercolumns(levels: list[Tensor], net: PixNet) -> Tensor:

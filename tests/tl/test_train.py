@@ -196,6 +196,65 @@ class TestScales:
         assert not np.allclose(plain, whole.X, rtol=1e-4)
 
 
+class NormedEncoder(PatchEncoder):
+    """Patches behind a batch norm whose statistics are of other images."""
+
+    def __init__(self, pretrained: bool = True) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, image):
+        a, b = super().forward(image)
+        return [self.norm(a), b]
+
+
+class TestAdaptedNorms:
+    def test_batch_norms_take_the_statistics_of_the_training_tissue(self, slide):
+        black = coloured_slide(1)
+        black["he"].data = black["he"].data * 0
+        options = {"encoder": NormedEncoder(), "refit": False, "adapt_norms": True}
+        norm = train(slide, **options, validation=[black]).encoder.norm
+        tissue = slide["he"].values.mean(axis=(1, 2)) / 255
+        assert (norm.running_mean.numpy() > tissue - 0.02).all(), "tissue, and what is white around the slide"
+        assert (norm.running_mean.numpy() < tissue + 0.2).all()
+        assert (norm.running_var < 0.1).all()
+        assert norm.momentum == 0.1
+        other = train(slide, **options, validation=[coloured_slide(2)]).encoder.norm
+        assert torch.equal(norm.running_mean, other.running_mean), "what is held out has no say"
+
+        assert torch.equal(options["encoder"].norm.running_mean, torch.zeros(3)), "the caller's module is left alone"
+
+    def test_unless_told_otherwise_where_images_are_enlarged(self, slide):
+        options = {"encoder": NormedEncoder(), "refit": False}
+        assert torch.equal(train(slide, **options).encoder.norm.running_mean, torch.zeros(3))
+        enlarged = train(slide, **options, zoom=2)
+        assert (enlarged.encoder.encoder.norm.running_mean > 0.3).all()
+        left = train(slide, **options, zoom=2, adapt_norms=False)
+        assert torch.equal(left.encoder.encoder.norm.running_mean, torch.zeros(3))
+
+    def test_a_trained_model_keeps_its_own(self, slide):
+        model = train(slide, encoder=NormedEncoder(), refit=False, adapt_norms=True)
+        other = coloured_slide(3)
+        other["he"].data = other["he"].data // 2
+        again = px.tl.train(other, model=model, mask_key=False, max_epochs=1, variants=1, adapt_norms=True)
+        assert torch.equal(again.encoder.norm.running_mean, model.encoder.norm.running_mean)
+
+    def test_encoders_without_batch_norms_are_not_run_for_it(self, slide):
+        calls = []
+
+        class Counted(PatchEncoder):
+            def forward(self, image):
+                calls.append(image.shape)
+                return super().forward(image)
+
+        counts = []
+        for adapt in (True, False):
+            calls.clear()
+            train(slide, encoder=Counted(), adapt_norms=adapt)
+            counts.append(len(calls))
+        assert counts[0] == counts[1] > 0
+
+
 class TestUntrainedModels:
     """A model that is given, but was never trained: settings of its own, and everything set from the training shapes."""
 

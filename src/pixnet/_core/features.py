@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from pixnet._core.augment import jitter
@@ -16,6 +17,9 @@ from pixnet.models._pixnet import PixNet
 
 CROP_HALO = 192
 """Model pixels seen around a crop in training, at most. Prediction looks further, to make its windows fit at their seams."""
+
+ADAPTED_CROPS = 512
+"""Crops at most, of all sections alike, that `adapt_norms` looks at."""
 
 
 def crop_halo(model: PixNet) -> int:
@@ -52,6 +56,36 @@ def encode_crops(
         inner = slice(halo // stride, feature.shape[-1] - halo // stride)
         features.append(feature[..., inner, inner].contiguous(memory_format=torch.channels_last))
     return features
+
+
+@torch.no_grad()
+def adapt_norms(model: PixNet, material: Material, rng: torch.Generator, device: str) -> None:
+    """Give the encoder's batch norms the statistics of the training tissue, in place; an encoder without any stays as it is.
+
+    Encoders come with the statistics of the images that they were trained on: others than those of stained tissue, and of
+    tissue seen enlarged. Nothing measured is looked at.
+
+    References
+    ----------
+    Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", arXiv 1603.04779 (AdaBN).
+    """
+    norms = [m for m in model.encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    model.eval()
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over the batches
+        norm.train()
+    chosen = torch.randperm(len(material.crops), generator=rng)[:ADAPTED_CROPS].tolist()
+    for start in range(0, len(chosen), 8):
+        pixels = torch.stack([material.pixels(material.crops[i], 0) for i in chosen[start : start + 8]])
+        with autocast(torch.device(device)):
+            model.encoder((pixels.to(device).float() / 255).contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        norm.eval()
 
 
 @torch.no_grad()

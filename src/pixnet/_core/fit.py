@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.crops import Section, crop_size
 from pixnet._core.features import (
+    adapt_norms,
     autocast,
     cache_features,
     crop_halo,
@@ -93,7 +94,7 @@ def fit(
     device
         Torch device.
     fresh
-        Whether the decoder is new: feature statistics and baseline are then set from the training sections.
+        Whether the decoder is new: batch norms, feature statistics and baseline are then set from the training sections.
 
     Raises
     ------
@@ -114,6 +115,8 @@ def fit(
     rng = torch.Generator().manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(recipe.tune_encoder)
+    if fresh and (model.config["zoom"] > 1 if recipe.adapt_norms is None else recipe.adapt_norms):
+        adapt_norms(model, train, rng, device)
     variants = 1 if recipe.tune_encoder else recipe.variants
     cache_features(model, train, variants, recipe.stain, rng, device, "features")
     cache_features(model, valid, variants if recipe.refit else 1, recipe.stain, rng, device, "features (validation)")

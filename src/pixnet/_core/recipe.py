@@ -28,6 +28,9 @@ class Recipe:
         Share of feature channels that are dropped in training.
     ema
         Decay per step of the running average of the weights, which is what is validated and kept; 0: no average.
+    adapt_norms
+        Give the batch norms of an encoder that no training has met yet the statistics of the training tissue (AdaBN). None: where
+        the model enlarges images (``zoom``). It gained there and lost a little elsewhere.
     tune_encoder
         Train the encoder too; features are then computed anew at every step.
     refit
@@ -52,6 +55,7 @@ class Recipe:
     stain: float = 0.15
     dropout: float = 0.4
     ema: float = 0.98
+    adapt_norms: bool | None = None
     tune_encoder: bool = False
     refit: bool = True
 

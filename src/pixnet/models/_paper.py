@@ -28,6 +28,7 @@ RECIPE: dict[str, Any] = {
     "stain": 0.0,
     "dropout": 0.0,
     "ema": 0.0,
+    "adapt_norms": False,
 }
 """Its settings of training: passes, rate, decay and loss as published; patience and the plain rest are ours."""
 

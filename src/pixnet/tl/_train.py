@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def train(
         um per pixel to work at; slides are resampled to it. None: 0.5, or the coarsest slide's where that is coarser.
     max_epochs
         Passes over the shapes at most; training stops earlier when validation stops improving, and keeps the best. None: the
-        model's own, else 12.
+        model's own, else 30.
     seed
         Of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
         given brings its own to start from). None: ``settings.seed``.
@@ -93,10 +94,12 @@ def train(
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
     **recipe
         Other settings of training: ``patience``, ``lr``, ``weight_decay``, ``loss``, ``total_weight``, ``batch_shapes``,
-        ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``tune_encoder``, ``refit``; and of the model:
+        ``batch_crops``, ``variants``, ``stain``, ``dropout``, ``ema``, ``adapt_norms``, ``tune_encoder``, ``refit``; and of the model:
         ``decoder``, ``widths``, ``hidden``, ``zoom``, ``members``, ``link``, ``quantity``, ``stride``, ``window``, ``halo`` (see
         `pixnet.models.PixNet`). ``loss`` is one of ``"mse+pcc"``, ``"mse"``, ``"pcc"``, ``"poisson+pcc"`` and ``"nb+pcc"``: a
         negative binomial likelihood of the raw counts, each gene's dispersion taken from the training shapes.
+        ``adapt_norms``: whether the batch norms of a new model's encoder take the statistics of the training tissue; None:
+        where images are enlarged (``zoom``).
 
     Returns
     -------
@@ -120,6 +123,7 @@ def train(
     References
     ----------
     Zhang, Yang & Pan, "From Spots to Pixels", arXiv 2503.01347: sparse supervision by sums over shapes, and the loss.
+    Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation", arXiv 1603.04779: adapted batch norms.
 
     Examples
     --------
@@ -320,7 +324,10 @@ def _model_mpp(mpp: float | None, sources: Sequence[Source]) -> float:
 def _network(model: PixNet | None, genes: list[str], encoder: Any, mpp: float, build: dict[str, Any]) -> PixNet:
     from pixnet.models import PixNet
 
-    return PixNet(genes, mpp=mpp, encoder=encoder, **build) if model is None else model.with_genes(genes)
+    if model is not None:
+        return model.with_genes(genes)
+    # A copy, since training may change it: the caller's module, and the folds of a cross-validation, stay as they were.
+    return PixNet(genes, mpp=mpp, encoder=encoder if isinstance(encoder, str) else copy.deepcopy(encoder), **build)
 
 
 def _cut(sections: list[Section]) -> tuple[list[Section], list[Section]]:
