@@ -1,4 +1,4 @@
-"""The tissue mask of a slide, as tl functions use it."""
+"""The tissue mask of a slide: found at a coarse resolution, or opened as tl functions use it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,55 @@ from spatialdata import SpatialData
 
 from pixnet._core.masking import SlideExtent, TissueMask
 from pixnet._core.tiling import ModelGrid
-from pixnet._sdata.elements import full_resolution, tissue_key
+from pixnet._core.tissue import compute_mask
+from pixnet._logging import logger
+from pixnet._sdata.elements import full_resolution, get_mpp, levels, tissue_key
 from pixnet._sdata.geometry import affine_to_pixels
+
+# The mask is made at about this many um per pixel: fine enough for the outline, coarse enough to be quick.
+TARGET_MPP = 5.5
+
+
+def read_coarse(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[float, float], float]:
+    """Read an image as `pixnet._core.tissue.compute_mask` takes it.
+
+    Returns
+    -------
+    tuple
+        Pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, um per pixel.
+    """
+    import dask.array as da
+
+    mpp = get_mpp(sdata, image_key)
+    pyramid = levels(sdata[image_key])
+    # The coarsest level that is not coarser than wanted costs least to read.
+    fitting = [level for level in pyramid if mpp * max(level.scale) <= TARGET_MPP * 1.4]
+    level = fitting[-1] if fitting else pyramid[0]
+    data, (scale_y, scale_x) = level.data.data, level.scale
+    factor = max(1, round(TARGET_MPP / (mpp * float(np.sqrt(scale_y * scale_x)))))
+    factor = min(factor, *data.shape[1:])
+    if factor > 1:
+        data = da.coarsen(np.mean, da.asarray(data), {1: factor, 2: factor}, trim_excess=True)
+    scale = (scale_y * factor, scale_x * factor)
+    return np.asarray(data).round().astype(np.uint8), scale, mpp * float(np.sqrt(scale[0] * scale[1]))
+
+
+def find_tissue(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[float, float]]:
+    """Return where tissue is on an image.
+
+    Returns
+    -------
+    tuple
+        Mask ``bool (y, x)``, and level-0 pixels of the image per pixel of it, ``(y, x)``.
+    """
+    small, scale, mpp = read_coarse(sdata, image_key)
+    mask = compute_mask(small, mpp)
+    share = float(mask.mean())
+    if share == 0:
+        logger.warning("no tissue found on image %r", image_key)
+    else:
+        logger.info("tissue covers %.0f %% of image %r", 100 * share, image_key)
+    return mask, scale
 
 
 def open_mask(
@@ -32,11 +79,8 @@ def open_mask(
     if key is False:
         return SlideExtent((image.sizes["y"] / out_px[0], image.sizes["x"] / out_px[1]))
     if key is None:
-        from pixnet.pp import tissue_mask
-
-        key = "tissue"
-        mask = tissue_mask(sdata, image_key, inplace=False)
-        sdata = SpatialData(images={image_key: sdata.images[image_key]}, labels={key: mask})
+        mask, scale = find_tissue(sdata, image_key)
+        return TissueMask(mask, np.diag([out_px[1] / scale[1], out_px[0] / scale[0], 1.0]))
     to_pixels = affine_to_pixels(sdata, key, image_key)
     to_mask = np.linalg.inv(to_pixels) @ np.diag([out_px[1], out_px[0], 1.0])
     return TissueMask(full_resolution(sdata.labels[key]).data, to_mask)

@@ -17,7 +17,7 @@ from pixnet._logging import logger
 from pixnet._sdata import elements
 from pixnet._sdata.geometry import affine_to_pixels
 from pixnet._sdata.store import put
-from pixnet.pp._tissue_mask import compute_mask, read_coarse
+from pixnet._sdata.tissue import find_tissue
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -152,8 +152,8 @@ def read_mask(
         # One pixel for the whole image: inside is tissue.
         return np.ones((1, 1), dtype=bool), np.diag([1 / shape[1], 1 / shape[0], 1.0])
     if mask_key is None:
-        pixels, (scale_y, scale_x), mpp = read_coarse(sdata, image_key)
-        return compute_mask(pixels, mpp), np.diag([1 / scale_x, 1 / scale_y, 1.0])
+        mask, (scale_y, scale_x) = find_tissue(sdata, image_key)
+        return mask, np.diag([1 / scale_x, 1 / scale_y, 1.0])
     labels = np.asarray(elements.full_resolution(sdata[mask_key]).data)
     return labels != 0, np.linalg.inv(affine_to_pixels(sdata, str(mask_key), image_key))
 
