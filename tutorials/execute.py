@@ -1,6 +1,6 @@
 """Run tutorials as a reader would, and keep their outputs: ``python tutorials/execute.py [NAME ...]`` (all of them).
 
-Real data is read from PIXNET_DATA_DIR (or ``../shared/data`` beside the checkout). The tests run the same notebooks with
+Real data is read from PIXNET_DATA_DIR. The tests run the same notebooks with
 smaller values of the first cell's constants (its ``nbmake`` metadata); here nothing is made smaller. The time that each
 took is written into its first lines.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from nbclient import NotebookClient
 from PIL import Image
 
 HERE = Path(__file__).parent
-BESIDE = HERE.parents[1] / "shared" / "data"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -75,8 +73,6 @@ def shrink_pictures(notebook: nbformat.NotebookNode) -> None:
 
 def main(names: list[str]) -> None:
     """Run the tutorials of these names."""
-    if not os.environ.get("PIXNET_DATA_DIR") and BESIDE.is_dir():
-        os.environ["PIXNET_DATA_DIR"] = str(BESIDE)
     for path in [HERE / f"{Path(name).stem}.ipynb" for name in names] or sorted(HERE.glob("*.ipynb")):
         sys.stdout.write(f"{path.name}: {execute(path):.0f} s\n")
         sys.stdout.flush()

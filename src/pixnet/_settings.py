@@ -23,8 +23,8 @@ class Settings:
     Attributes
     ----------
     device
-        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA or Apple's GPU where
-        there is one, else the CPU.
+        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA, or for prediction
+        Apple's GPU, where there is one, else the CPU.
     precision
         Arithmetic of prediction: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` takes bfloat16 where the
         device computes in it natively, else float32.

@@ -66,7 +66,8 @@ class PixNet(nn.Module):
         attention; ``"paper"``: the published one (see `paper`).
     widths
         Channels of the U-Net at each of the encoder's levels, finest first; one number for all. Of ``decoder="paper"``: of its
-        levels, from the output stride to 32. None: 16 to 128, for any number of levels. ``decoder="none"`` has none.
+        levels, from the output stride to 32. None: 16 to 128, for any number of levels. With ``decoder="none"`` leave it at
+        None.
     hidden
         Channels of the decoded map, and of the layer after it that sees one pixel at a time.
     members
@@ -82,17 +83,17 @@ class PixNet(nn.Module):
         How many times an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to 1 um/px.
         None: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window
-        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted. None: 1024, by
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted. None: 1024 /
         ``zoom``.
     halo
-        Image pixels that a window sees beyond each of its edges. None: 320, by ``zoom``.
+        Image pixels that a window sees beyond each of its edges. None: 320 / ``zoom``, rounded up to a multiple of 64.
     pretrained
         Load the encoder's pretrained weights.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, if genes repeat or one is named ``__total__``.
+        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` are given without a U-Net.
 
     References
     ----------

@@ -43,9 +43,9 @@ def check_spots(
     sdata
         Object that holds shapes and image.
     shapes
-        The shapes element; ``None`` resolves it.
+        The shapes element; ``None``: the recorded one, else the only one.
     image_key
-        The H&E image; ``None`` resolves it.
+        The H&E image; ``None``: the recorded one, else the only one.
     mask_key
         Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it.
     coordinate_system

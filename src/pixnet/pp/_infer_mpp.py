@@ -41,7 +41,7 @@ def infer_mpp(
     shapes
         A shapes element of a regular array: spots or bins.
     image_key
-        The image; ``None`` resolves it.
+        The image; ``None``: the recorded one, else the only one.
     pitch_um
         Distance between the centres of neighbouring shapes, um (Visium 100, legacy ST 200).
     diameter_um

@@ -48,7 +48,7 @@ def make_grid(
     size_um
         Distance between neighbouring centres in um: the edge of a square, the width across flats of a hexagon.
     image_key
-        The image; ``None`` resolves it.
+        The image; ``None``: the recorded one, else the only one.
     shape
         ``"square"`` or ``"hex"``.
     mask_key

@@ -41,7 +41,7 @@ def normalize_stain(
     model
         The model that will predict, its path or its name; ``None`` is the one that `pixnet.tl.predict` takes.
     image_key
-        The H&E image. ``None`` resolves it.
+        The H&E image. ``None``: the recorded one, else the only one.
     mask_key
         Where tissue is, as for `pixnet.tl.predict`.
     key_added

@@ -41,7 +41,7 @@ def select_genes(
     sdata
         One object, a list or a dict of them.
     table_key
-        Table of raw counts in each object, or several; ``None`` resolves it.
+        Table of raw counts in each object, or several; ``None``: the recorded one, else the only one.
     n_top
         Number of genes; ``None`` is all that qualify, ordered.
     total_key

@@ -35,7 +35,7 @@ def tissue_mask(
     sdata
         Object that holds the image.
     image_key
-        The H&E image; its um/px must be known. ``None`` resolves it.
+        The H&E image; its um/px must be known. ``None``: the recorded one, else the only one.
     key_added
         Name of the labels element; ``None`` is ``"{image_key}_tissue"``, which ``tl`` functions find by themselves.
     overwrite

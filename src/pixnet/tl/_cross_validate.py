@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 GAP_UM = 100.0
-"""What a model sees around a shape at 0.5 um/px: blocks this far apart share no tissue."""
+"""Between blocks: about what training sees around its crops at 0.5 um/px."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def cross_validate(
         A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
         in space into which its shapes are cut across the longer axis.
     gap_um
-        With blocks: shapes closer than this (um) to a shape of the block that is tested train nothing. The default is what a model sees
-        around a shape, so that no tissue is in both.
+        With blocks: shapes closer than this (um) to a shape of the block that is tested train nothing. Their surroundings may still
+        overlap: training looks 192 of the model's pixels beyond its crops (96 um at 0.5 um/px), prediction up to 320; give more, such as
+        400, to exclude that.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
     image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device

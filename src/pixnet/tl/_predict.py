@@ -70,7 +70,7 @@ def predict(
     model
         The model, or a checkpoint's path or name; ``None`` is the model that ships with the package.
     image_key
-        The H&E image. ``None`` resolves it.
+        The H&E image. ``None``: the recorded one, else the only one.
     genes
         Genes of the map, in this order; ``None``: all of the model's. ``__total__`` comes in any case.
     mask_key

@@ -77,7 +77,7 @@ def train(
         a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
         again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
-        A model to start from; it is not changed. Excludes ``encoder`` and ``mpp``. One that was never trained, such as
+        A model to start from; it is not changed. Excludes ``encoder``, ``mpp`` and the model's settings under ``recipe``. One that was never trained, such as
         `pixnet.models.PixNet.paper` gives, starts from the mean composition of the training shapes; a trained one from
         what it knows. It may carry settings of training (``config["recipe"]``), which hold unless given here.
     encoder
@@ -85,11 +85,11 @@ def train(
     mpp
         um per pixel to work at; slides are resampled to it. None: 0.5, or the coarsest slide's where that is coarser.
     max_epochs
-        Passes over the shapes at most; training stops earlier when validation stops improving, and keeps the best. None: the
-        model's own, else 30.
+        Passes over the shapes at most; training stops earlier when validation stops improving. The best pass gives the number of passes
+        of the last run (``refit=False``: its weights are kept). None: the model's own, else 30.
     seed
         Of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
-        given brings its own to start from). None: ``settings.seed``.
+        given starts from its own weights). None: ``settings.seed``.
     device
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
     **recipe
@@ -104,7 +104,7 @@ def train(
     Returns
     -------
     PixNet
-        With ``.genes``, ``.mpp``, ``.stride``, ``.history`` (one dict per epoch) and ``.config``.
+        With ``.genes``, ``.mpp``, ``.stride``, ``.history`` (one dict per pass of the run with held-out shapes) and ``.config``.
 
     Raises
     ------
