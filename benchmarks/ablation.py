@@ -35,7 +35,7 @@ from pixnet.models import PixNet
 
 REDUCED = {"max_epochs": 8, "dropout": 0.1}
 ROWS: dict[str, dict] = {
-    "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px": {},
+    "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px, batch norms of ImageNet": {},
     "decoder: U-Net with separable attention (SAFB)": {"model": {"decoder": "safb"}},
     "decoder: U-Net with concatenation": {"model": {"decoder": "plain"}},
     "link: softplus": {"model": {"link": "softplus"}},
@@ -52,8 +52,6 @@ ROWS: dict[str, dict] = {
     "um/px: 2, not enlarged": {"model": {"zoom": 1}},
     "adapted: batch norms of the training tissue": {"adapt": True},
     "adapted; decoder: U-Net with separable attention (SAFB)": {"adapt": True, "model": {"decoder": "safb"}},
-    "adapted; decoders averaged: 3": {"adapt": True, "model": {"members": 3}},
-    "adapted; passes: 24": {"adapt": True, "recipe": {"max_epochs": 24}},
     "adapted; passes: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
     "adapted; um/px: 2, not enlarged": {"adapt": True, "model": {"zoom": 1}},
     "adapted; um/px: 2, not enlarged, encoder tuned": {
