@@ -232,6 +232,12 @@ class TestAdaptedNorms:
         left = train(slide, **options, zoom=2, adapt_norms=False)
         assert torch.equal(left.encoder.encoder.norm.running_mean, torch.zeros(3))
 
+    def test_a_module_that_is_passed_is_not_tuned_itself(self, slide):
+        mine = NormedEncoder()
+        model = train(slide, encoder=mine, tune_encoder=True)
+        assert not torch.equal(model.encoder.norm.weight, torch.ones(3))
+        assert torch.equal(mine.norm.weight, torch.ones(3)), "else a second fold would start from the first"
+
     def test_a_trained_model_keeps_its_own(self, slide):
         model = train(slide, encoder=NormedEncoder(), refit=False, adapt_norms=True)
         other = coloured_slide(3)
