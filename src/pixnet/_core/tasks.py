@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import queue
 import sys
 import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any
 
 import dask.base
@@ -55,38 +55,42 @@ def cluster_client() -> Any:
 
 def _on_threads(function: Any, shared: Sequence[Any], items: Sequence[Any], threads: int) -> Iterator[Any]:
     """Tasks run on threads that read and write; the caller's thread runs the model for them."""
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet", initializer=_serve, initargs=(events,))
+    desk = _Desk()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet", initializer=_serve, initargs=(desk,))
     waiting, running = iter(items), 0
     try:
         with memory_kept():
             while True:
                 for item in itertools.islice(waiting, threads - running):
-                    pool.submit(function, *shared, *item).add_done_callback(events.put)
+                    pool.submit(function, *shared, *item).add_done_callback(desk.events.put)
                     running += 1
                 if not running:
                     return
-                event = events.get()
+                event = desk.events.get()
                 if isinstance(event, _Request):
                     event.run()
                 else:
                     running -= 1
                     yield event.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        while running:  # threads may wait for a forward pass: tell them that none will come
-            event = events.get()
-            if isinstance(event, _Request):
-                event.refuse()
-            else:
-                running -= 1
+        # Ctrl-C may have come between any two steps above and lost an event, so none is counted on here.
+        desk.closed = True
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Desk:
+    """Where threads hand in what the caller's thread has to do or know."""
+
+    def __init__(self) -> None:
+        self.events: SimpleQueue[Any] = SimpleQueue()
+        self.closed = False
 
 
 _LOCAL = threading.local()
 
 
-def _serve(events: queue.SimpleQueue[Any]) -> None:
-    _LOCAL.events = events
+def _serve(desk: _Desk) -> None:
+    _LOCAL.desk = desk
 
 
 class _Request:
@@ -103,18 +107,23 @@ class _Request:
             if not isinstance(error, Exception):  # Ctrl-C falls on this thread
                 raise
 
-    def refuse(self) -> None:
-        self.future.set_exception(CancelledError())
+    def answer(self, desk: _Desk) -> Any:
+        """Wait for the result, or until nobody is there any more to give one."""
+        while not self.future.done():
+            if desk.closed:
+                raise CancelledError
+            wait([self.future], timeout=0.2)
+        return self.future.result()
 
 
 def in_callers_thread(function: Any) -> Any:
     """Call a function in the thread that called :func:`run_tasks`, or here if this is none of its threads."""
-    events = getattr(_LOCAL, "events", None)
-    if events is None:
+    desk = getattr(_LOCAL, "desk", None)
+    if desk is None:
         return function()
     request = _Request(function)
-    events.put(request)
-    return request.future.result()
+    desk.events.put(request)
+    return request.answer(desk)
 
 
 @contextlib.contextmanager
