@@ -162,6 +162,7 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 
 def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 um grid."""
+    net.eval()  # batch norms keep their statistics
     key = resolve_image(sdata)
     grid = slide_grid(sdata, key, net.mpp, net.stride)
     reader = slide_reader(sdata, key, grid)
