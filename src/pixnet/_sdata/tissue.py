@@ -16,7 +16,7 @@ from pixnet._sdata.geometry import affine_to_pixels
 TARGET_MPP = 5.5
 
 
-def read_coarse(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[float, float], float]:
+def _read_coarse(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[float, float], float]:
     """Read an image as `pixnet._core.tissue.compute_mask` takes it.
 
     Returns
@@ -48,7 +48,7 @@ def find_tissue(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[f
     tuple
         Mask ``bool (y, x)``, and level-0 pixels of the image per pixel of it, ``(y, x)``.
     """
-    small, scale, mpp = read_coarse(sdata, image_key)
+    small, scale, mpp = _read_coarse(sdata, image_key)
     mask = compute_mask(small, mpp)
     share = float(mask.mean())
     if share == 0:
@@ -56,6 +56,26 @@ def find_tissue(sdata: SpatialData, image_key: str) -> tuple[np.ndarray, tuple[f
     else:
         logger.info("tissue covers %.0f %% of image %r", 100 * share, image_key)
     return mask, scale
+
+
+def read_mask(sdata: SpatialData, image_key: str, mask_key: str | bool | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a mask ``bool (y, x)``, and the matrix ``(3, 3)`` from level-0 pixels of the image to its pixels.
+
+    Parameters
+    ----------
+    sdata, image_key
+        The object and its H&E image.
+    mask_key
+        A labels element; None: computed and not kept; False: one pixel for the whole image.
+    """
+    if mask_key is False:
+        full = full_resolution(sdata.images[image_key])
+        return np.ones((1, 1), dtype=bool), np.diag([1 / full.sizes["x"], 1 / full.sizes["y"], 1.0])
+    if mask_key is None:
+        mask, (scale_y, scale_x) = find_tissue(sdata, image_key)
+        return mask, np.diag([1 / scale_x, 1 / scale_y, 1.0])
+    labels = np.asarray(full_resolution(sdata.labels[mask_key]).data)
+    return labels != 0, np.linalg.inv(affine_to_pixels(sdata, mask_key, image_key))
 
 
 def open_mask(
@@ -78,12 +98,8 @@ def open_mask(
     image = full_resolution(sdata.images[image_key])
     if key is False:
         return SlideExtent((image.sizes["y"] / out_px[0], image.sizes["x"] / out_px[1]))
-    if key is None:
-        mask, scale = find_tissue(sdata, image_key)
-        return TissueMask(mask, np.diag([out_px[1] / scale[1], out_px[0] / scale[0], 1.0]))
-    to_pixels = affine_to_pixels(sdata, key, image_key)
-    to_mask = np.linalg.inv(to_pixels) @ np.diag([out_px[1], out_px[0], 1.0])
-    return TissueMask(full_resolution(sdata.labels[key]).data, to_mask)
+    mask, to_mask = read_mask(sdata, image_key, key)
+    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]))
 
 
 def mask_on_grid(

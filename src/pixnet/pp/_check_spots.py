@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pixnet._logging import logger
 from pixnet._sdata import elements
 from pixnet._sdata.geometry import read_shapes
-from pixnet.pp._make_grid import read_mask
+from pixnet._sdata.tissue import read_mask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def check_spots(
     if len(bounds) == 0:
         raise ValueError(f"{shapes!r} is empty: there is nothing to check")
     x, y = (bounds[:, 0] + bounds[:, 2]) / 2, (bounds[:, 1] + bounds[:, 3]) / 2
-    mask, to_mask = read_mask(sdata, image_key, key, (height, width))
+    mask, to_mask = read_mask(sdata, image_key, key)
 
     placements = {
         "as given": (x, y),

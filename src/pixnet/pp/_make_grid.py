@@ -15,9 +15,8 @@ from pixnet._core.coverage import coverage
 from pixnet._core.packing import pack
 from pixnet._logging import logger
 from pixnet._sdata import elements
-from pixnet._sdata.geometry import affine_to_pixels
 from pixnet._sdata.store import put
-from pixnet._sdata.tissue import find_tissue
+from pixnet._sdata.tissue import read_mask
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -104,7 +103,7 @@ def make_grid(
             "take a larger size_um"
         )
     polygons, row, col = (_squares if shape == "square" else _hexagons)(size, height, width)
-    mask, matrix = read_mask(sdata, image_key, mask_key, (height, width))
+    mask, matrix = read_mask(sdata, image_key, mask_key)
     share = np.concatenate(
         [_share(polygons[i : i + BATCH], mask, matrix) for i in range(0, len(polygons), BATCH)] or [np.empty(0)]
     )
@@ -142,20 +141,6 @@ def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, N
     angles = np.deg2rad(30 + 60 * np.arange(6))
     corners = np.stack([x[:, None] + radius * np.cos(angles), y[:, None] + radius * np.sin(angles)], axis=-1)
     return shapely.polygons(corners), row, col
-
-
-def read_mask(
-    sdata: SpatialData, image_key: str, mask_key: str | bool | None, shape: tuple[int, int]
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Return the mask, and the affine map from the image's level-0 pixels to its pixels."""
-    if mask_key is False:
-        # One pixel for the whole image: inside is tissue.
-        return np.ones((1, 1), dtype=bool), np.diag([1 / shape[1], 1 / shape[0], 1.0])
-    if mask_key is None:
-        mask, (scale_y, scale_x) = find_tissue(sdata, image_key)
-        return mask, np.diag([1 / scale_x, 1 / scale_y, 1.0])
-    labels = np.asarray(elements.full_resolution(sdata[mask_key]).data)
-    return labels != 0, np.linalg.inv(affine_to_pixels(sdata, str(mask_key), image_key))
 
 
 def _share(polygons: NDArray, mask: NDArray[np.bool_], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
