@@ -14,6 +14,20 @@ ATTENTION_PX = 64
 """Attention runs inside segments of this many image pixels, anchored at the slide's origin: never across a tile's edge."""
 
 
+DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
+"""Of a U-Net's levels, finest first; deeper levels are as wide as the last."""
+
+
+def fitted_widths(widths: int | Sequence[int] | None, levels: int, owner: str) -> list[int]:
+    """Return a width for each of a U-Net's levels; ``owner`` has them."""
+    if widths is None:
+        return [*DEFAULT_WIDTHS, *DEFAULT_WIDTHS[-1:] * levels][:levels]
+    widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
+    if len(widths) != levels:
+        raise ValueError(f"widths has {len(widths)} entries; {owner} has {levels} levels")
+    return widths
+
+
 class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel of ``(N, C, H, W)``: a pixel's value depends on that pixel alone."""
 

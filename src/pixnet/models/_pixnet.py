@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pixnet._names import TOTAL, check_genes
-from pixnet.models._decoder import DECODERS
+from pixnet.models._decoder import DECODERS, fitted_widths
 from pixnet.models._encoders import Enlarged, build_encoder, check_encoder
 from pixnet.models._member import Member
 from pixnet.models._paper import FILTERS, RECIPE, n_levels
 from pixnet.models._quantity import LINKS, QUANTITIES, baseline, linked
 
-DEFAULT_WIDTHS = (16, 48, 64, 96, 128)
-"""Of a U-Net's levels, finest first; deeper levels are as wide as the last."""
 MAX_MAP_UM = 4.0
 """A map is kept at this many um per pixel or finer."""
 
@@ -31,16 +29,6 @@ def default_stride(mpp: float) -> int:
 def default_zoom(mpp: float) -> int:
     """Return how many times images are enlarged for the encoder: to 1 um per pixel or so where they are coarse."""
     return 2 if mpp >= 1.5 else 1
-
-
-def _fitted(widths: int | Sequence[int] | None, levels: int, owner: str) -> list[int]:
-    """Return a width for each level."""
-    if widths is None:
-        return [*DEFAULT_WIDTHS, *DEFAULT_WIDTHS[-1:] * levels][:levels]
-    widths = [int(widths)] * levels if isinstance(widths, int) else [int(w) for w in widths]
-    if len(widths) != levels:
-        raise ValueError(f"widths has {len(widths)} entries; {owner} has {levels} levels")
-    return widths
 
 
 class PixNet(nn.Module):
@@ -156,9 +144,9 @@ class PixNet(nn.Module):
         if zoom > 1:
             module = Enlarged(module, zoom)
         if decoder == "paper":
-            widths = _fitted(widths, n_levels(stride), f"the published decoder at stride {stride}")
+            widths = fitted_widths(widths, n_levels(stride), f"the published decoder at stride {stride}")
         elif decoder != "none":
-            widths = _fitted(widths, len(module.channels), f"encoder {name!r}")
+            widths = fitted_widths(widths, len(module.channels), f"encoder {name!r}")
         elif widths is not None:
             raise ValueError("widths are those of a U-Net, which decoder='none' lacks; pass decoder='safb' or hidden=")
 
