@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import time
 from pathlib import Path
@@ -34,7 +33,6 @@ def measure(model, section: str, data: str, normalised: bool, measured: dict) ->
     sdata = her2st(section, path=data)
     if normalised:
         px.pp.normalize_stain(sdata, model)
-    load = round(os.getloadavg()[0], 1)
     start = time.perf_counter()
     px.tl.predict(sdata, model, image_key="he_normalized" if normalised else None)
     measured["predict_s"] = round(time.perf_counter() - start, 1)
@@ -42,7 +40,7 @@ def measure(model, section: str, data: str, normalised: bool, measured: dict) ->
     px.pp.make_grid(sdata, 50)
     px.tl.aggregate(sdata, ["spots", "grid"])
     scores = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts")
-    measured["threads"], measured["load_before"] = torch.get_num_threads(), load
+    measured["threads"] = torch.get_num_threads()
     measured["section"], measured["spots"] = section, int(scores["n"].max())
     measured["grid_squares"] = int(sdata["grid_genes"].n_obs)
     measured["scores"] = {k: round(v, 4) for k, v in scores.attrs["summary"].items()}

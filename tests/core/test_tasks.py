@@ -46,7 +46,6 @@ def test_an_interrupt_that_loses_an_event_does_not_hang(monkeypatch):
         except KeyboardInterrupt:
             ends.append(sum(t.name.startswith("pixnet") for t in threading.enumerate()))
 
-    lost = 0
     for lost in range(1, 9):  # requests and results alike
         Interrupted.taken = 0
         thread = threading.Thread(target=run, daemon=True)

@@ -19,7 +19,7 @@ CROP_HALO = 192
 """Model pixels seen around a crop in training, at most. Prediction looks further, to make its windows fit at their seams."""
 
 ADAPTED_CROPS = 512
-"""Crops at most, of all sections alike, that `adapt_norms` looks at."""
+"""Crops at most, drawn from those of all sections, that `adapt_norms` looks at."""
 
 
 def crop_halo(model: PixNet) -> int:

@@ -77,16 +77,16 @@ def train(
         a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
         again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
-        A model to start from; it is not changed. Excludes ``encoder``, ``mpp`` and the model's settings under ``recipe``. One that was never trained, such as
-        `pixnet.models.PixNet.paper` gives, starts from the mean composition of the training shapes; a trained one from
-        what it knows. It may carry settings of training (``config["recipe"]``), which hold unless given here.
+        A model to start from; it is not changed. Excludes ``encoder``, ``mpp`` and the model's settings under ``recipe``. One
+        that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of the training
+        shapes; a trained one from what it knows. It may carry settings of training (``config["recipe"]``), which hold unless given here.
     encoder
         Name of a registered encoder (`pixnet.models.encoders`), ``"timm/NAME"``, or a module.
     mpp
         um per pixel to work at; slides are resampled to it. None: 0.5, or the coarsest slide's where that is coarser.
     max_epochs
-        Passes over the shapes at most; training stops earlier when validation stops improving. The best pass gives the number of passes
-        of the last run (``refit=False``: its weights are kept). None: the model's own, else 30.
+        Passes over the shapes at most; training stops earlier when validation stops improving. The best pass gives the number
+        of passes of the last run (``refit=False``: its weights are kept). None: the model's own, else 30.
     seed
         Of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
         given starts from its own weights). None: ``settings.seed``.
