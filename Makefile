@@ -23,11 +23,12 @@ test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl 
 test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
 	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS) tests
 
-lint: $(STAMPS)/lint  ## Check style and formatting.
+lint: $(STAMPS)/lint  ## Check style, formatting and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-format: $(STAMPS)/lint  ## Mend style and formatting where that can be done by a tool.
+format: $(STAMPS)/lint  ## Fix style and formatting where a tool can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -25,11 +25,11 @@ import torch
 from quality import BINS, kidney_split
 
 import pixnet as px
-from pixnet._core.crops import crop_size
-from pixnet._core.features import adapt_norms, cache_features, set_feature_statistics
-from pixnet._core.fit import _optimise, _set_baseline, evaluate_material
-from pixnet._core.material import Material
-from pixnet._core.recipe import Recipe
+from pixnet._core.train.crops import crop_size
+from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.features import adapt_norms, cache_features, set_feature_statistics
+from pixnet._core.train.loop import _optimise, _set_baseline, evaluate_material
+from pixnet._core.train.options import TrainingOptions
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 from pixnet.models import PixNet
 
@@ -68,13 +68,13 @@ def sections(train, test, genes: list[str], mpp: float, stride: int):
     def opened(sdata, shapes: list[str]):
         tables = [f"{s}_counts" for s in shapes]
         source = resolve_sources({"kidney": sdata}, None, shapes, tables, kidney.TOTAL_KEY)[0]
-        return open_section(source, genes, mpp, stride, layer=None, total_key=kidney.TOTAL_KEY, mask_key=None)
+        return open_section(source, genes, mpp, stride, layer=None, total_key=kidney.TOTAL_KEY)
 
     near, far = split_block(opened(train, ["spots", "bins_016um", "bins_032um"]))
     return near, far, opened(test, [*BINS, "spots"])
 
 
-def only(material: Material, names: list[str]) -> Material:
+def only(material: CropDataset, names: list[str]) -> CropDataset:
     """Return the material with the shapes of some elements; features are shared."""
     out = copy.copy(material)
     kept = [i for i, crop in enumerate(material.crops) if any(n in crop.rows for n in names)]
@@ -90,12 +90,12 @@ def only(material: Material, names: list[str]) -> Material:
     return out
 
 
-def run(row: dict, seed: int, net: PixNet, materials: list[Material]) -> dict:
+def run(row: dict, seed: int, net: PixNet, materials: list[CropDataset]) -> dict:
     """Train one row with one seed, on the features of a network's encoder, and test it."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     settings = REDUCED | row.get("recipe", {})
-    recipe = Recipe(patience=settings["max_epochs"], **settings)  # every row makes all its passes
+    recipe = TrainingOptions(patience=settings["max_epochs"], **settings)  # every row makes all its passes
     model = PixNet(net.genes, mpp=net.mpp, **row.get("model", {}))
     model.encoder.load_state_dict(net.encoder.state_dict())
     model.encoder.requires_grad_(recipe.tune_encoder)
@@ -134,12 +134,12 @@ def main() -> None:
             ready = how
             net = PixNet(genes, mpp=mpp, zoom=how[0])
             parts = sections(train, test, genes, mpp, net.stride)
-            materials = [Material([part], crop_size(list(parts))) for part in parts]
+            materials = [CropDataset([part], crop_size(list(parts))) for part in parts]
             rng = torch.Generator().manual_seed(0)
             if how[1]:
                 adapt_norms(net, materials[0], rng, "cpu")
-            for material, variants in zip(materials, (Recipe().variants, 1, 1)):
-                cache_features(net, material, variants, Recipe().stain, rng, "cpu", "features")
+            for material, variants in zip(materials, (TrainingOptions().variants, 1, 1)):
+                cache_features(net, material, variants, TrainingOptions().stain, rng, "cpu", "features")
         results[name] = [run(ROWS[name], seed, net, materials) for seed in range(args.seeds)]
         mean = {k: round(float(np.mean([r[k] for r in results[name]])), 4) for k in results[name][0]}
         print(name, json.dumps(mean), flush=True)

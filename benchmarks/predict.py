@@ -158,7 +158,7 @@ def forward(model, pixels, precision):
     """The model on uint8 ``(n, 3, y, x)``, in the arithmetic that predict would take."""
     import torch
 
-    from pixnet._core.packed import PRECISIONS, resolve_precision
+    from pixnet._core.predict.device import PRECISIONS, resolve_precision
 
     dtype = PRECISIONS[resolve_precision(precision, torch.device("cpu"))]
     with torch.inference_mode(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):

@@ -15,9 +15,9 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 from torch import Tensor, nn
 
-from pixnet._core.crops import crop_size
-from pixnet._core.features import adapt_norms, cache_features
-from pixnet._core.material import Material
+from pixnet._core.train.crops import crop_size
+from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.features import adapt_norms, cache_features
 from pixnet._sdata.sections import open_section, resolve_sources
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
@@ -50,7 +50,7 @@ def pool(
     (section,) = material.sections
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in shapes}
     for crop in material.crops:  # one at a time: the features of a slide need not fit
-        part = Material.__new__(Material)
+        part = CropDataset.__new__(CropDataset)
         part.sections, part.size, part.crops, part.measured = (
             material.sections,
             material.size,
@@ -82,10 +82,12 @@ def adapt(net: PixNet, sdata: SpatialData, shapes: str, genes: list[str], total_
     adapt_norms(net, _material(net, sdata, [shapes], genes, total_key), torch.Generator().manual_seed(0), "cpu")
 
 
-def _material(net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None) -> Material:
+def _material(
+    net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None
+) -> CropDataset:
     source = resolve_sources({"": sdata}, None, shapes, [f"{s}_counts" for s in shapes], total_key)[0]
-    section = open_section(source, genes, net.mpp, net.stride, layer=None, total_key=total_key, mask_key=None)
-    return Material([section], crop_size([section]))
+    section = open_section(source, genes, net.mpp, net.stride, layer=None, total_key=total_key)
+    return CropDataset([section], crop_size([section]))
 
 
 def add_discs(sdata: SpatialData, shapes: str, diameter_um: float, mpp: float) -> str:

@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnet._core.coverage import coverage
-from pixnet._core.crops import crop_size
-from pixnet._core.features import cache_features, crop_halo, encode_crops
-from pixnet._core.material import Material
-from pixnet._core.packing import pack
-from pixnet._sdata.elements import resolve_image
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
+from pixnet._core.train.crops import crop_size
+from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.features import cache_features, crop_halo, encode_crops
 from pixnet._sdata.sections import open_section, resolve_sources
-from pixnet._sdata.slide import slide_grid, slide_reader
-from pixnet._sdata.tissue import mask_on_grid
+from pixnet._sdata.slide import Slide
+from pixnet._sdata.tissue import open_mask
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
 
@@ -77,12 +76,12 @@ def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stai
     dict
         ``features (variants, spots, channels)``, ``cp10k (spots, genes)``, ``depth``, ``covered`` and ``section (spots,)``.
     """
-    options = {"layer": None, "total_key": None, "mask_key": None}
+    options = {"layer": None, "total_key": None}
     sections = [
         open_section(slide, source.genes, source.mpp, source.stride, **options)
         for slide in resolve_sources(slides, None, shapes, None, None)
     ]
-    material = Material(sections, crop_size(sections))
+    material = CropDataset(sections, crop_size(sections))
     cache_features(source, material, variants, stain, torch.Generator().manual_seed(seed), "cpu", "features")
     out: dict[str, list] = {"features": [], "cp10k": [], "depth": [], "covered": [], "section": []}
     for i, crop in enumerate(material.crops):
@@ -163,9 +162,9 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
     """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 um grid."""
     net.eval()  # batch norms keep their statistics
-    key = resolve_image(sdata)
-    grid = slide_grid(sdata, key, net.mpp, net.stride)
-    reader = slide_reader(sdata, key, grid)
+    slide = Slide.open(sdata)
+    grid = slide.grid(net.mpp, net.stride)
+    reader = slide.reader(grid)
     halo = crop_halo(net)
     height, width = grid.shape
     rows, cols = -(-height // CORE), -(-width // CORE)
@@ -182,7 +181,7 @@ def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
         for stride, out, part in zip(strides, maps, found):
             core = CORE // stride
             out[:, row * core : (row + 1) * core, col * core : (col + 1) * core] = part[0].float().numpy()
-    return maps, mask_on_grid(sdata, key, None, grid).window(0, 0, *grid.out_shape)
+    return maps, open_mask(slide, grid.out_px).window(0, 0, *grid.out_shape)
 
 
 @torch.no_grad()

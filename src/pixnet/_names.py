@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 TOTAL = "__total__"
 """Name of the channel that holds the density of all transcripts: the last one of every gene map."""
@@ -34,3 +34,9 @@ def check_genes(genes: Sequence[str]) -> list[str]:
     if TOTAL in genes:
         raise ValueError(f"{TOTAL!r} is no gene: it names the density of all transcripts, which is always predicted")
     return genes
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Return keys as the list that an error shows."""
+    keys = [repr(str(key)) for key in keys]
+    return ", ".join(keys) if keys else "none"

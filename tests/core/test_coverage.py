@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pixnet
-from pixnet._core.coverage import DISC, POLYGON, RECTANGLE, Geometries, coverage, pack, pack_rectangles
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import DISC, POLYGON, RECTANGLE, ShapeArrays, pack, pack_rectangles
 
 H, W = 24, 30
 
@@ -188,7 +189,7 @@ def test_packing_keeps_order_and_kinds():
     taken = packed.take(index)
     np.testing.assert_allclose(taken.area, np.array(expected)[index])
     np.testing.assert_array_equal(dense(taken), dense(packed)[index])
-    joined = Geometries.concatenate([pack(shapes[1:3]), packed])
+    joined = ShapeArrays.concatenate([pack(shapes[1:3]), packed])
     np.testing.assert_array_equal(dense(joined), dense(packed)[[1, 2, 0, 1, 2, 3]])
     np.testing.assert_array_equal(packed.take(np.array([False, True, False, True])).area, packed.area[[1, 3]])
     turned = packed.transform([[0, -1, 9], [1, 0, 0], [0, 0, 1]])
@@ -270,7 +271,7 @@ def test_a_read_only_installation_works(tmp_path, home):
         "PIXNET_CACHE_DIR": str(folder / "cache"),
     }
     code = """
-        from pixnet._core import coverage
+        from pixnet._core.coverage import coverage
         import shapely
         print(coverage.coverage(coverage.pack([shapely.box(0, 0, 1, .5)]), (0, 0, 1, 1)).sum())
     """

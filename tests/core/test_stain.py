@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import pixnet as px
-from pixnet._core.masking import SlideExtent, TissueMask
-from pixnet._core.stain import differences, optical_density, sample, statistics
-from pixnet._core.tiling import SlideReader, choose_grid
+from pixnet._core.slide.grid import choose_grid
+from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.reader import SlideReader
+from pixnet._core.slide.stain import differences, optical_density, sample, statistics
 
 PURPLE = np.array([140.0, 110.0, 165.0])
 
@@ -114,13 +115,12 @@ def test_real_slides(shared_data):
     training = px.models.load("her2st").config["stain"]
 
     def windows(sdata, key, mpp):
-        from pixnet._sdata.elements import levels
-        from pixnet._sdata.tissue import mask_on_grid
+        from pixnet._sdata.slide import Slide
+        from pixnet._sdata.tissue import open_mask
 
-        pyramid = levels(sdata.images[key])
-        shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in pyramid]
-        grid = choose_grid([level.scale for level in pyramid], shapes, sdata.attrs["pixnet"]["mpp"][key], mpp, 4)
-        return sample(SlideReader(pyramid[grid.level].data.data, grid), mask_on_grid(sdata, key, None, grid))
+        slide = Slide.open(sdata, key)
+        grid = slide.grid(mpp, 4)
+        return sample(slide.reader(grid), open_mask(slide, grid.out_px))
 
     section = windows(px.datasets.her2st("C5", path=shared_data / "her2st"), "he", 0.688)
     assert differences(statistics(section), training) == []

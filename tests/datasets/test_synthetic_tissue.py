@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import shapely
 
-from pixnet._core.coverage import coverage, pack
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
 from pixnet.datasets import synthetic_tissue
 from pixnet.datasets._synthetic.genes import PLATFORMS
 from pixnet.datasets._synthetic.world import Recipe, World, world

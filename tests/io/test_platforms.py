@@ -15,8 +15,8 @@ import shapely
 from PIL import Image
 
 import pixnet as px
-from pixnet._sdata.elements import resolve_image
-from pixnet._sdata.geometry import read_shapes
+from pixnet._sdata.keys import resolve_image
+from pixnet._sdata.shapes import read_shapes
 
 spatialdata_io = pytest.importorskip("spatialdata_io")
 pytest.importorskip("tifffile")

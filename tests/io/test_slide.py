@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixnet._sdata.elements import full_resolution, levels
+from pixnet._sdata.rasters import full_resolution, levels
 from pixnet.io import slide
 
 tifffile = pytest.importorskip("tifffile")

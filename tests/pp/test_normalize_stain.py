@@ -9,8 +9,8 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
 import pixnet as px
-from pixnet._core.stain import apply_table, matching_table, optical_density
-from pixnet._sdata.elements import levels
+from pixnet._core.slide.stain import apply_table, matching_table, optical_density
+from pixnet._sdata.rasters import levels
 
 
 def density(sdata, key):

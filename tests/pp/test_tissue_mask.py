@@ -12,7 +12,7 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale, get_transformation
 
 import pixnet as px
-from pixnet._core.tissue import compute_mask
+from pixnet._core.slide.tissue import compute_mask
 
 
 def overlap(a, b):

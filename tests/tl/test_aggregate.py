@@ -15,8 +15,10 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Image3DModel, Labels2DModel, Labels3DModel, PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
-from pixnet._core.coverage import coverage, pack
-from pixnet._sdata.elements import TOTAL, record
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
+from pixnet._names import TOTAL
+from pixnet._sdata.record import record
 from pixnet.tl._aggregate import aggregate
 
 H, W, MPP = 64, 80, 2.0
@@ -580,6 +582,6 @@ def test_a_table_that_cannot_be_stored_leaves_no_record(sdata, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pixnet._sdata.store.put", full)
+    monkeypatch.setattr("pixnet._sdata.store.element_store.put", full)
     check_refused(sdata, OSError, "no space", "spots")
     assert record(sdata)["tables"] == {}

@@ -15,9 +15,11 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import Scale
 
-from pixnet._core import pixels
-from pixnet._core.coverage import coverage, pack
-from pixnet._sdata.elements import TOTAL, record
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
+from pixnet._core.zonal import reader as pixels
+from pixnet._names import TOTAL
+from pixnet._sdata.record import record
 from pixnet.tl._aggregate import aggregate
 
 H, W = 60, 70

@@ -24,7 +24,7 @@ from spatialdata.models import Image2DModel, Labels2DModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 import pixnet as px
-from pixnet._core import inference
+from pixnet._core.predict import tile_runner
 from pixnet.tl import _predict
 
 GENES = ["A", "B", "C"]
@@ -461,7 +461,7 @@ def ctrl_c_is_heeded():
 
 def interrupt_after(monkeypatch, n, error):
     """Fail at a tile; Ctrl-C comes as it does: a signal to the main thread while others work."""
-    original, count = inference.TileRunner.tile, []
+    original, count = tile_runner.TileRunner.tile, []
 
     def tile(self, i, j, work=None):
         count.append((i, j))
@@ -472,7 +472,7 @@ def interrupt_after(monkeypatch, n, error):
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return original(self, i, j, work)
 
-    monkeypatch.setattr(inference.TileRunner, "tile", tile)
+    monkeypatch.setattr(tile_runner.TileRunner, "tile", tile)
     return count
 
 
@@ -527,10 +527,10 @@ KILLED = """
 import sys, time
 import numpy as np, spatialdata as sd, torch
 import pixnet as px
-from pixnet._core import inference
+from pixnet._core.predict import tile_runner
 torch.set_num_threads(1)
 px.settings.progress = False
-original, n = inference.store_tile, []
+original, n = tile_runner.store_tile, []
 def slow(runner, target, i, j):
     n.append(0)
     out = original(runner, target, i, j)
@@ -539,7 +539,7 @@ def slow(runner, target, i, j):
         time.sleep(60)
     return out
 if sys.argv[3] == "slow":
-    inference.store_tile = slow
+    tile_runner.store_tile = slow
 sdata = sd.read_zarr(sys.argv[1])
 px.tl.predict(sdata, sys.argv[2], tile_size=64, overwrite=True, resume=sys.argv[3] == "resume")
 """
@@ -630,7 +630,7 @@ def test_progress_goes_to_stderr(sdata, model, capfd):
 
 def test_only_a_few_tiles_are_held_at_once(model, monkeypatch):
     """What bounds the memory: the slide has 35 tiles, three are in work."""
-    original, now, most = inference.TileRunner.tile, [0], [0]
+    original, now, most = tile_runner.TileRunner.tile, [0], [0]
     lock = threading.Lock()
 
     def tile(self, i, j, work=None):
@@ -643,6 +643,6 @@ def test_only_a_few_tiles_are_held_at_once(model, monkeypatch):
             with lock:
                 now[0] -= 1
 
-    monkeypatch.setattr(inference.TileRunner, "tile", tile)
+    monkeypatch.setattr(tile_runner.TileRunner, "tile", tile)
     px.tl.predict(slide(tissue=False), model, mask_key=False, tile_size=64)
     assert 1 < most[0] <= 3

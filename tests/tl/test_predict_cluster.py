@@ -73,9 +73,9 @@ def locally(sdata, model, **kwargs):
 
 
 def _loaded():
-    from pixnet._core import packed
+    from pixnet._core.predict import portable_model
 
-    return os.getpid(), len(packed._READY)
+    return os.getpid(), len(portable_model._READY)
 
 
 def test_workers_write_the_same_bytes(client, backed, model):

@@ -13,9 +13,9 @@ from shapely import Point, box
 from spatialdata.models import Image2DModel, ShapesModel
 
 import pixnet as px
-from pixnet._core import fit
-from pixnet._core.crops import place_crops, weigh
-from pixnet._core.material import Material, Measured
+from pixnet._core.train import loop as fit
+from pixnet._core.train.crops import place_crops, weigh
+from pixnet._core.train.dataset import CropDataset, Measured
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 
 from .conftest import QUICK, PatchEncoder, coloured_slide, table_for
@@ -139,7 +139,7 @@ class TestScales:
 
     def test_each_scale_has_its_say_in_every_batch(self, slide, monkeypatch):
         """The loss is the mean over the elements, however many shapes each has."""
-        from pixnet._core import fit
+        from pixnet._core.train import loop as fit
 
         seen = []
         original = fit.shape_loss
@@ -355,7 +355,7 @@ def test_dispersion_is_that_of_the_counts():
     depth = torch.ones(4000)
     depth[0] = 0  # trains nothing
     cp10k[0] = 1e6
-    material = Material.__new__(Material)
+    material = CropDataset.__new__(CropDataset)
     material.measured = [{"spots": Measured(cp10k, depth, torch.from_numpy(umi).float())}]
     np.testing.assert_allclose(material.dispersion["spots"], np.maximum(dispersion, 1e-2), rtol=0.15)
 
@@ -394,8 +394,8 @@ class TestValidation:
         assert list(train(both, validation=slide).config["provenance"]["training"]) == ["a", "b"]
 
     def test_a_block_of_a_single_one_shares_no_shape(self, slide):
-        source = resolve_sources({"0": slide}, None, None, None, None)[0]
-        section = open_section(source, ["PINK"], 0.5, 4, layer=None, total_key=None, mask_key=False)
+        source = resolve_sources({"0": slide}, None, None, None, None, False)[0]
+        section = open_section(source, ["PINK"], 0.5, 4, layer=None, total_key=None)
         near, far = split_block(section)
         a, b = near.targets[0].geometries.bounds, far.targets[0].geometries.bounds
         assert len(a) + len(b) <= 225
@@ -414,8 +414,8 @@ class TestValidation:
 
 class TestCrops:
     def test_every_shape_is_whole_in_exactly_one(self, slide):
-        source = resolve_sources({"0": slide}, None, None, None, None)[0]
-        section = open_section(source, ["PINK"], 0.5, 4, layer=None, total_key=None, mask_key=False)
+        source = resolve_sources({"0": slide}, None, None, None, None, False)[0]
+        section = open_section(source, ["PINK"], 0.5, 4, layer=None, total_key=None)
         crops = place_crops(section, 0, 320)
         rows = np.concatenate([c.rows["spots"] for c in crops])
         assert sorted(rows) == list(range(225))
@@ -450,7 +450,7 @@ class TestRefusals:
         def read(*_):
             raise AssertionError("a pixel was read")
 
-        monkeypatch.setattr("pixnet._core.tiling.SlideReader.read", read)
+        monkeypatch.setattr("pixnet._core.slide.reader.SlideReader.read", read)
 
     def test_unknown_um_per_pixel(self, slide):
         slide.attrs["pixnet"]["mpp"].clear()
@@ -555,7 +555,7 @@ class TestRefusals:
 
 
 def test_a_validation_that_is_nan_stops_too(slide, monkeypatch):
-    from pixnet._core import fit
+    from pixnet._core.train import loop as fit
 
     monkeypatch.setattr(fit, "evaluate_material", lambda *_: {"expression": float("nan"), "total": 0.0, "pcc": 0.0})
     with pytest.raises(FloatingPointError, match="validation loss is nan after epoch 1"):
@@ -570,7 +570,7 @@ def test_the_passes_made_are_kept(slide):
 
 
 def test_a_nan_loss_names_its_batch(slide, monkeypatch):
-    from pixnet._core import fit
+    from pixnet._core.train import loop as fit
 
     def broken(*args, **kwargs):
         found = original(*args, **kwargs)

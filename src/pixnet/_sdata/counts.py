@@ -11,8 +11,10 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import annotated_regions, full_resolution, listed
+from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
+from pixnet._sdata.keys import annotated_regions
+from pixnet._sdata.rasters import full_resolution
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from pixnet._sdata.elements import listed
+from pixnet._names import listed
 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{9,}(\.\d+)?")
 _VERSION = re.compile(r"\.\d+$")

@@ -4,51 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from spatialdata import SpatialData
 
-from pixnet._core.crops import Section, Targets
-from pixnet._core.packing import Geometries
-from pixnet._core.tiling import ModelGrid
+from pixnet._core.coverage.shapes import ShapeArrays
+from pixnet._core.slide.grid import ModelGrid
+from pixnet._core.train.crops import Section, Targets
 from pixnet._logging import logger
+from pixnet._names import listed
 from pixnet._sdata.counts import check_totals_alike, read_counts
-from pixnet._sdata.elements import (
-    annotated_regions,
-    get_mpp,
-    listed,
-    resolve_image,
-    resolve_shapes,
-    resolve_table,
-)
-from pixnet._sdata.geometry import pixel_shapes
-from pixnet._sdata.slide import slide_grid, slide_reader
-from pixnet._sdata.tissue import mask_on_grid
+from pixnet._sdata.keys import annotated_regions, resolve_shapes, resolve_table
+from pixnet._sdata.shapes import pixel_shapes
+from pixnet._sdata.slide import Slide
+from pixnet._sdata.tissue import open_mask
 
 
 @dataclass(frozen=True)
 class Source:
-    """What of one object is used: its image, and shapes with the tables measured in them.
+    """One object to train on or to test: its slide, and shapes with the tables measured in them.
 
     Attributes
     ----------
     name
         The object's name.
-    sdata
-        The object.
-    image_key
-        The H&E image.
-    mpp
-        Its um per pixel.
+    slide
+        Its H&E image.
     pairs
         Table of each shapes element that the object has, by the element's name.
     """
 
     name: str
-    sdata: SpatialData
-    image_key: str
-    mpp: float
+    slide: Slide
     pairs: dict[str, str]
+
+    @property
+    def sdata(self) -> SpatialData:
+        """The object."""
+        return self.slide.sdata
 
 
 def resolve_sources(
@@ -57,6 +51,7 @@ def resolve_sources(
     shapes: str | Sequence[str] | None,
     table_key: str | Sequence[str] | None,
     total_key: str | None,
+    mask_key: str | Literal[False] | None = None,
 ) -> list[Source]:
     """Resolve names in every object, without reading a pixel; ``shapes[i]`` pairs with ``table_key[i]``.
 
@@ -75,8 +70,7 @@ def resolve_sources(
         )
     sources, columns = [], {}
     for name, sdata in objects.items():
-        image = resolve_image(sdata, image_key)
-        source = Source(name, sdata, image, get_mpp(sdata, image), _pairs(sdata, name, shapes, table_key))
+        source = Source(name, Slide.open(sdata, image_key, mask_key), _pairs(sdata, name, shapes, table_key))
         sources.append(source)
         for table in source.pairs.values():
             columns[f"{table} of object {name}"] = sdata.tables[table].n_vars
@@ -120,21 +114,20 @@ def open_section(
     *,
     layer: str | None,
     total_key: str | None,
-    mask_key: str | bool | None,
 ) -> Section:
     """Open one object for training: tables are read and shapes moved into the model's grid; pixels stay where they are."""
-    sdata, key = source.sdata, source.image_key
-    grid = slide_grid(sdata, key, model_mpp, stride)
+    slide, sdata = source.slide, source.sdata
+    grid = slide.grid(model_mpp, stride)
     targets = []
     for shapes_key, table_key in source.pairs.items():
         found = read_counts(sdata, table_key, shapes_key, genes, layer=layer, total_key=total_key)
-        geometries = pixel_shapes(sdata, shapes_key, key).take(found.rows).transform(grid.to_out)
+        geometries = pixel_shapes(sdata, shapes_key, slide.key).take(found.rows).transform(grid.to_out)
         targets.append(_usable(source.name, shapes_key, geometries, found.counts, found.total, grid))
-    return Section(source.name, slide_reader(sdata, key, grid), mask_on_grid(sdata, key, mask_key, grid), targets)
+    return Section(source.name, slide.reader(grid), open_mask(slide, grid.out_px), targets)
 
 
 def _usable(
-    name: str, key: str, geometries: Geometries, counts: np.ndarray, total: np.ndarray, grid: ModelGrid
+    name: str, key: str, geometries: ShapeArrays, counts: np.ndarray, total: np.ndarray, grid: ModelGrid
 ) -> Targets:
     """Leave out shapes that have no counts or reach over the image's edge, and say how many."""
     height, width = grid.out_shape

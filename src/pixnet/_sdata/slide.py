@@ -1,20 +1,76 @@
-"""A slide as a model sees it: its grid, and what reads it."""
+"""A slide of an object, opened once: resolved and checked before any pixel is read, then handed on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
+from xarray import DataArray
 
-from pixnet._core.tiling import ModelGrid, SlideReader, choose_grid
-from pixnet._sdata.elements import get_mpp, levels
-
-
-def slide_grid(sdata: SpatialData, image_key: str, model_mpp: float, stride: int) -> ModelGrid:
-    """Return the grid on which a model sees an image; nothing is read."""
-    pyramid = levels(sdata.images[image_key])
-    shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in pyramid]
-    return choose_grid([level.scale for level in pyramid], shapes, get_mpp(sdata, image_key), model_mpp, stride)
+from pixnet._core.slide.grid import ModelGrid, choose_grid
+from pixnet._core.slide.reader import SlideReader
+from pixnet._sdata.keys import resolve_image, tissue_key
+from pixnet._sdata.pixel_size import get_mpp
+from pixnet._sdata.rasters import Level, levels
 
 
-def slide_reader(sdata: SpatialData, image_key: str, grid: ModelGrid) -> SlideReader:
-    """Return what reads an image on a grid."""
-    return SlideReader(levels(sdata.images[image_key])[grid.level].data.data, grid, image_key)
+@dataclass(frozen=True)
+class Slide:
+    """An H&E image of an object.
+
+    Attributes
+    ----------
+    sdata, key
+        The object, and the name of the image.
+    mpp
+        Pixel size of the full-resolution level (µm/px).
+    levels
+        The pyramid, finest level first.
+    mask_key
+        Labels element that marks tissue. None: the mask has to be computed; False: everything is tissue.
+    """
+
+    sdata: SpatialData
+    key: str
+    mpp: float
+    levels: list[Level]
+    mask_key: str | Literal[False] | None
+
+    @classmethod
+    def open(
+        cls, sdata: SpatialData, image_key: str | None = None, mask_key: str | Literal[False] | None = None
+    ) -> Slide:
+        """Resolve an image and its mask, and check them; reads no pixel.
+
+        Raises
+        ------
+        KeyError
+            If there is no such image or labels element.
+        TypeError
+            If the pixels are not uint8.
+        ValueError
+            If the image is not RGB, several could be meant, or its pixel size is unknown.
+        """
+        key = resolve_image(sdata, image_key)
+        return cls(sdata, key, get_mpp(sdata, key), levels(sdata.images[key]), tissue_key(sdata, key, mask_key))
+
+    @property
+    def image(self) -> DataArray:
+        """The full-resolution level, ``(c, y, x)``."""
+        return self.levels[0].data
+
+    @property
+    def transformations(self) -> dict[str, Any]:
+        """Transformations of the full-resolution level to each of its coordinate systems."""
+        return dict(get_transformation(self.image, get_all=True))
+
+    def grid(self, mpp: float, stride: int) -> ModelGrid:
+        """Return the grid on which a model of this pixel size and stride sees the slide."""
+        shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in self.levels]
+        return choose_grid([level.scale for level in self.levels], shapes, self.mpp, mpp, stride)
+
+    def reader(self, grid: ModelGrid) -> SlideReader:
+        """Return the reader of the slide's pixels on a grid."""
+        return SlideReader(self.levels[grid.level].data.data, grid, self.key)

@@ -14,7 +14,8 @@ from anndata import AnnData
 from dask.base import tokenize
 from numpy.typing import NDArray
 
-from pixnet._core.coverage import coverage, pack
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
 from pixnet._names import TOTAL
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
 from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, Recipe, World, WorldArray, world
@@ -99,7 +100,7 @@ def synthetic_tissue(
     from spatialdata.transformations import Identity, Scale
     from spatialdata.transformations import Sequence as TransformSequence
 
-    from pixnet._sdata.elements import record
+    from pixnet._sdata.record import record
 
     _check(size_um, mpp, n_genes, seed=seed, stain_seed=stain_seed, panel_seed=panel_seed)
     if isinstance(shapes, str):

@@ -82,7 +82,7 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.elements import record
+    from pixnet._sdata.record import record
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)

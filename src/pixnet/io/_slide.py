@@ -68,7 +68,7 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.elements import record
+    from pixnet._sdata.record import record
 
     path = Path(path).expanduser()
     if path.is_dir():

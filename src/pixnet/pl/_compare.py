@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import check_sdata
+from pixnet._sdata.inputs import check_sdata
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import colour_map, limits, panels, returned, scale_bar, style

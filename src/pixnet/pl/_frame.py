@@ -15,8 +15,9 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from pixnet._logging import logger
-from pixnet._sdata.elements import full_resolution, levels, map_mpp
-from pixnet._sdata.geometry import affine_to_pixels
+from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.rasters import full_resolution, levels
+from pixnet._sdata.transforms import affine_to_pixels
 
 Box = tuple[float, float, float, float]
 

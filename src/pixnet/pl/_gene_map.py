@@ -11,14 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import (
-    TOTAL,
-    channel_names,
-    check_sdata,
-    is_gene_map,
-    resolve_any_image,
-    resolve_shapes,
-)
+from pixnet._names import TOTAL
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import resolve_any_image, resolve_shapes
+from pixnet._sdata.rasters import channel_names, is_gene_map
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import resolve_image
+from pixnet._sdata.keys import resolve_image
 from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels, recorded
 from pixnet.pl._style import bare
 

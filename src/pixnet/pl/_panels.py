@@ -11,7 +11,7 @@ from matplotlib.colors import Colormap, Normalize
 from pandas import Series
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import listed
+from pixnet._names import listed
 from pixnet.pl._frame import Frame, make_frame
 from pixnet.pl._he import draw_he
 from pixnet.pl._shapes import draw_filled, shown_box

@@ -10,16 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._sdata.elements import (
-    TOTAL,
-    channel_names,
-    check_sdata,
-    is_gene_map,
-    listed,
-    map_mpp,
-    resolve_any_image,
-    resolve_shapes,
-)
+from pixnet._names import TOTAL, listed
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import resolve_any_image, resolve_shapes
+from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.rasters import channel_names, is_gene_map
 from pixnet.pl._frame import draw_image, panel_pixels, read_pixels, recorded
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit

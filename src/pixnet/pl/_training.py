@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pixnet._sdata.elements import listed
+from pixnet._names import listed
 from pixnet.pl._style import ACCENT, MUTED, SECOND, panels, returned, style
 
 if TYPE_CHECKING:

@@ -10,8 +10,10 @@ import pandas as pd
 from scipy import sparse
 from spatialdata import SpatialData
 
+from pixnet._names import TOTAL, listed
 from pixnet._sdata.counts import counts_matrix, gene_positions, totals
-from pixnet._sdata.elements import TOTAL, annotated_regions, is_predicted_table, listed
+from pixnet._sdata.keys import annotated_regions
+from pixnet._sdata.record import is_predicted_table
 
 QUANTITIES = ("density", "cp10k")
 LABELS = {

@@ -9,8 +9,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pixnet._logging import logger
-from pixnet._sdata import elements
-from pixnet._sdata.geometry import read_shapes
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import resolve_shapes
+from pixnet._sdata.rasters import levels
+from pixnet._sdata.shapes import read_shapes
+from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import read_mask
 
 if TYPE_CHECKING:
@@ -75,19 +78,18 @@ def check_spots(
     >>> px.pp.check_spots(sdata, "spots").index[0]
     'as given'
     """
-    elements.check_sdata(sdata, "pp.check_spots")
-    image_key = elements.resolve_image(sdata, image_key)
-    (shapes,) = elements.resolve_shapes(sdata, shapes)
+    check_sdata(sdata, "pp.check_spots")
+    (shapes,) = resolve_shapes(sdata, shapes)
     if mask_key is False:
         raise ValueError("mask_key=False takes everything for tissue: there is nothing to check")
-    key = elements.tissue_key(sdata, image_key, mask_key)
-    full = elements.full_resolution(sdata[image_key])
-    height, width = full.sizes["y"], full.sizes["x"]
+    slide = Slide.open(sdata, image_key, mask_key)
+    image_key = slide.key
+    height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     bounds = read_shapes(sdata, shapes, image_key, coordinate_system).geometries.bounds
     if len(bounds) == 0:
         raise ValueError(f"{shapes!r} is empty: there is nothing to check")
     x, y = (bounds[:, 0] + bounds[:, 2]) / 2, (bounds[:, 1] + bounds[:, 3]) / 2
-    mask, to_mask = read_mask(sdata, image_key, key)
+    mask, to_mask = read_mask(slide)
 
     placements = {
         "as given": (x, y),
@@ -145,12 +147,12 @@ def _draw(
 ) -> None:
     import matplotlib.pyplot as plt
 
-    levels = elements.levels(sdata[image_key])
-    fitting = [level for level in levels if max(level.data.shape[1:]) >= 500]
-    level = fitting[-1] if fitting else levels[0]
+    pyramid = levels(sdata[image_key])
+    fitting = [level for level in pyramid if max(level.data.shape[1:]) >= 500]
+    level = fitting[-1] if fitting else pyramid[0]
     step = max(1, max(level.data.shape[1:]) // 1500)
     pixels = np.asarray(level.data.data[:, ::step, ::step]).transpose(1, 2, 0)
-    full = levels[0].data
+    full = pyramid[0].data
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 6 * full.sizes["y"] / full.sizes["x"] + 0.4), layout="constrained")
     ax.imshow(pixels, extent=(0, full.sizes["x"], full.sizes["y"], 0))

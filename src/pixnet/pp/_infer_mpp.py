@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from pixnet._logging import logger
-from pixnet._sdata import elements
-from pixnet._sdata.geometry import affine_to_pixels, read_shapes
+from pixnet._names import listed
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import resolve_image, resolve_shapes
+from pixnet._sdata.shapes import read_shapes
+from pixnet._sdata.transforms import affine_to_pixels
 from pixnet.pp._set_mpp import set_mpp
 
 if TYPE_CHECKING:
@@ -74,19 +77,19 @@ def infer_mpp(
     >>> round(px.pp.infer_mpp(sdata, "spots", pitch_um=100), 3)
     0.5
     """
-    elements.check_sdata(sdata, "pp.infer_mpp")
+    check_sdata(sdata, "pp.infer_mpp")
     sizes = {"pitch_um": pitch_um, "diameter_um": diameter_um, "edge_um": edge_um, "unit_um": unit_um}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
-            f"give exactly one of pitch_um, diameter_um, edge_um and unit_um (given: {elements.listed(given)}); for Visium "
+            f"give exactly one of pitch_um, diameter_um, edge_um and unit_um (given: {listed(given)}); for Visium "
             "pitch_um=100, for Visium HD bins edge_um=8 (their size), for legacy ST pitch_um=200, for Xenium unit_um=1"
         )
     ((name, value),) = given.items()
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value!r}; a positive number of um is needed")
-    image_key = elements.resolve_image(sdata, image_key)
-    (shapes,) = elements.resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
+    image_key = resolve_image(sdata, image_key)
+    (shapes,) = resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
     matrix = affine_to_pixels(sdata, shapes, image_key, coordinate_system)
     long, short = np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if long > short * (1 + TOLERANCE):

@@ -9,13 +9,14 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from spatialdata.models import ShapesModel
-from spatialdata.transformations import get_transformation
 
-from pixnet._core.coverage import coverage
-from pixnet._core.packing import pack
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
 from pixnet._logging import logger
-from pixnet._sdata import elements
-from pixnet._sdata.store import put
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.slide import Slide
+from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import read_mask
 
 if TYPE_CHECKING:
@@ -82,28 +83,27 @@ def make_grid(
     >>> len(sdata["grid"])
     36
     """
-    elements.check_sdata(sdata, "pp.make_grid")
+    check_sdata(sdata, "pp.make_grid")
     if shape not in {"square", "hex"}:
         raise ValueError(f"shape is {shape!r}; valid: 'square', 'hex'")
     if isinstance(size_um, bool) or not isinstance(size_um, int | float | np.number):
         raise TypeError(f"size_um is {size_um!r}; a number of um is needed")
     if not (np.isfinite(size_um) and size_um > 0):
         raise ValueError(f"size_um is {size_um!r}; a positive number of um is needed")
-    image_key = elements.resolve_image(sdata, image_key)
-    size = float(size_um) / elements.get_mpp(sdata, image_key)
-    mask_key = elements.tissue_key(sdata, image_key, mask_key)
+    slide = Slide.open(sdata, image_key, mask_key)
+    image_key = slide.key
+    size = float(size_um) / slide.mpp
     if inplace:
-        elements.check_key_free(sdata, key_added, overwrite)
-        elements.check_replaces(sdata, key_added, "shapes")
-    full = elements.full_resolution(sdata[image_key])
-    height, width = full.sizes["y"], full.sizes["x"]
+        check_key_free(sdata, key_added, overwrite)
+        check_replaces(sdata, key_added, "shapes")
+    height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     if height * width / size**2 > MAX_SHAPES:
         raise ValueError(
             f"a grid of {size_um:g} um would have {height * width / size**2:,.0f} shapes, more than {MAX_SHAPES:,}; "
             "take a larger size_um"
         )
     polygons, row, col = (_squares if shape == "square" else _hexagons)(size, height, width)
-    mask, matrix = read_mask(sdata, image_key, mask_key)
+    mask, matrix = read_mask(slide)
     share = np.concatenate(
         [_share(polygons[i : i + BATCH], mask, matrix) for i in range(0, len(polygons), BATCH)] or [np.empty(0)]
     )
@@ -116,7 +116,7 @@ def make_grid(
     grid = geopandas.GeoDataFrame(
         {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
     )
-    element = ShapesModel.parse(grid, transformations=dict(get_transformation(full, get_all=True)))
+    element = ShapesModel.parse(grid, transformations=slide.transformations)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from spatialdata.transformations import get_transformation
 
-from pixnet._sdata import elements
-from pixnet._sdata.store import local_store, put
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.rasters import channel_names
+from pixnet._sdata.record import record
+from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -86,20 +88,19 @@ def normalize_stain(
     """
     import dask.array as da
 
-    from pixnet._core.stain import apply_table, comparable, matching_table, slide_statistics
-    from pixnet._sdata.slide import slide_grid, slide_reader
-    from pixnet._sdata.tissue import mask_on_grid
+    from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._sdata.slide import Slide
+    from pixnet._sdata.tissue import open_mask
     from pixnet.io._raster import raster_element
     from pixnet.models._checkpoint import resolve_model
 
-    elements.check_sdata(sdata, "pp.normalize_stain")
-    image_key = elements.resolve_image(sdata, image_key)
-    mpp = elements.get_mpp(sdata, image_key)
-    tissue = elements.tissue_key(sdata, image_key, mask_key)
+    check_sdata(sdata, "pp.normalize_stain")
+    slide = Slide.open(sdata, image_key, mask_key)
+    image_key, tissue = slide.key, slide.mask_key
     key_added = f"{image_key}_normalized" if key_added is None else key_added
     if inplace:
-        elements.check_key_free(sdata, key_added, overwrite)
-        elements.check_replaces(sdata, key_added, "images")
+        check_key_free(sdata, key_added, overwrite)
+        check_replaces(sdata, key_added, "images")
         if key_added == image_key:
             raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
         local_store(sdata)
@@ -111,28 +112,25 @@ def normalize_stain(
             f"{' without a mask' if tissue is False else ''}; models that pixnet.tl.train made know it, with mask_key as in training"
         )
 
-    grid = slide_grid(sdata, image_key, model.mpp, model.stride)
-    mask = mask_on_grid(sdata, image_key, mask_key, grid)
-    found = slide_statistics(slide_reader(sdata, image_key, grid), mask)
+    grid = slide.grid(model.mpp, model.stride)
+    found = slide_statistics(slide.reader(grid), open_mask(slide, grid.out_px))
     if found is None:
         raise ValueError(
             f"no tissue on image {image_key!r}: there is no stain to normalise; check its mask (mask_key=)"
         )
     table = matching_table(found, comparable(found, training))
-    levels = elements.levels(sdata.images[image_key])
-    full = levels[0].data
     # a block holds all three channels, since each has its own row of the table
-    whole = [da.asarray(level.data.data).rechunk({0: -1}) for level in levels]
+    whole = [da.asarray(level.data.data).rechunk({0: -1}) for level in slide.levels]
     element = raster_element(
         [pixels.map_blocks(apply_table, table, dtype=np.uint8) for pixels in whole],
-        [level.scale for level in levels],
-        transformations=get_transformation(full, get_all=True),
-        channels=elements.channel_names(full),
+        [level.scale for level in slide.levels],
+        transformations=slide.transformations,
+        channels=channel_names(slide.image),
     )
     if not inplace:
         return element
-    known = elements.record(sdata)
-    known["mpp"][key_added] = mpp
+    known = record(sdata)
+    known["mpp"][key_added] = slide.mpp
     known["masks"].pop(key_added, None)
     if isinstance(tissue, str):
         known["masks"][key_added] = tissue

@@ -10,11 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pixnet._logging import logger
-from pixnet._names import TOTAL
-from pixnet._sdata import elements
+from pixnet._names import TOTAL, listed
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, totals
 from pixnet._sdata.genes import check_names_unique, other_names
-from pixnet._sdata.objects import named_objects
+from pixnet._sdata.inputs import named_objects
+from pixnet._sdata.keys import resolve_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,7 +110,7 @@ def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Iterator[tuple
     objects = named_objects(sdata)
     for name, one in objects.items():
         for wanted in keys:
-            key = elements.resolve_table(one, wanted)
+            key = resolve_table(one, wanted)
             yield (f"{key} of object {name}" if len(objects) > 1 else key), one.tables[key]
 
 
@@ -123,8 +123,8 @@ def _common_genes(tables: list[tuple[str, AnnData]]) -> pd.Index:
         common = common[common.isin(table.var_names)]
         if len(common) == 0:
             raise ValueError(
-                f"no gene is in all {len(tables)} tables: {first!r} has {elements.listed(a.var_names[:3])}, {name!r} has "
-                f"{elements.listed(table.var_names[:3])}{other_names(table, name, a.var_names)}"
+                f"no gene is in all {len(tables)} tables: {first!r} has {listed(a.var_names[:3])}, {name!r} has "
+                f"{listed(table.var_names[:3])}{other_names(table, name, a.var_names)}"
             )
     return common
 

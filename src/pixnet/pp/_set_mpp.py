@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixnet._logging import logger
-from pixnet._sdata import elements
+from pixnet._names import listed
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.record import record
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -44,9 +46,9 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     >>> sdata = px.datasets.synthetic_tissue(size_um=300)
     >>> px.pp.set_mpp(sdata, "he", 0.5)
     """
-    elements.check_sdata(sdata, "pp.set_mpp")
+    check_sdata(sdata, "pp.set_mpp")
     if image_key not in sdata.images:
-        raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {elements.listed(sdata.images)}")
+        raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
     if isinstance(mpp, bool) or not isinstance(mpp, Real):
         raise TypeError(f"mpp is {mpp!r}; a number of um per pixel is needed, for instance 0.5")
     mpp = float(mpp)
@@ -54,6 +56,6 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
         raise ValueError(f"mpp is {mpp!r}; a positive, finite number of um per pixel is needed, for instance 0.5")
     if not 0.05 <= mpp <= 50:
         logger.warning("%g um per pixel is unusual for a slide (0.2 to 10): is it um, and of the finest level?", mpp)
-    elements.record(sdata)["mpp"][image_key] = mpp
+    record(sdata)["mpp"][image_key] = mpp
     if sdata.is_backed():
         sdata.write_attrs()

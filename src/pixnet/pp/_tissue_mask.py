@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from spatialdata.transformations import get_transformation
 
-from pixnet._sdata import elements
-from pixnet._sdata.store import put
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.record import record
+from pixnet._sdata.slide import Slide
+from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
 from pixnet.io._raster import raster_element
 
@@ -64,21 +66,18 @@ def tissue_mask(
     >>> sorted(set(sdata["he_tissue"].values.ravel().tolist()))
     [0, 1]
     """
-    elements.check_sdata(sdata, "pp.tissue_mask")
-    image_key = elements.resolve_image(sdata, image_key)
-    elements.get_mpp(sdata, image_key)
+    check_sdata(sdata, "pp.tissue_mask")
+    slide = Slide.open(sdata, image_key)
+    image_key = slide.key
     key_added = f"{image_key}_tissue" if key_added is None else key_added
     if inplace:
-        elements.check_key_free(sdata, key_added, overwrite)
-        elements.check_replaces(sdata, key_added, "labels")
-    mask, scale = find_tissue(sdata, image_key)
-    full = elements.full_resolution(sdata[image_key])
-    element = raster_element(
-        [mask.astype(np.uint8)], [scale], transformations=get_transformation(full, get_all=True), channels=None
-    )
+        check_key_free(sdata, key_added, overwrite)
+        check_replaces(sdata, key_added, "labels")
+    mask, scale = find_tissue(slide)
+    element = raster_element([mask.astype(np.uint8)], [scale], transformations=slide.transformations, channels=None)
     if not inplace:
         return element
-    if key_added == f"{image_key}_tissue" or image_key not in elements.record(sdata)["masks"]:
-        elements.record(sdata)["masks"][image_key] = key_added
+    if key_added == f"{image_key}_tissue" or image_key not in record(sdata)["masks"]:
+        record(sdata)["masks"][image_key] = key_added
     put(sdata, key_added, element, overwrite=overwrite)
     return None

@@ -11,12 +11,20 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.coverage import WEIGHTS, Geometries
-from pixnet._core.reduce import STATISTICS, Sums, reduce
+from pixnet._core.coverage.coverage import WEIGHTS
+from pixnet._core.coverage.shapes import ShapeArrays
+from pixnet._core.zonal.zonal import STATISTICS, Sums, zonal_statistics
 from pixnet._logging import logger
-from pixnet._sdata import elements, store
-from pixnet._sdata.aggregated import QUANTITIES, Plan, build_table, table_rows
-from pixnet._sdata.geometry import check_element, read_shapes, to_coordinate_system
+from pixnet._names import TOTAL, listed
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image, resolve_shapes
+from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
+from pixnet._sdata.record import record
+from pixnet._sdata.shapes import check_element, read_shapes
+from pixnet._sdata.store import element_store as store
+from pixnet._sdata.tables import QUANTITIES, Plan, build_table, table_rows
+from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
 AggFunc = Literal["mean", "sum", "std", "min", "max"]
 
@@ -117,15 +125,15 @@ def aggregate(
     >>> sdata.tables["cells_genes"].X.shape[1]
     5
     """
-    elements.check_sdata(sdata, "tl.aggregate")
-    image_key = elements.resolve_any_image(sdata, image_key)
-    names = elements.resolve_shapes(sdata, shapes)
+    check_sdata(sdata, "tl.aggregate")
+    image_key = resolve_any_image(sdata, image_key)
+    names = resolve_shapes(sdata, shapes)
     plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system)
     keys = _table_keys(names, key_added)
     if inplace:
         for key in keys.values():
-            elements.check_key_free(sdata, key, overwrite)
-            elements.check_replaces(sdata, key, "tables")
+            check_key_free(sdata, key, overwrite)
+            check_replaces(sdata, key, "tables")
     # Labels are read last: reading shapes checks them, and no pixel may be read before all is checked.
     for name in set(names) - set(sdata.shapes):
         check_element(sdata, name)
@@ -136,9 +144,9 @@ def aggregate(
             raise ValueError(f"{name!r} is empty: it has no shapes to aggregate over")
     with ThreadPoolExecutor(1) as pool:  # ids and centroids need no pixels, and pixels are waited for
         rows = {name: pool.submit(table_rows, sdata, plan, name, element) for name, element in found.items()}
-        sums = reduce(
+        sums = zonal_statistics(
             plan.data.data,
-            Geometries.concatenate([element.geometries for element in found.values()]),
+            ShapeArrays.concatenate([element.geometries for element in found.values()]),
             channels=plan.channels,
             validity=len(plan.channels) - 1 if plan.is_map else None,
             statistics=plan.agg_func,
@@ -172,7 +180,7 @@ def _check(
     coordinate_system: str | None,
 ) -> Plan:
     image = sdata.images[image_key]
-    data = elements.full_resolution(image)
+    data = full_resolution(image)
     if data.dims != ("c", "y", "x"):
         raise ValueError(f"image {image_key!r} has dimensions {data.dims}; a 2D image (c, y, x) is needed")
     if 0 in data.shape:
@@ -197,15 +205,15 @@ def _check(
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
 
-    is_map = elements.is_gene_map(image)
-    chosen, channels = _channels(image_key, elements.channel_names(image), is_map, genes)
+    is_map = is_gene_map(image)
+    chosen, channels = _channels(image_key, channel_names(image), is_map, genes)
     systems = {}
     for name in names:
-        systems[name] = elements.shared_coordinate_system(sdata, name, image_key, coordinate_system)
+        systems[name] = shared_coordinate_system(sdata, name, image_key, coordinate_system)
         for key in (name, image_key):
             to_coordinate_system(sdata, key, systems[name])
     quantity = _quantity(sdata, image_key) if is_map else None
-    mpp = elements.map_mpp(sdata, image_key)
+    mpp = map_mpp(sdata, image_key)
     if mpp is None:
         if is_map and ("sum" in functions or quantity == "log_sum"):
             raise ValueError(
@@ -237,7 +245,7 @@ def _quantity(sdata: SpatialData, image_key: str) -> str:
     if quantity not in QUANTITIES:
         raise ValueError(
             f"gene map {image_key!r} is recorded to hold {quantity!r}, which this version of pixnet cannot aggregate; "
-            f"it knows {elements.listed(QUANTITIES)}"
+            f"it knows {listed(QUANTITIES)}"
         )
     return quantity
 
@@ -248,7 +256,7 @@ def _channels(
     """Names and indices of the channels asked for; of a gene map the total comes last."""
     duplicates = pd.Index(available)
     if not duplicates.is_unique:
-        repeated = elements.listed(duplicates[duplicates.duplicated()].unique()[:5])
+        repeated = listed(duplicates[duplicates.duplicated()].unique()[:5])
         raise ValueError(f"image {image_key!r} has several channels of one name: {repeated}; rename them")
     offered = available[:-1] if is_map else available
     if genes is None:
@@ -259,18 +267,18 @@ def _channels(
         chosen = [str(gene) for gene in genes]
     else:
         raise TypeError(f"genes is {genes!r}; a list of names is needed")
-    if is_map and elements.TOTAL in chosen:
+    if is_map and TOTAL in chosen:
         raise ValueError(
-            f"genes has {elements.TOTAL!r}, which is no gene but the density of all transcripts; it is always used and "
+            f"genes has {TOTAL!r}, which is no gene but the density of all transcripts; it is always used and "
             "comes as obs['total']"
         )
     position = {name: index for index, name in enumerate(offered)}
     unknown = [gene for gene in chosen if gene not in position]
     if unknown:
-        shown = elements.listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
-        raise KeyError(f"image {image_key!r} has no channel {elements.listed(unknown[:5])} (genes=); it has {shown}")
+        shown = listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
+        raise KeyError(f"image {image_key!r} has no channel {listed(unknown[:5])} (genes=); it has {shown}")
     if not offered:
-        raise ValueError(f"gene map {image_key!r} has no gene, only {elements.TOTAL!r}")
+        raise ValueError(f"gene map {image_key!r} has no gene, only {TOTAL!r}")
     if not chosen:
         raise ValueError("genes is empty; pass at least one name, or None for all channels")
     if len(set(chosen)) != len(chosen):
@@ -285,7 +293,7 @@ def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> 
     if isinstance(key_added, Mapping):
         for name in key_added:
             if name not in keys:
-                raise KeyError(f"key_added has {name!r}, which is not among the shapes: {elements.listed(names)}")
+                raise KeyError(f"key_added has {name!r}, which is not among the shapes: {listed(names)}")
         keys |= key_added
     elif isinstance(key_added, str):
         if len(names) > 1:
@@ -304,7 +312,7 @@ def _take(sums: Sums, rows: slice) -> Sums:
 
 def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:
     """Put a table into the object, with its parameters on record, or leave both as they were."""
-    tables = elements.record(sdata)["tables"]
+    tables = record(sdata)["tables"]
     before = tables.get(key)
     tables[key] = {k: v for k, v in table.uns["pixnet"].items() if k != "genes"}
     try:

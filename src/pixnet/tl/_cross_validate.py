@@ -13,11 +13,10 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
-from pixnet._sdata.elements import record
-from pixnet._sdata.geometry import pixel_shapes
-from pixnet._sdata.objects import SpatialDatas, named_objects
+from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.record import record
 from pixnet._sdata.sections import Source, resolve_sources
-from pixnet._sdata.slide import slide_grid
+from pixnet._sdata.shapes import pixel_shapes
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
 from pixnet.tl._predict import predict
@@ -158,7 +157,7 @@ def _test(
         {name: element for _, name, element in sdata.gen_elements()}, attrs=copy.deepcopy(dict(sdata.attrs))
     )
     source = resolve_sources({"0": work}, image_key, list(pairs), list(pairs.values()), total_key)[0]
-    grid = slide_grid(source.sdata, source.image_key, model.mpp, model.stride)
+    grid = source.slide.grid(model.mpp, model.stride)
     map_key = _free(work, "map")
     # A lazy map carries no record of what it holds: it stands here, where aggregate looks.
     held = {"kind": "gene_map", "quantity": model.quantity, "mpp": grid.mpp * grid.stride}
@@ -226,11 +225,11 @@ def _blocks(sources: list[Source], n: int, gap_um: float) -> list[_Fold]:
     if n < 2:
         raise ValueError(f"groups is {n}; at least two blocks are needed to hold one out")
     source = sources[0]
-    gap = gap_um / source.mpp
+    gap = gap_um / source.slide.mpp
     bounds, rows = {}, {}
     for key, table_key in source.pairs.items():
         rows[key] = match_rows(source.sdata, table_key, key)
-        bounds[key] = pixel_shapes(source.sdata, key, source.image_key).bounds
+        bounds[key] = pixel_shapes(source.sdata, key, source.slide.key).bounds
     first, at = next((bounds[key], rows[key]) for key in source.pairs)
     first = first[at[at >= 0]]
     if len(first) < 2 * n:

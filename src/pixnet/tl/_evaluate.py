@@ -11,10 +11,9 @@ from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
 
-from pixnet._names import check_genes
+from pixnet._names import check_genes, listed
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, gene_positions, totals
-from pixnet._sdata.elements import listed
-from pixnet._sdata.objects import SpatialDatas, named_objects
+from pixnet._sdata.inputs import SpatialDatas, named_objects
 
 POOLED = "pooled"
 

@@ -9,24 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from spatialdata.models import Image2DModel
-from spatialdata.transformations import Scale, get_transformation
+from spatialdata.transformations import Scale
 from spatialdata.transformations import Sequence as Chain
 
 from pixnet._logging import logger
-from pixnet._names import TOTAL, check_genes
-from pixnet._sdata.elements import (
-    check_key_free,
-    check_replaces,
-    check_sdata,
-    full_resolution,
-    get_mpp,
-    listed,
-    resolve_image,
-    tissue_key,
-)
-from pixnet._sdata.run import store_map
-from pixnet._sdata.store import local_store
-from pixnet._sdata.stream import MapSpec, MapStream, fingerprint
+from pixnet._names import TOTAL, check_genes, listed
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.store.element_store import local_store
+from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
+from pixnet._sdata.store.write_map import store_map
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -142,20 +134,20 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    from pixnet._core.inference import TileRunner
-    from pixnet._core.layout import choose_layout
-    from pixnet._core.masking import TissueMask
-    from pixnet._core.packed import PackedModel, resolve_device, resolve_precision
-    from pixnet._core.stain import differences, sample, statistics
-    from pixnet._sdata.slide import slide_grid, slide_reader
+    from pixnet._core.predict.device import resolve_device, resolve_precision
+    from pixnet._core.predict.map_grid import choose_map_grid
+    from pixnet._core.predict.portable_model import PortableModel
+    from pixnet._core.predict.tile_runner import TileRunner
+    from pixnet._core.slide.mask import TissueMask
+    from pixnet._core.slide.stain import differences, sample, statistics
+    from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
     from pixnet.models._checkpoint import resolve_model
 
     # what is meant, and whether it can be done
     check_sdata(sdata, "tl.predict")
-    image_key = resolve_image(sdata, image_key)
-    mpp = get_mpp(sdata, image_key)
-    tissue_key(sdata, image_key, mask_key)
+    slide = Slide.open(sdata, image_key, mask_key)
+    image_key, mpp = slide.key, slide.mpp
     key = f"{image_key}_genes" if key_added is None else key_added
     if inplace:
         check_key_free(sdata, key, overwrite)
@@ -168,9 +160,9 @@ def predict(
     precision = resolve_precision(settings.precision if precision is None else precision, device)
     model, model_name = resolve_model(model)
     genes, channels = _resolve_genes(model, genes)
-    grid = slide_grid(sdata, image_key, model.mpp, model.stride)
+    grid = slide.grid(model.mpp, model.stride)
     gpu = device.type == "cuda"
-    layout = choose_layout(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
+    layout = choose_map_grid(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
     if grid.enlarged:
         logger.warning(
             "image %r has %.3g um/px, coarser than the %.3g um/px of the model: it is enlarged, and detail that the model "
@@ -181,15 +173,15 @@ def predict(
         )
 
     # the tissue, and the runner
-    mask = open_mask(sdata, image_key, mask_key, grid.out_px)
+    mask = open_mask(slide, grid.out_px)
     if not getattr(mask, "mask", np.True_).any():
         raise ValueError(
             f"the mask of image {image_key!r} has no tissue; check it, name another with mask_key=, or pass mask_key=False to "
             "predict everywhere"
         )
-    packed = PackedModel(model)
+    packed = PortableModel(model)
     runner = TileRunner(
-        slide_reader(sdata, image_key, grid),
+        slide.reader(grid),
         mask,
         packed,
         layout,
@@ -214,11 +206,10 @@ def predict(
             "; ".join(differs),
         )
     to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
-    systems = get_transformation(full_resolution(sdata.images[image_key]), get_all=True)
-    transformations = {name: Chain([to_image, system]) for name, system in systems.items()}
+    transformations = {name: Chain([to_image, system]) for name, system in slide.transformations.items()}
     names, quantity = [*genes, TOTAL], model.config.get("quantity", "density")
     if not inplace:
-        from pixnet._core.inference import lazy_map
+        from pixnet._core.predict.tile_runner import lazy_map
 
         if quantity != "density":
             logger.warning(
@@ -259,7 +250,7 @@ def predict(
         "image": fingerprint([pixels for pixels, _ in samples]),
         "shape": list(layout.shape),
     }
-    stream = MapStream.open(sdata, key, spec, job, resume)
+    stream = MapWriter.open(sdata, key, spec, job, resume)
     store_map(runner, stream, sdata, key, entry)
     return None
 

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 from spatialdata import SpatialData
 
 from pixnet._logging import logger
-from pixnet._names import check_genes
+from pixnet._names import check_genes, listed
 from pixnet._sdata.counts import check_totals_alike
-from pixnet._sdata.elements import listed
-from pixnet._sdata.objects import SpatialDatas, named_objects
+from pixnet._sdata.inputs import SpatialDatas, named_objects
 from pixnet._sdata.sections import Source, open_section, resolve_sources, split_block
-from pixnet._sdata.slide import slide_grid
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from pixnet._core.crops import Section
-    from pixnet._core.recipe import Recipe
+    from pixnet._core.train.crops import Section
+    from pixnet._core.train.options import TrainingOptions
     from pixnet.models import PixNet
 
 FINEST_MPP = 0.5
@@ -146,8 +144,8 @@ def train(
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
     keys = (image_key, shapes, table_key, total_key)
-    train_sources = resolve_sources({k: v for k, v in objects.items() if k not in held_out}, *keys)
-    valid_sources = resolve_sources(held_out, *keys) if held_out else []
+    train_sources = resolve_sources({k: v for k, v in objects.items() if k not in held_out}, *keys, mask_key)
+    valid_sources = resolve_sources(held_out, *keys, mask_key) if held_out else []
     sources = [*train_sources, *valid_sources]
     _check_totals(sources, total_key)
     genes = _genes(genes, model, train_sources, layer, total_key)
@@ -156,19 +154,19 @@ def train(
 
     import torch
 
-    from pixnet._core.fit import fit
+    from pixnet._core.train.loop import fit
 
     device = _device(device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         net = _network(model, genes, encoder, model_mpp, build)
         for source in sources:  # refuses slides that are too coarse before anything is read
-            if slide_grid(source.sdata, source.image_key, net.mpp, net.stride).enlarged:
+            if source.slide.grid(net.mpp, net.stride).enlarged:
                 logger.warning(
                     "slide %r has %.3g um/px and is enlarged to the model's %.3g um/px; detail is missing",
-                    source.name, source.mpp, net.mpp,
+                    source.name, source.slide.mpp, net.mpp,
                 )  # fmt: skip
-        options = {"layer": layer, "total_key": total_key, "mask_key": mask_key}
+        options = {"layer": layer, "total_key": total_key}
         training = [open_section(s, genes, net.mpp, net.stride, **options) for s in train_sources]
         valid = [open_section(s, genes, net.mpp, net.stride, **options) for s in valid_sources]
         if not valid:
@@ -182,12 +180,12 @@ def train(
 # what is asked for -------------------------------------------------------------------------------------------------
 
 
-def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str, Any], Recipe]:
+def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str, Any], TrainingOptions]:
     """Tell settings of the model from those of training, where a model's own hold unless given; refuse others."""
-    from pixnet._core.recipe import Recipe
+    from pixnet._core.train.options import TrainingOptions
 
     of_model = ("decoder", "widths", "hidden", "zoom", "members", "link", "quantity", "stride", "window", "halo")
-    of_training = [f.name for f in fields(Recipe)]
+    of_training = [f.name for f in fields(TrainingOptions)]
     for name in given:
         if name not in of_model and name not in of_training:
             raise TypeError(
@@ -195,7 +193,7 @@ def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str,
             )
     build = {k: v for k, v in given.items() if k in of_model}
     own = {} if model is None else model.config.get("recipe", {})
-    return build, Recipe.of(own, {k: v for k, v in given.items() if k in of_training})
+    return build, TrainingOptions.of(own, {k: v for k, v in given.items() if k in of_training})
 
 
 def _check_model(model: Any) -> None:
@@ -213,7 +211,7 @@ def _trained(model: PixNet | None) -> bool:
 
 def _device(device: str | None) -> str:
     """Return where to train: Apple's GPUs, which lack sparse products, only if named."""
-    from pixnet._core.packed import resolve_device
+    from pixnet._core.predict.device import resolve_device
 
     device = device if device is not None else settings.device
     found = resolve_device(device)
@@ -318,7 +316,7 @@ def _without_silent(genes: list[str], sources: Sequence[Source], layer: str | No
 
 
 def _model_mpp(mpp: float | None, sources: Sequence[Source]) -> float:
-    return float(mpp) if mpp is not None else max(FINEST_MPP, *(s.mpp for s in sources))
+    return float(mpp) if mpp is not None else max(FINEST_MPP, *(s.slide.mpp for s in sources))
 
 
 def _network(model: PixNet | None, genes: list[str], encoder: Any, mpp: float, build: dict[str, Any]) -> PixNet:
@@ -364,7 +362,7 @@ def _provenance(training, valid, keys, recipe, seed) -> dict[str, Any]:
 
 def _stain(training: Sequence[Section]) -> list[dict[str, Any]]:
     """Return the stain statistics of the training slides: what predict compares a new slide with."""
-    from pixnet._core.stain import slide_statistics
+    from pixnet._core.slide.stain import slide_statistics
 
     found = [slide_statistics(s.reader, s.mask) for s in training]
     return [f for f in found if f is not None]

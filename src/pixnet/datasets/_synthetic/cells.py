@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from pixnet._core.jit import jit
+from pixnet._core.coverage.jit import jit
 from pixnet.datasets._synthetic.fields import FAT, GLAND, LYMPHOID, STROMA, TUMOUR, sample
 from pixnet.datasets._synthetic.paint import Objects, place_in
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pixnet._core.jit import jit
+from pixnet._core.coverage.jit import jit
 
 STROMA, GLAND, TUMOUR, LYMPHOID, FAT = range(5)
 # Neighbouring zones take these in turn: any 3 x 3 of them holds every kind.

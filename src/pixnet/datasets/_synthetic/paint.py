@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pixnet._core.jit import jit
+from pixnet._core.coverage.jit import jit
 from pixnet.datasets._synthetic.fields import (
     FAT,
     FAT_UM,

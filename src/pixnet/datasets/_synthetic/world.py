@@ -12,7 +12,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pixnet._core.coverage import coverage, pack
+from pixnet._core.coverage.coverage import coverage
+from pixnet._core.coverage.shapes import pack
 from pixnet.datasets._synthetic import paint
 from pixnet.datasets._synthetic.cells import ANGLES, TYPES, Cells, build, noise_seed_of
 from pixnet.datasets._synthetic.fields import sample

@@ -1,0 +1,81 @@
+"""A model ready to run: on which device, in which arithmetic, and how it reaches another process once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import pickle
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import nn
+
+_READY: OrderedDict[tuple[str, str], nn.Module] = OrderedDict()
+_READY_SIZE = 2
+_LOADING = threading.Lock()
+
+
+# device and precision ----------------------------------------------------------------------------------------------
+
+
+# the model ---------------------------------------------------------------------------------------------------------
+
+
+class PortableModel:
+    """A model as tasks carry it: pickled as bytes with a hash, unpacked once in a process.
+
+    Parameters
+    ----------
+    model
+        The model; a copy is kept, so that later training does not change a lazy map.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.hash = model_hash(model)
+        self._module = fold_norms(copy.deepcopy(model).eval().cpu())
+        self._bytes: bytes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._bytes is None:
+            self._bytes = cloudpickle.dumps(self._module)
+        return {"hash": self.hash, "_bytes": self._bytes, "_module": None}
+
+    def ready(self, device: torch.device) -> nn.Module:
+        """Return the model on a device, laid out for it; the same object each time in a process."""
+        key = (self.hash, str(device))
+        with _LOADING:
+            if key not in _READY:
+                module = pickle.loads(self._bytes) if self._module is None else self._module
+                module = module if device.type == "cpu" else copy.deepcopy(module)
+                _READY[key] = module.to(device=device, memory_format=torch.channels_last)
+                while len(_READY) > _READY_SIZE:
+                    _READY.popitem(last=False)
+            _READY.move_to_end(key)
+            return _READY[key]
+
+
+def model_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's configuration and weights."""
+    digest = hashlib.sha256(json.dumps(getattr(model, "config", {}), sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fold_norms(module: nn.Module) -> nn.Module:
+    """Fold each batch norm that follows a convolution in a sequence into its weights: the same function, less work."""
+    for child in module.children():
+        fold_norms(child)
+    if isinstance(module, nn.Sequential):
+        names = list(module._modules)
+        for first, second in zip(names, names[1:]):
+            conv, norm = module._modules[first], module._modules[second]
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
+                module._modules[first] = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm.eval())
+                module._modules[second] = nn.Identity()
+    return module

@@ -1,0 +1,114 @@
+"""From a slide's pyramid to the pixels a model sees: which level to read, how to resize, which windows there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SNAP = 0.02
+"""Factors this close to a whole number are taken as whole: pixels are used as they are, geometry stays exact."""
+
+MAX_ENLARGE = 2.0
+"""A slide may be this many times coarser than the model."""
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """A slide as a model sees it: a grid of model pixels over one level of the pyramid, anchored at the origin.
+
+    Attributes
+    ----------
+    level
+        The level that is read.
+    factor
+        Pixels of that level per model pixel, ``(y, x)``; below 1 the slide is enlarged.
+    px
+        Level-0 pixels per model pixel, ``(y, x)``.
+    shape
+        Size in model pixels, ``(y, x)``; the last row and column may reach over the slide's edge.
+    stride
+        Model pixels per output pixel.
+    mpp
+        um per model pixel on this slide.
+    """
+
+    level: int
+    factor: tuple[float, float]
+    px: tuple[float, float]
+    shape: tuple[int, int]
+    stride: int
+    mpp: float
+
+    @property
+    def enlarged(self) -> bool:
+        """Whether the slide is coarser than the model."""
+        return min(self.factor) < 1
+
+    @property
+    def out_shape(self) -> tuple[int, int]:
+        """Size in output pixels, ``(y, x)``."""
+        return math.ceil(self.shape[0] / self.stride), math.ceil(self.shape[1] / self.stride)
+
+    @property
+    def out_px(self) -> tuple[float, float]:
+        """Level-0 pixels per output pixel, ``(y, x)``."""
+        return self.px[0] * self.stride, self.px[1] * self.stride
+
+    @property
+    def to_out(self) -> np.ndarray:
+        """Matrix ``(3, 3)`` that takes ``(x, y, 1)`` from level-0 to output pixels."""
+        return np.diag([1 / self.out_px[1], 1 / self.out_px[0], 1.0])
+
+
+def snap(factor: float) -> float:
+    """Return the whole number that a factor is close to, else the factor."""
+    whole = round(factor)
+    return float(whole) if whole >= 1 and abs(factor / whole - 1) <= SNAP else factor
+
+
+def choose_grid(
+    scales: Sequence[tuple[float, float]],
+    shapes: Sequence[tuple[int, int]],
+    slide_mpp: float,
+    model_mpp: float,
+    stride: int,
+) -> ModelGrid:
+    """Return the grid on which a model of ``model_mpp`` sees a slide.
+
+    The coarsest level that is at least as fine as the model is read and reduced by area; where the slide itself is
+    coarser, level 0 is enlarged.
+
+    Parameters
+    ----------
+    scales
+        Level-0 pixels per pixel of each level, ``(y, x)``, finest first.
+    shapes
+        Size of each level in its pixels, ``(y, x)``.
+    slide_mpp, model_mpp
+        um per pixel of level 0, and of the model's input.
+    stride
+        Model pixels per output pixel.
+
+    Raises
+    ------
+    ValueError
+        If the slide is more than 2 times coarser than the model.
+    """
+    if slide_mpp / model_mpp > MAX_ENLARGE * (1 + SNAP):
+        raise ValueError(
+            f"the slide has {slide_mpp:g} um/px, more than {MAX_ENLARGE:g} times coarser than the {model_mpp:g} um/px of the "
+            "model: detail the model needs is not there. Use a finer image of the slide, or a model trained at a coarser "
+            "um/px (pixnet.tl.train(..., mpp=...)); if the slide's um/px is wrong, mend it with pixnet.pp.set_mpp"
+        )
+    level = 0
+    for i, scale in enumerate(scales):
+        if max(scale) * slide_mpp <= model_mpp * (1 + SNAP):
+            level = i
+    fy, fx = (snap(model_mpp / (slide_mpp * s)) for s in scales[level])
+    sy, sx = scales[level]
+    height, width = shapes[level]
+    shape = (math.ceil(height / fy - 1e-6), math.ceil(width / fx - 1e-6))
+    return ModelGrid(level, (fy, fx), (fy * sy, fx * sx), shape, stride, fx * sx * slide_mpp)

@@ -1,0 +1,47 @@
+"""One object, a list of them, or a dict of named ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spatialdata import SpatialData
+
+SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
+"""What functions take that work on one or several objects."""
+
+
+def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:
+    """Return objects by name: a single one and those of a list are called "0", "1", ...
+
+    Raises
+    ------
+    TypeError
+        If anything in it is no SpatialData object.
+    ValueError
+        If it is empty, or one object is in it twice.
+    """
+    if isinstance(sdata, SpatialData):
+        objects = {"0": sdata}
+    elif isinstance(sdata, Mapping):
+        objects = {str(name): one for name, one in sdata.items()}
+    elif isinstance(sdata, Sequence) and not isinstance(sdata, str):
+        objects = {str(i): one for i, one in enumerate(sdata)}
+    else:
+        raise TypeError(
+            f"{argument} is {type(sdata).__name__}; a SpatialData object, a list or a dict of them is needed"
+        )
+    if not objects:
+        raise ValueError(f"{argument} is empty; at least one SpatialData object is needed")
+    for name, one in objects.items():
+        if not isinstance(one, SpatialData):
+            raise TypeError(f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed")
+    if len({id(one) for one in objects.values()}) < len(objects):
+        raise ValueError(f"{argument} holds the same object twice")
+    return objects
+
+
+def check_sdata(sdata: Any, function: str) -> None:
+    """Refuse anything but a SpatialData object."""
+    if not isinstance(sdata, SpatialData):
+        raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")

@@ -1,0 +1,199 @@
+"""Names of elements: which one a call means, and which one is free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from spatialdata import SpatialData
+
+from pixnet._names import TOTAL, listed
+from pixnet._sdata.rasters import full_resolution, is_gene_map
+from pixnet._sdata.record import is_predicted_table, recorded
+
+# what pixnet recorded --------------------------------------------------------------------------------------------
+
+
+# rasters ---------------------------------------------------------------------------------------------------------
+
+
+# keys ------------------------------------------------------------------------------------------------------------
+
+
+def _check_known(key: Any, candidates: Iterable[str], what: str, argument: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"{argument} is {key!r}; a name (str) is needed")
+    if key not in candidates:
+        raise KeyError(f"no {what} {key!r} in this object ({argument}=); it has: {listed(candidates)}")
+    return key
+
+
+def _only(candidates: Sequence[str], what: str, argument: str, hint: str) -> str:
+    """Return the only candidate, or raise the error that lists them."""
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise ValueError(f"this object has no {what}; {hint}")
+    raise ValueError(f"several elements may be the {what}: {listed(candidates)}; name one with {argument}=")
+
+
+def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
+    """Return the name of the H&E image that a call means.
+
+    Raises
+    ------
+    KeyError
+        If the object has no image of that name.
+    TypeError
+        If its pixels are no uint8.
+    ValueError
+        If it is no RGB image, is a gene map, or if none is named and none or several could be meant.
+    """
+    if image_key is not None:
+        _check_known(image_key, sdata.images, "image", "image_key")
+        _check_he(sdata, image_key)
+        return image_key
+    default = recorded(sdata, "defaults").get("image_key")
+    if default in sdata.images:
+        _check_he(sdata, default)
+        return default
+    candidates = [key for key in sdata.images if not is_gene_map(sdata.images[key])]
+    if len(candidates) > 1:
+        looks_rgb = [key for key in candidates if full_resolution(sdata.images[key]).sizes.get("c") == 3]
+        known = [key for key in looks_rgb if key in recorded(sdata, "mpp")]
+        candidates = known or looks_rgb or candidates
+    key = _only(candidates, "H&E image", "image_key", "add one, for instance with pixnet.io.slide")
+    _check_he(sdata, key)
+    return key
+
+
+def _check_he(sdata: SpatialData, key: str) -> None:
+    image = sdata.images[key]
+    data = full_resolution(image)
+    if is_gene_map(image):
+        raise ValueError(f"image {key!r} is a gene map (its last channel is {TOTAL!r}); an H&E image is needed")
+    n = data.sizes.get("c", 0)
+    if "z" in data.dims:
+        raise ValueError(f"image {key!r} is three-dimensional; pixnet works on 2D images")
+    if n != 3:
+        kind = {1: " (greyscale)", 4: " (RGBA?)"}.get(n, "")
+        mend = "drop the alpha channel: image.isel(c=slice(0, 3))" if n == 4 else "pass an RGB image"
+        raise ValueError(f"image {key!r} has {n} channels{kind}; an H&E image has 3 (R, G, B): {mend}")
+    if data.dtype != np.uint8:
+        raise TypeError(
+            f"image {key!r} is {data.dtype}; H&E must be uint8 (0 to 255): rescale it, for instance "
+            "(image / image.max() * 255).astype('uint8')"
+        )
+    if 0 in data.shape:
+        raise ValueError(f"image {key!r} is empty: its shape (c, y, x) is {data.shape}")
+
+
+def resolve_any_image(sdata: SpatialData, image_key: str | None = None) -> str:
+    """Return the name of the image that is to be summed over shapes: the one named, else the gene map."""
+    if image_key is not None:
+        return _check_known(image_key, sdata.images, "image", "image_key")
+    known = [key for key in recorded(sdata, "images") if key in sdata.images]
+    if len(known) == 1:
+        return known[0]
+    maps = known or [key for key in sdata.images if is_gene_map(sdata.images[key])]
+    return _only(maps, "gene map", "image_key", "call pixnet.tl.predict(sdata) first, or name an image with image_key=")
+
+
+def resolve_shapes(
+    sdata: SpatialData, shapes: str | Sequence[str] | None = None, *, argument: str = "shapes"
+) -> list[str]:
+    """Return the names of the shapes (or labels) elements that a call means."""
+    candidates = [*sdata.shapes, *sdata.labels]
+    if shapes is None:
+        default = recorded(sdata, "defaults").get("shapes")
+        if default in candidates:
+            return [default]
+        return [_only(list(sdata.shapes), "shapes element", argument, "add the spots or cells as a shapes element")]
+    names = [shapes] if isinstance(shapes, str) else shapes
+    if not isinstance(names, Sequence):
+        raise TypeError(f"{argument} is {shapes!r}; a name or a list of names is needed")
+    if len(names) == 0:
+        raise ValueError(f"{argument} is empty; valid: {listed(candidates)}")
+    for name in names:
+        if isinstance(name, str) and name in sdata.points:
+            raise ValueError(
+                f"{name!r} is a points element; points have no area: pass shapes or labels ({listed(candidates)})"
+            )
+        _check_known(name, candidates, "shapes or labels element", argument)
+    if len(set(names)) != len(names):
+        raise ValueError(f"{argument} names an element twice: {listed(names)}")
+    return list(names)
+
+
+def annotated_regions(table: Any) -> list[str]:
+    """Return the elements that a table annotates (SpatialData's ``region``)."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    if region is None:
+        return []
+    return [region] if isinstance(region, str) else [str(r) for r in region]
+
+
+def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str | None = None) -> str:
+    """Return the name of the measured table, the one that annotates ``shapes`` where that is given."""
+    if table_key is not None:
+        _check_known(table_key, sdata.tables, "table", "table_key")
+        if shapes is not None and shapes not in annotated_regions(sdata.tables[table_key]):
+            raise ValueError(
+                f"table {table_key!r} does not annotate {shapes!r} but {listed(annotated_regions(sdata.tables[table_key]))}"
+            )
+        return table_key
+    measured = [key for key in sdata.tables if not is_predicted_table(sdata, key)]
+    if shapes is not None:
+        measured = [key for key in measured if shapes in annotated_regions(sdata.tables[key])]
+        if f"{shapes}_counts" in measured:
+            return f"{shapes}_counts"
+    else:
+        default = recorded(sdata, "defaults").get("table_key")
+        if default in measured:
+            return default
+        shapes_default = recorded(sdata, "defaults").get("shapes")
+        if shapes_default is not None and f"{shapes_default}_counts" in measured:
+            return f"{shapes_default}_counts"
+    what = "table of measured counts" + (f" that annotates {shapes!r}" if shapes is not None else "")
+    return _only(measured, what, "table_key", f"the object's tables: {listed(sdata.tables)}")
+
+
+def check_key_free(sdata: SpatialData, key: str, overwrite: bool = False) -> None:
+    """Refuse a key that is taken (names are unique across element types), unless it may be replaced."""
+    if not isinstance(key, str) or not key:
+        raise TypeError(f"key_added is {key!r}; a name (str) is needed")
+    if not all(c.isalnum() or c in "_-." for c in key) or key.startswith("__") or key in {".", ".."}:
+        raise ValueError(
+            f"key_added is {key!r}; SpatialData takes letters, digits, '_', '-' and '.', not starting with '__'"
+        )
+    taken = [name for _, name, _ in sdata.gen_elements()]
+    if key in taken and not overwrite:
+        raise ValueError(f"{key!r} exists in this object; pass overwrite=True to replace it, or another key_added=")
+
+
+def check_replaces(sdata: SpatialData, key: str, kind: str) -> None:
+    """Refuse to replace an element by one of another type (a table by an image, say)."""
+    for element_type, name, _ in sdata.gen_elements():
+        if name == key and element_type != kind:
+            raise ValueError(
+                f"{key!r} exists as one of the object's {element_type}, not {kind}; choose another key_added="
+            )
+
+
+# um per pixel, coordinate systems, masks ---------------------------------------------------------------------------
+
+
+def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) -> str | bool | None:
+    """Return the labels element that marks tissue; ``False``: everything is tissue; ``None``: it has to be computed."""
+    if mask_key is False:
+        return False
+    if mask_key is True:
+        raise TypeError("mask_key is True; pass the name of a labels element, None or False")
+    if mask_key is not None:
+        return _check_known(mask_key, sdata.labels, "labels element", "mask_key")
+    known = recorded(sdata, "masks").get(image_key)
+    if known in sdata.labels:
+        return known
+    usual = f"{image_key}_tissue"
+    return usual if usual in sdata.labels else None

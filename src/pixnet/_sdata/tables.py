@@ -1,0 +1,172 @@
+"""What was summed over shapes, as a table that annotates them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+from spatialdata.models import TableModel
+from xarray import DataArray
+
+from pixnet._core.zonal.zonal import Sums
+from pixnet._logging import logger
+from pixnet._sdata.shapes import PixelShapes
+from pixnet._sdata.transforms import to_coordinate_system
+
+QUANTITIES = {
+    "density": ("density", "density x um^2"),
+    "log_sum": ("log1p CP10k / um^2", "log1p CP10k"),
+    "log_mean": ("log1p CP10k", "log1p CP10k x um^2"),
+}
+"""What a gene map may hold: unit of its values, and of their sum times um^2."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, resolved and checked.
+
+    Attributes
+    ----------
+    image_key, data
+        The image, and its full-resolution level.
+    is_map, quantity
+        Whether it is a gene map, and what that holds, of :data:`QUANTITIES` (None where it is none).
+    names, channels
+        Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
+    agg_func, weights, min_coverage
+        As given to :func:`pixnet.tl.aggregate`; ``agg_func`` is a list.
+    systems
+        Coordinate system of each shapes element.
+    mpp
+        um per pixel, if known.
+    """
+
+    image_key: str
+    data: DataArray
+    is_map: bool
+    quantity: str | None
+    names: list[str]
+    channels: list[int]
+    agg_func: list[str]
+    weights: str
+    min_coverage: float
+    systems: dict[str, str]
+    mpp: float | None
+
+
+class Rows(NamedTuple):
+    """What a table says of its shapes whatever the pixels are."""
+
+    obs: pd.DataFrame
+    centroids: NDArray[np.float64]
+
+
+def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) -> Rows:
+    """Return ids, areas (um^2 or pixels) and centroids (in the coordinate system) of the shapes of one element."""
+    obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
+    obs["region"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), categories=[name])
+    integer = pd.api.types.is_integer_dtype(element.ids.dtype)
+    obs["instance_id"] = element.ids.to_numpy(dtype=np.int64 if integer else object)
+    obs["area"] = element.geometries.area * (plan.mpp or 1.0) ** 2
+    to_system = to_coordinate_system(sdata, plan.image_key, plan.systems[name])
+    return Rows(obs, element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2])
+
+
+def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sums) -> AnnData:
+    """Return the table of one shapes element; ``rows`` and ``sums`` are used up."""
+    obs = rows.obs
+    seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
+    with np.errstate(invalid="ignore", divide="ignore"):
+        coverage = np.nan_to_num(seen * (plan.mpp or 1.0) ** 2 / obs["area"].to_numpy())
+    # Rounding aside, a shape that is all there has coverage 1; whole pixels (center) may cover more than the shape.
+    obs["coverage"] = np.where(coverage > 1 - 1e-9, 1.0, coverage)
+    thin = obs["coverage"].to_numpy() < plan.min_coverage
+
+    values, layers, units = _map_values(plan, sums, obs) if plan.is_map else _image_values(plan, sums)
+    if thin.any():
+        for value in (values, *layers.values()):
+            value[thin] = np.nan
+        if plan.is_map:
+            obs.loc[thin, "total"] = np.nan
+    empty = int((seen == 0).sum())
+    if empty or thin.any():
+        logger.info(
+            "%s: of %d shapes %d have no predictions, %d too few", name, len(obs), empty, (thin & (seen > 0)).sum()
+        )
+
+    parameters = {
+        "kind": "aggregate",
+        "shapes": name,
+        "image_key": plan.image_key,
+        "agg_func": plan.agg_func,
+        "weights": plan.weights,
+        "min_coverage": plan.min_coverage,
+        "coordinate_system": plan.systems[name],
+        "genes": plan.names,
+        "area_unit": "um^2" if plan.mpp is not None else "pixel",
+        **units,
+    }
+    if plan.mpp is not None:
+        parameters["mpp"] = plan.mpp
+    model = sdata.attrs.get("pixnet", {}).get("images", {}).get(plan.image_key, {}).get("model")
+    if model is not None:
+        parameters["model"] = model
+    table = AnnData(
+        X=values,
+        obs=obs,
+        var=pd.DataFrame(index=pd.Index(plan.names)),
+        layers=layers,
+        obsm={"spatial": rows.centroids},
+        uns={"pixnet": parameters},
+    )
+    return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
+
+
+def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """CP10k of a gene map, and statistics of its values."""
+    density = np.ascontiguousarray(sums.mean[:, :-1])
+    total = sums.mean[:, -1].astype(np.float64) / 1e4
+    sums.mean = None  # it is as large as the table, and copied now
+    obs["total"] = total
+    value_unit, sum_unit = QUANTITIES[plan.quantity]
+    layers, units = {"density": density}, {"density": value_unit}
+    if plan.quantity == "log_sum" or "sum" in plan.agg_func:
+        summed = density * (sums.weight * plan.mpp**2).astype(np.float32)
+    if plan.quantity == "log_sum":
+        values = np.expm1(summed)
+    elif plan.quantity == "log_mean":
+        values = np.expm1(density)
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
+    for function in plan.agg_func:
+        if function == "sum":
+            layers["sum"], units["sum"] = summed, sum_unit
+        elif function != "mean":
+            layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
+            units[function] = value_unit
+    return values, layers, {"unit": "CP10k", "quantity": plan.quantity, "layer_units": units}
+
+
+def _image_values(plan: Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """Plain statistics, the first of them as X."""
+    values, units = {}, {}
+    for function in plan.agg_func:
+        if function == "sum":
+            values["sum"] = np.where(sums.weight > 0, sums.mean * sums.weight, np.nan).astype(np.float32)
+            units["sum"] = "value x pixel"
+        else:
+            values[function] = getattr(sums, function)
+            units[function] = "value"
+    first = plan.agg_func[0]
+    layers = {function: value for function, value in values.items() if function != first}
+    return (
+        values[first],
+        layers,
+        {"unit": units[first], "layer_units": {function: units[function] for function in layers}},
+    )

@@ -1,0 +1,153 @@
+"""Stored maps: their levels, and that no pixel of the pyramid is off."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import spatialdata as sd
+import zarr
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel, get_channel_names
+from spatialdata.transformations import Identity, Scale, get_transformation
+
+from pixnet._core.parallel import run_tasks
+from pixnet._sdata.store.map_writer import MapSpec, MapWriter, _mean_level, store_level
+
+
+def spec_of(shape, chunk=16, factors=(2, 2), dtype="float32", channels=("a", "b", "__total__")):
+    return MapSpec(
+        list(channels), shape, dtype, chunk, factors, {"global": Scale([4, 4], ("x", "y")), "um": Identity()}
+    )
+
+
+@pytest.fixture
+def sdata(tmp_path):
+    image = Image2DModel.parse(np.zeros((3, 16, 16), np.uint8), dims=("c", "y", "x"))
+    SpatialData(images={"he": image}).write(tmp_path / "s.zarr")
+    return sd.read_zarr(tmp_path / "s.zarr")
+
+
+def write(sdata, values, spec, tile=32, key="map"):
+    stream = MapWriter.open(sdata, key, spec, {"n": 1}, resume=False)
+    rows, cols = -(-spec.shape[0] // tile), -(-spec.shape[1] // tile)
+    written = []
+    for i in range(rows):
+        for j in range(cols):
+            part = values[:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]
+            if not np.isnan(part).all():
+                stream.arrays[0][:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile] = part
+                stream.mark(i, j)
+                written.append((i, j))
+    for level in range(1, len(stream.arrays)):
+        tasks = stream.level_tasks(level, written, tile)
+        list(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks))
+    stream.finish(sdata)
+    return sdata[key]
+
+
+def nan_mean(below, shape):
+    """Area means, dense and slow."""
+    ry, rx = below.shape[1] / shape[0], below.shape[2] / shape[1]
+
+    def shares(n, size, r):
+        lo, hi = np.arange(n)[:, None] * r, (np.arange(n)[:, None] + 1) * r
+        return np.clip(np.minimum(np.arange(size) + 1, hi) - np.maximum(np.arange(size), lo), 0, None)
+
+    wy, wx = shares(shape[0], below.shape[1], ry), shares(shape[1], below.shape[2], rx)
+    valid = ~np.isnan(below)
+    area = wy @ valid @ wx.T
+    with np.errstate(invalid="ignore"):
+        return np.where(area > 1e-6, (wy @ np.where(valid, below, 0) @ wx.T) / area, np.nan)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (75, 103), (17, 200)])
+def test_levels_are_means_without_nan(sdata, shape):
+    rng = np.random.default_rng(0)
+    values = rng.random((3, *shape)).astype(np.float32) * 1e4
+    values[:, rng.random(shape) < 0.3] = np.nan
+    values[:, : shape[0] // 2, 40:80] = np.nan
+    found = write(sdata, values, spec_of(shape))
+    arrays = [found[level]["image"].values for level in ("scale0", "scale1", "scale2")]
+    np.testing.assert_array_equal(arrays[0], values)
+    for below, level in zip(arrays, arrays[1:]):
+        assert level.shape[1:] == (below.shape[1] // 2, below.shape[2] // 2)
+        np.testing.assert_allclose(level, nan_mean(below, level.shape[1:]), rtol=1e-5)
+
+
+def test_float16_levels_do_not_overflow(sdata):
+    values = np.full((3, 64, 64), 6e4, np.float16)
+    found = write(sdata, values, spec_of((64, 64), dtype="float16"))
+    assert found["scale0"]["image"].dtype == np.float16
+    np.testing.assert_array_equal(found["scale2"]["image"].values, np.full((3, 16, 16), 6e4, np.float16))
+
+
+def test_the_element_is_what_spatialdata_reads(sdata):
+    values = np.ones((3, 50, 40), np.float32)
+    found = write(sdata, values, spec_of((50, 40)))
+    again = sd.read_zarr(sdata.path)
+    assert list(get_channel_names(again["map"])) == ["a", "b", "__total__"] == list(get_channel_names(found))
+    assert set(get_transformation(again["map"], get_all=True)) == {"global", "um"}
+    matrix = get_transformation(again["map"], "global").to_affine_matrix(("x", "y"), ("x", "y"))
+    np.testing.assert_array_equal(matrix, np.diag([4, 4, 1]))
+    extent = sd.get_extent(again["map"])
+    assert (extent["x"], extent["y"]) == ((0, 160), (0, 200))
+    assert sdata.is_self_contained("map")
+    ome = zarr.open_group(sdata.path / "images" / "map").attrs["ome"]
+    scales = [d["coordinateTransformations"][0]["scale"] for d in ome["multiscales"][0]["datasets"]]
+    np.testing.assert_allclose(scales, [[1, 1, 1], [1, 2, 2], [1, 50 / 12, 4]])
+
+
+@pytest.mark.parametrize("factors", [(), (2,), (3, 2)])
+def test_scale_factors(sdata, factors):
+    found = write(sdata, np.ones((3, 50, 40), np.float32), spec_of((50, 40), factors=factors))
+    if not factors:
+        assert found.shape == (3, 50, 40)
+        return
+    sizes = [found[f"scale{k}"]["image"].shape[1:] for k in range(len(factors) + 1)]
+    expected = [(50, 40)]
+    for f in factors:
+        expected.append((expected[-1][0] // f, expected[-1][1] // f))
+    assert sizes == expected
+
+
+def test_background_is_not_stored(sdata):
+    values = np.full((3, 128, 128), np.nan, np.float32)
+    values[:, :10, :10] = 1
+    write(sdata, values, spec_of((128, 128), chunk=32))
+    level = sdata.path / "images" / "map" / "s0"
+    files = [p for p in (sdata.path / "images" / "map").rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert zarr.open_array(level).shape == (3, 128, 128)
+    assert len(files) == 3  # one chunk at each level
+
+
+def test_chunks_hold_few_channels_and_share_them_evenly():
+    spec = MapSpec([str(i) for i in range(251)], (1000, 1000), "float32", 256, (2, 2), {})
+    assert spec.chunks == (23, 256, 256)
+
+
+def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
+    from pixnet import settings
+    from pixnet._sdata.store import workspace as work
+
+    monkeypatch.setattr(work, "_scratch", None)
+    monkeypatch.setattr(settings, "scratch_dir", tmp_path)
+    image = Image2DModel.parse(np.zeros((3, 16, 16), np.uint8), dims=("c", "y", "x"))
+    sdata = SpatialData(images={"he": image})
+    found = write(sdata, np.ones((3, 50, 40), np.float32), spec_of((50, 40)))
+    assert not sdata.is_backed()
+    assert (found["scale0"]["image"].values == 1).all()
+    root = work.scratch_root()
+    assert root.parent == tmp_path
+    work._clear_scratch(root, -1)  # a forked child
+    assert root.exists()
+    work._clear_scratch(root, os.getpid())
+    assert not root.exists()
+
+
+def test_mean_level_takes_parts_of_pixels():
+    below = np.array([[[1.0, 2.0, 3.0]]], np.float32)
+    out = np.empty((1, 1, 2), np.float32)
+    _mean_level(below, out, 0.0, 0.0, 1.0, 1.5)
+    np.testing.assert_allclose(out[0, 0], [(1 + 2 * 0.5) / 1.5, (2 * 0.5 + 3) / 1.5])
