@@ -17,8 +17,8 @@ from pixnet._names import TOTAL, check_genes, listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
-from pixnet._sdata.store.write_map import store_map
+from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.write_map import write_map
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
+    import torch
+
     from pixnet._core.predict.device import resolve_device, resolve_precision
     from pixnet._core.predict.map_grid import choose_map_grid
     from pixnet._core.predict.portable_model import PortableModel
@@ -249,9 +251,9 @@ def predict(
         "mask": fingerprint([np.packbits(mask.mask), mask.to_mask] if hasattr(mask, "mask") else []),
         "image": fingerprint([pixels for pixels, _ in samples]),
         "shape": list(layout.shape),
+        "torch_threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
-    stream = MapWriter.open(sdata, key, spec, job, resume)
-    store_map(runner, stream, sdata, key, entry)
+    write_map(sdata, key, runner, spec, job, entry, resume=resume, overwrite=overwrite)
     return None
 
 
