@@ -44,6 +44,27 @@ def printed(name: str) -> str:
     return re.sub(r"\bum\b", "µm", name)
 
 
+def summary() -> list[str]:
+    """Return the main results, one line each."""
+    methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
+    (ceiling,) = methods["ceiling (perfect prediction)"]
+    fine, coarse = (
+        np.mean([run[key]["pcc_mean"] for run in methods["PixNet on spots"]]) for key in ("bins_008um", "bins_056um")
+    )
+    shares = [
+        f"{100 * r / ceiling[key]['pcc_mean']:.0f} %" for r, key in ((fine, "bins_008um"), (coarse, "bins_056um"))
+    ]
+    sections = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]
+    within = np.mean([found["PixNet"]["pcc_mean"] for name, found in sections.items() if name.startswith("C")])
+    other = [sections["B4"][name]["pcc_mean"] for name in ("PixNet", "PixNet, stain normalised")]
+    return [
+        f"- **Kidney, trained on 55 µm spots:** the mean r is {fine:.3f} in 8 µm bins and {coarse:.3f} in 56 µm bins, which is",
+        f"  {shares[0]} and {shares[1]} of what a perfect prediction could reach.",
+        f"- **Breast tumour, a section left out of the same patient:** the mean r is {within:.3f}.",
+        f"- **Breast tumour, another patient:** the mean r is {other[0]:.3f}, and {other[1]:.3f} with normalised stain.",
+    ]
+
+
 def kidney() -> list[str]:
     """Return the rows of the kidney table."""
     methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
@@ -104,6 +125,7 @@ def main() -> None:
     ):
         if (GENERATED / f"{source}.json").exists():
             (GENERATED / f"{name}.md").write_text("\n".join(make()) + "\n")
+    (GENERATED / "quality_summary.md").write_text("\n".join(summary()) + "\n")
 
 
 if __name__ == "__main__":
