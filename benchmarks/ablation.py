@@ -52,7 +52,7 @@ ROWS: dict[str, dict] = {
     "um/px: 2, not enlarged": {"model": {"zoom": 1}},
     "adapted: batch norms of the training tissue": {"adapt": True},
     "adapted; decoder: U-Net with separable attention (SAFB)": {"adapt": True, "model": {"decoder": "safb"}},
-    "adapted; passes: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
+    "adapted; epochs: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
     "adapted; um/px: 2, not enlarged": {"adapt": True, "model": {"zoom": 1}},
     "adapted; um/px: 2, not enlarged, encoder tuned": {
         "adapt": True,
