@@ -8,8 +8,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.zonal import reader as pixels
 from pixnet._core.zonal import zonal as zonal_module
 from pixnet._core.zonal.index import TileIndex
@@ -36,7 +35,7 @@ def shapes():
         for x, y, w in zip(*rng.uniform(-4, 100, (2, 40)), 10 ** rng.uniform(-1, 1.5, 40))
     ]
     found += [shapely.box(-10, -10, 200, 200), shapely.box(32, 22, 40, 40), shapely.box(300, 300, 310, 310)]
-    return pack(found)
+    return ShapeArrays.from_geometries(found)
 
 
 def plainly(image, shapes, weights="area", validity=None):
@@ -148,7 +147,7 @@ def test_dtypes(shapes, dtype):
 def test_large_integers_are_not_rounded_first(shapes):
     data = np.full((1, H, W), 2**30 + 1, np.int32)
     data[0, ::2] -= 2
-    found = zonal_statistics(data, pack([shapely.box(0, 0, 10, 1)]), channels=[0])
+    found = zonal_statistics(data, ShapeArrays.from_geometries([shapely.box(0, 0, 10, 1)]), channels=[0])
     assert found.mean[0, 0] == np.float32(2**30 - 1)
 
 
@@ -196,7 +195,7 @@ def test_blocks_and_coverage_give_the_same(seed):
         shapely.Polygon([*b.exterior.coords[:-1], b.exterior.interpolate(b.length - size[i, 0] / 2)])
         for i, b in enumerate(boxes)
     ]
-    by_block, by_coverage = pack(boxes), pack(polygons)
+    by_block, by_coverage = ShapeArrays.from_geometries(boxes), pack(polygons)
     assert (by_block.kinds != by_coverage.kinds).all()
     a = zonal_statistics(image, by_block, channels=[0, 1])
     b = zonal_statistics(image, by_coverage, channels=[0, 1])
@@ -209,7 +208,7 @@ def test_the_spread_of_a_constant_is_zero():
     image = np.full((1, 64, 64), 12345.678, np.float32)
     found = zonal_statistics(
         da.from_array(image, chunks=(1, 16, 16)),
-        pack([shapely.Point(30, 30).buffer(20)]),
+        ShapeArrays.from_geometries([shapely.Point(30, 30).buffer(20)]),
         channels=[0],
         statistics=("std",),
     )
@@ -228,7 +227,7 @@ def test_lazy_blocks_are_computed_once_and_only_where_shapes_are(monkeypatch):
         block, chunks=((7,), (64,) * 8, (64,) * 8), dtype=np.float32, meta=np.zeros((0, 0, 0), np.float32)
     )
     rechunked = lazy.rechunk((2, 64, 64))  # a map that is computed whole, and offered in pieces
-    shapes = pack([shapely.box(3, 3, 60, 60), shapely.box(70, 70, 100, 250), shapely.Point(100, 100).buffer(20)])
+    shapes = ShapeArrays.from_geometries([shapely.box(3, 3, 60, 60), shapely.box(70, 70, 100, 250), shapely.Point(100, 100).buffer(20)])
     found = zonal_statistics(rechunked, shapes, channels=range(7), validity=6)
     assert (found.mean == 1).all()
     assert len(calls) == 8
@@ -244,13 +243,13 @@ def test_tiles_without_shapes_are_not_read(monkeypatch, tmp_path):
     monkeypatch.setattr(
         ImageReader, "read", lambda self, block, window: windows.append(window) or read(self, block, window)
     )
-    zonal_statistics(stored, pack([shapely.box(5, 5, 9, 9), shapely.box(600, 600, 700, 1200)]), channels=[0])
+    zonal_statistics(stored, ShapeArrays.from_geometries([shapely.box(5, 5, 9, 9), shapely.box(600, 600, 700, 1200)]), channels=[0])
     assert sorted(windows) == [(0, 0, 512, 512), (512, 512, 512, 512), (1024, 512, 512, 512)]
 
 
 def test_tiles_know_their_shapes():
     edges = (np.array([0, 10, 20]), np.array([0, 10, 15]))
-    shapes = pack(
+    shapes = ShapeArrays.from_geometries(
         [shapely.box(0, 0, 10, 10), shapely.box(5, 5, 12, 12), shapely.box(15, 0, 18, 5), shapely.box(-5, -5, 0, 0)]
     )
     tiles = TileIndex(shapes, edges)
@@ -288,6 +287,6 @@ def test_a_distributed_client_gives_the_same(image, shapes, tmp_path, monkeypatc
 
 
 def test_no_shape_in_the_image(image):
-    found = zonal_statistics(image, pack([shapely.box(500, 500, 501, 501)]), channels=range(C))
+    found = zonal_statistics(image, ShapeArrays.from_geometries([shapely.box(500, 500, 501, 501)]), channels=range(C))
     assert np.isnan(found.mean).all()
     assert (found.weight == 0).all()

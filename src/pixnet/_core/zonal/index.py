@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pixnet._core.coverage.shapes import ShapeArrays
+from pixnet._core.coverage import ShapeArrays
 from pixnet._core.zonal.reader import Edges, Window
+
+
+class Tile(NamedTuple):
+    """A part of an image, and what is asked of it.
+
+    Attributes
+    ----------
+    window
+        ``y0, x0, h, w``.
+    rows
+        Positions of the shapes that reach into it; first those that lie in this tile alone, ``n_inner`` of them.
+    n_inner
+        Number of shapes that lie in this tile alone.
+    """
+
+    window: Window
+    rows: NDArray[np.int64]
+    n_inner: int
 
 
 class TileIndex:
@@ -16,7 +35,7 @@ class TileIndex:
 
     Parameters
     ----------
-    geometries
+    shapes
         The shapes, in pixels of the image.
     edges
         Borders of the tiles along y and x.
@@ -24,12 +43,12 @@ class TileIndex:
     Attributes
     ----------
     counts
-        How many tiles each shape reaches into.
+        ``(n,)``: how many tiles each shape reaches into.
     """
 
-    def __init__(self, geometries: ShapeArrays, edges: tuple[Edges, Edges]) -> None:
+    def __init__(self, shapes: ShapeArrays, edges: tuple[Edges, Edges]) -> None:
         self._y, self._x = y, x = edges
-        x0, y0, x1, y1 = geometries.bounds.T
+        x0, y0, x1, y1 = shapes.bounds.T
         with np.errstate(invalid="ignore"):
             inside = (x1 > x[0]) & (y1 > y[0]) & (x0 < x[-1]) & (y0 < y[-1])
         shape = np.flatnonzero(inside)
@@ -38,7 +57,7 @@ class TileIndex:
         n_x = np.minimum(np.searchsorted(x, x1[shape], side="left"), len(x) - 1) - first_x
         n_y = np.minimum(np.searchsorted(y, y1[shape], side="left"), len(y) - 1) - first_y
         n = n_x * n_y
-        self.counts = np.zeros(len(geometries), dtype=np.int64)
+        self.counts = np.zeros(len(shapes), dtype=np.int64)
         self.counts[shape] = n
         nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
         across = np.repeat(n_x, n)
@@ -50,10 +69,30 @@ class TileIndex:
     def __len__(self) -> int:
         return len(self._tiles)
 
-    def __iter__(self) -> Iterator[tuple[Window, NDArray[np.int64]]]:
+    def __iter__(self) -> Iterator[Tile]:
         ends = np.append(self._first[1:], len(self._members))
         for tile, first, end in zip(self._tiles, self._first, ends):
             row, column = divmod(int(tile), len(self._x) - 1)
             y0, x0 = int(self._y[row]), int(self._x[column])
             window = (y0, x0, int(self._y[row + 1]) - y0, int(self._x[column + 1]) - x0)
-            yield window, self._members[first:end]
+            members = self._members[first:end]
+            inner = self.counts[members] == 1
+            yield Tile(window, np.concatenate([members[inner], members[~inner]]), int(inner.sum()))
+
+    def most_held(self, px: NDArray[np.float64]) -> float:
+        """Return how many pixels are held at most, if each tile keeps those of the shapes that reach beyond it.
+
+        ``px`` is the size of each shape, ``(n,)``, which is taken to be spread evenly over its tiles. A tile's pixels
+        are let go after the last of the tiles that its shapes reach into.
+        """
+        if not len(self):
+            return 0.0
+        counts = self.counts[self._members]
+        share = np.where(counts > 1, px[self._members] / counts, 0.0)
+        held = np.add.reduceat(share, self._first)
+        position = np.repeat(np.arange(len(self)), np.diff(np.append(self._first, len(self._members))))
+        last = np.zeros(len(self.counts), dtype=np.int64)
+        last[self._members] = position  # positions ascend, so the last one stays
+        let_go = np.maximum.reduceat(np.where(counts > 1, last[self._members], 0), self._first)
+        freed = np.bincount(let_go, held, minlength=len(self))
+        return float((np.cumsum(held) - np.concatenate([[0.0], np.cumsum(freed)[:-1]])).max())
