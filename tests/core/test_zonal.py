@@ -227,7 +227,9 @@ def test_lazy_blocks_are_computed_once_and_only_where_shapes_are(monkeypatch):
         block, chunks=((7,), (64,) * 8, (64,) * 8), dtype=np.float32, meta=np.zeros((0, 0, 0), np.float32)
     )
     rechunked = lazy.rechunk((2, 64, 64))  # a map that is computed whole, and offered in pieces
-    shapes = ShapeArrays.from_geometries([shapely.box(3, 3, 60, 60), shapely.box(70, 70, 100, 250), shapely.Point(100, 100).buffer(20)])
+    shapes = ShapeArrays.from_geometries(
+        [shapely.box(3, 3, 60, 60), shapely.box(70, 70, 100, 250), shapely.Point(100, 100).buffer(20)]
+    )
     found = zonal_statistics(rechunked, shapes, channels=range(7), validity=6)
     assert (found.mean == 1).all()
     assert len(calls) == 8
@@ -243,7 +245,9 @@ def test_tiles_without_shapes_are_not_read(monkeypatch, tmp_path):
     monkeypatch.setattr(
         ImageReader, "read", lambda self, block, window: windows.append(window) or read(self, block, window)
     )
-    zonal_statistics(stored, ShapeArrays.from_geometries([shapely.box(5, 5, 9, 9), shapely.box(600, 600, 700, 1200)]), channels=[0])
+    zonal_statistics(
+        stored, ShapeArrays.from_geometries([shapely.box(5, 5, 9, 9), shapely.box(600, 600, 700, 1200)]), channels=[0]
+    )
     assert sorted(windows) == [(0, 0, 512, 512), (512, 512, 512, 512), (1024, 512, 512, 512)]
 
 

@@ -186,7 +186,9 @@ def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArr
         sums[name] = np.zeros((len(geometries), n_sources + 1))
         if name not in _BINS:
             radius = _SPOTS[name][1] / 2 if name in _SPOTS else None
-            packed[name] = ShapeArrays.from_geometries(geometries, radius).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
+            packed[name] = ShapeArrays.from_geometries(geometries, radius).transform(
+                np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
+            )
             areas[name] = packed[name].area * pixel
         else:
             areas[name] = np.full(len(geometries), _BINS[name] ** 2)

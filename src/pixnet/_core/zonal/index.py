@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixnet._core.coverage import ShapeArrays
+from pixnet._core.coverage.fractions import boxes_in
 from pixnet._core.zonal.reader import Edges, Window
 
 
@@ -79,20 +80,22 @@ class TileIndex:
             inner = self.counts[members] == 1
             yield Tile(window, np.concatenate([members[inner], members[~inner]]), int(inner.sum()))
 
-    def most_held(self, px: NDArray[np.float64]) -> float:
-        """Return how many pixels are held at most, if each tile keeps those of the shapes that reach beyond it.
+    def most_held(self, shapes: ShapeArrays) -> float:
+        """Return how many pixels are held at a time if each tile keeps those of the shapes that reach beyond it.
 
-        ``px`` is the size of each shape, ``(n,)``, which is taken to be spread evenly over its tiles. A tile's pixels
-        are let go after the last of the tiles that its shapes reach into.
+        A tile's pixels are let go after the last of the tiles that these shapes reach into. A shape's pixels are taken
+        to be spread evenly over its tiles.
         """
         if not len(self):
             return 0.0
+        boxes = boxes_in(shapes, (0, 0, int(self._y[-1]), int(self._x[-1])))
+        width, height = (boxes[:, 2:] - boxes[:, :2]).T
+        pixels = np.minimum(width * height, shapes.area + 2 * (width + height))  # inside, and on the outline
         counts = self.counts[self._members]
-        share = np.where(counts > 1, px[self._members] / counts, 0.0)
-        held = np.add.reduceat(share, self._first)
-        position = np.repeat(np.arange(len(self)), np.diff(np.append(self._first, len(self._members))))
-        last = np.zeros(len(self.counts), dtype=np.int64)
-        last[self._members] = position  # positions ascend, so the last one stays
+        tile = np.repeat(np.arange(len(self)), np.diff(np.append(self._first, len(self._members))))
+        last = np.zeros(len(shapes), dtype=np.int64)
+        np.maximum.at(last, self._members, tile)
+        held = np.bincount(tile, np.where(counts > 1, pixels[self._members] / counts, 0.0))
         let_go = np.maximum.reduceat(np.where(counts > 1, last[self._members], 0), self._first)
         freed = np.bincount(let_go, held, minlength=len(self))
-        return float((np.cumsum(held) - np.concatenate([[0.0], np.cumsum(freed)[:-1]])).max())
+        return float((np.cumsum(held) - np.cumsum(freed) + freed).max())
