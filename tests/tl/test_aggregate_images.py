@@ -231,12 +231,12 @@ def test_other_shapes_and_tiles_change_nothing(seed):
     alone = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
     assert together["cells"].X.tobytes() == alone.X.tobytes()
     np.testing.assert_array_equal(together["boxes"].X, alone.X[len(CELLS) :])
-    side = pixels._TILE_SIDE
+    side = pixels.TILE_PX
     try:
-        pixels._TILE_SIDE = 16
+        pixels.TILE_PX = 16
         small = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
     finally:
-        pixels._TILE_SIDE = side
+        pixels.TILE_PX = side
     np.testing.assert_allclose(small.X, alone.X, rtol=1e-6)
     np.testing.assert_allclose(small.layers["std"], alone.layers["std"], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(small.layers["min"], alone.layers["min"])
@@ -247,7 +247,7 @@ def test_other_shapes_and_tiles_change_nothing(seed):
 
 def test_worker_processes_give_the_same(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr(pixels, "_TILE_SIDE", 32)
+    monkeypatch.setattr(pixels, "TILE_PX", 32)
     made, _, _ = gene_map(5, 0.3)
     made["cells"] = polygons(CELLS)
     made.write(tmp_path / "s.zarr")
