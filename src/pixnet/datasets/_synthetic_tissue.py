@@ -14,8 +14,7 @@ from anndata import AnnData
 from dask.base import tokenize
 from numpy.typing import NDArray
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
 from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, Recipe, World, WorldArray, world
@@ -187,7 +186,9 @@ def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArr
         sums[name] = np.zeros((len(geometries), n_sources + 1))
         if name not in _BINS:
             radius = _SPOTS[name][1] / 2 if name in _SPOTS else None
-            packed[name] = pack(geometries, radius).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
+            packed[name] = ShapeArrays.from_geometries(geometries, radius).transform(
+                np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
+            )
             areas[name] = packed[name].area * pixel
         else:
             areas[name] = np.full(len(geometries), _BINS[name] ** 2)

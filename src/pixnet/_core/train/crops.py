@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import ShapeArrays
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.slide.grid import ModelGrid
 from pixnet._core.slide.reader import SlideReader
 

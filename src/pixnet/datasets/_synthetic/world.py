@@ -12,8 +12,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet.datasets._synthetic import paint
 from pixnet.datasets._synthetic.cells import ANGLES, TYPES, Cells, build, noise_seed_of
 from pixnet.datasets._synthetic.fields import sample
@@ -115,7 +114,7 @@ class World:
         window = (row * SQUARE, col * SQUARE, SQUARE, SQUARE)
         parts = []
         for polygons, amounts in zip((self.nuclei(near), self.outlines(near)), self.amounts):
-            shapes = pack(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
+            shapes = ShapeArrays.from_geometries(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
             weights = coverage(shapes, window)
             # A cell's amount is spread evenly: per um^2 of its own area.
             density = amounts[near] / (shapes.area * TRUTH_UM**2)[:, None] if len(near) else amounts[near]
