@@ -18,13 +18,13 @@ GENERATED = Path(__file__).parent / "_generated"
 def main() -> None:
     model = px.models.load("her2st")
     measured = json.loads((GENERATED / "her2st.json").read_text())
-    provenance = model.config["provenance"]
+    provenance = model.provenance
     training = ", ".join(f"{name} ({sum(n.values())} spots)" for name, n in provenance["training"].items())
     validation = ", ".join(f"{name} ({sum(n.values())} spots)" for name, n in provenance["validation"].items())
     score = measured["scores"]
     quality = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]["B4"]
     other, normalised = quality["PixNet"], quality["PixNet, stain normalised"]
-    size = px.models._checkpoint.SHIPPED["her2st"].stat().st_size / 1e6
+    size = px.models._load.SHIPPED["her2st"].stat().st_size / 1e6
     best = ", ".join(f"{gene} {r:.2f}" for gene, r in measured["best_genes"].items())
     lines = [
         "| | |",
@@ -36,7 +36,7 @@ def main() -> None:
         "| never seen | section C5, of the patient of C2, C3 and C4; section B4, of another |",
         f"| genes | {len(model.genes)}, those of highest mean CP10k over the training spots, without mitochondrial ones |",
         f"| um/px | {model.mpp:.3f} in, {model.mpp * model.stride:.2f} out (stride {model.stride}) |",
-        f"| encoder | {model.config['encoder']}, frozen, ImageNet weights (Apache-2.0) |",
+        f"| encoder | {model.config.encoder}, frozen, ImageNet weights (Apache-2.0) |",
         f"| file | {size:.1f} MB, float16 |",
         "",
         f"Held-out figures, section C5, {measured['spots']} spots of 100 µm, raw (unsmoothed) log1p CP10k, within the section. C5 shares its patient with",

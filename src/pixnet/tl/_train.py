@@ -172,8 +172,8 @@ def train(
         if not valid:
             training, valid = _cut(training)
         net = fit(net, training, valid, recipe, seed=seed, device=device, fresh=not _trained(model))
-    net.config["provenance"] = _provenance(training, valid, keys, recipe, seed)
-    net.config["stain"] = _stain(training)
+    net.provenance |= _provenance(training, valid, keys, recipe, seed)
+    net.stain = _stain(training)
     return net
 
 
@@ -192,7 +192,7 @@ def _settings_of(given: dict[str, Any], model: PixNet | None) -> tuple[dict[str,
                 f"train() has no argument {name!r}; settings it takes besides the named ones: {listed([*of_training, *of_model])}"
             )
     build = {k: v for k, v in given.items() if k in of_model}
-    own = {} if model is None else model.config.get("recipe", {})
+    own = {} if model is None else model.training_options
     return build, TrainingOptions.of(own, {k: v for k, v in given.items() if k in of_training})
 
 
@@ -355,7 +355,7 @@ def _provenance(training, valid, keys, recipe, seed) -> dict[str, Any]:
         "shapes": plain(shapes),
         "table_key": plain(table_key),
         "total_key": total_key,
-        "recipe": {f.name: getattr(recipe, f.name) for f in fields(recipe)},
+        "options": {f.name: getattr(recipe, f.name) for f in fields(recipe)},
         "seed": seed,
     }
 

@@ -24,7 +24,7 @@ ADAPTED_CROPS = 512
 
 def crop_halo(model: PixNet) -> int:
     """Return the model pixels to see around a crop."""
-    return min(model.halo, CROP_HALO // model.config["zoom"])
+    return min(model.halo, CROP_HALO // model.config.zoom)
 
 
 def turn(x: Tensor, how: int) -> Tensor:

@@ -25,7 +25,7 @@ from pixnet._core.train.features import (
 from pixnet._core.train.options import TrainingOptions
 from pixnet._logging import logger
 from pixnet._settings import settings
-from pixnet.models._losses import shape_loss
+from pixnet.models._losses import LOSSES, shape_loss
 from pixnet.models._pixnet import PixNet
 
 EVALUATED_CROPS = 8
@@ -56,16 +56,16 @@ def _losses(
     for name, s in sums.items():
         parts = (s, batch.covered(name), batch.cp10k[name], batch.depth[name])
         section = material.crops[batch.crops[0]].section  # a batch is of one section
-        found.append(shape_loss(*parts, kind, umi=batch.umi[name], **_terms(model, material, section, name, kind, s)))
+        found.append(_loss(model, material, section, name, *parts, batch.umi[name], kind))
     return {key: torch.stack([f[key] for f in found]).mean() for key in found[0]}
 
 
-def _terms(model: PixNet, material: CropDataset, section: int, name: str, kind: str, like: Tensor) -> dict:
-    """Return what a loss needs to know besides the shapes' own numbers."""
-    terms = {"quantity": model.quantity, "pixel_um2": material.pixel_um2(section)}
-    if kind == "nb+pcc":
-        terms["dispersion"] = material.dispersion[name].to(like.device)
-    return terms
+def _loss(model, material, section, name, sums, covered, cp10k, depth, umi, kind) -> dict[str, Tensor]:
+    predicted = model.log_expression(sums, covered, material.pixel_um2(section))
+    dispersion = material.dispersion[name].to(sums.device) if kind == "nb+pcc" else None
+    return shape_loss(
+        predicted, sums[:, -1] / covered.clamp(min=1e-6), cp10k, depth, LOSSES[kind], umi=umi, dispersion=dispersion
+    )
 
 
 # the loop --------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def fit(
     rng = torch.Generator().manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(recipe.tune_encoder)
-    if fresh and (model.config["zoom"] > 1 if recipe.adapt_norms is None else recipe.adapt_norms):
+    if fresh and (model.config.zoom > 1 if recipe.adapt_norms is None else recipe.adapt_norms):
         adapt_norms(model, train, rng, device)
     variants = 1 if recipe.tune_encoder else recipe.variants
     cache_features(model, train, variants, recipe.stain, rng, device, "features")
@@ -139,7 +139,7 @@ def fit(
         begin(both)
         state, _ = _optimise(model, both, None, recipe, rng, device, epochs)
     model.load_state_dict(state)
-    model.config["epochs"] = epochs
+    model.provenance["epochs"] = epochs
     model.encoder.requires_grad_(True)
     return model.eval().to("cpu", memory_format=torch.contiguous_format)
 
@@ -296,8 +296,7 @@ def evaluate_material(model: PixNet, material: CropDataset, recipe: TrainingOpti
     losses = []
     for (index, name), batches in found.items():
         *parts, umi = (torch.cat(part) for part in zip(*batches))
-        terms = _terms(model, material, index, name, recipe.loss, umi)
-        losses.append(shape_loss(*parts, recipe.loss, umi=umi, **terms))
+        losses.append(_loss(model, material, index, name, *parts, umi, recipe.loss))
     return {key: float(torch.stack([loss[key] for loss in losses]).mean()) for key in losses[0]}
 
 
