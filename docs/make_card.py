@@ -19,7 +19,7 @@ GENERATED = Path(__file__).parent / "_generated"
 def main() -> None:
     model = px.models.load("her2st")
     measured = json.loads((GENERATED / "her2st.json").read_text())
-    provenance = model.config["provenance"]
+    provenance = model.provenance
     training = ", ".join(f"{name} ({sum(n.values())} spots)" for name, n in provenance["training"].items())
     validation = ", ".join(f"{name} ({sum(n.values())} spots)" for name, n in provenance["validation"].items())
     *first, last = sorted({**provenance["training"], **provenance["validation"]})
@@ -27,7 +27,7 @@ def main() -> None:
     score = measured["scores"]
     quality = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]["B4"]
     other, normalised = quality["PixNet"], quality["PixNet, stain normalised"]
-    size = px.models._checkpoint.SHIPPED["her2st"].stat().st_size / 1e6
+    size = px.models._load.SHIPPED["her2st"].stat().st_size / 1e6
     best = ", ".join(f"{gene} {r:.2f}" for gene, r in measured["best_genes"].items())
     lines = [
         "| | |",
@@ -39,7 +39,7 @@ def main() -> None:
         f"| never seen | section C5, from the same patient as {everything}; section B4, from another patient |",
         f"| genes | {len(model.genes)}, those with the highest mean CP10k over the training spots, without mitochondrial genes |",
         f"| pixel size | {model.mpp:.3f} µm/px in, {model.mpp * model.stride:.2f} µm/px out (stride {model.stride}) |",
-        f"| encoder | {model.config['encoder']}, frozen, ImageNet weights (Apache-2.0) |",
+        f"| encoder | {model.config.encoder}, frozen, ImageNet weights (Apache-2.0) |",
         f"| file | {size:.1f} MB, float16 |",
         "",
         f"Held-out scores on section C5: {measured['spots']} spots of 100 µm, raw (not smoothed) log1p CP10k, over the spots of the section.",
