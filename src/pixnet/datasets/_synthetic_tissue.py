@@ -18,7 +18,7 @@ from pixnet._core.coverage.coverage import coverage
 from pixnet._core.coverage.shapes import pack
 from pixnet._names import TOTAL
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
-from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, Recipe, World, WorldArray, world
+from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, TissueSpec, World, WorldArray, world
 from pixnet.io._raster import CHUNK, pyramid, raster_element
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 # Pictures up to this many pixels are kept in memory; larger ones are painted when they are read.
 _IN_MEMORY = 4096 * 4096
-_SPOTS = {"spots": (100.0, 55.0), "spots_legacy": (200.0, 100.0)}  # pitch and diameter, um
-_BINS = {"bins": 8.0, "bins_002um": 2.0}
 
 
 def synthetic_tissue(
@@ -108,7 +106,7 @@ def synthetic_tissue(
     unknown = [name for name in shapes if name not in PLATFORMS]
     if unknown:
         raise ValueError(f"shapes has {unknown[0]!r}; valid: {', '.join(map(repr, PLATFORMS))}")
-    made = world(Recipe(float(size_um), float(mpp), int(n_genes), int(seed), int(stain_seed), int(panel_seed)))
+    made = world(TissueSpec(float(size_um), float(mpp), int(n_genes), int(seed), int(stain_seed), int(panel_seed)))
 
     transformations = {"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))}
     picture = WorldArray(made, "render")
@@ -148,27 +146,26 @@ def _check(size_um: float, mpp: float, n_genes: int, **seeds: int) -> None:
 
 
 def _dask(source: WorldArray, chunk: int) -> da.Array:
-    name = f"synthetic-{source.what}-{tokenize(source.source.recipe)}"
+    name = f"synthetic-{source.what}-{tokenize(source.source.spec)}"
     return da.from_array(source, chunks=(source.shape[0], chunk, chunk), name=name, fancy=False, asarray=False)
 
 
-def _places(name: str, made: World) -> NDArray:
-    """Geometries of a platform in um; spots are points."""
-    size = made.size
+def _places(name: str, made: World) -> NDArray[np.object_]:
+    """Return the geometries of a platform in µm; spots are points."""
     if name == "cells":
         return made.outlines()
-    if name in _BINS:
-        edge = _BINS[name]
-        n = int(size / edge + 1e-9)
-        row, col = (index.ravel() for index in np.indices((n, n)))
-        return shapely.box(col * edge, row * edge, (col + 1) * edge, (row + 1) * edge)
-    pitch, diameter = _SPOTS[name]
-    rise = pitch * (np.sqrt(3) / 2 if name == "spots" else 1)
+    platform, size = PLATFORMS[name], made.size
+    if platform.edge:
+        n = int(size / platform.edge + 1e-9)
+        row, col = (index.ravel() * platform.edge for index in np.indices((n, n)))
+        return shapely.box(col, row, col + platform.edge, row + platform.edge)
     # Legacy arrays are square; Visium's are hexagonal. Both start half a pitch from the corner.
-    row, col = (index.ravel() for index in np.indices((int(size / rise) + 1, int(size / pitch) + 1)))
-    x = (col + 0.5 + (0.5 * (row % 2) if name == "spots" else 0)) * pitch
+    hexagonal = name == "spots"
+    rise = platform.pitch * (np.sqrt(3) / 2 if hexagonal else 1)
+    row, col = (index.ravel() for index in np.indices((int(size / rise) + 1, int(size / platform.pitch) + 1)))
+    x = (col + 0.5 + (0.5 * (row % 2) if hexagonal else 0)) * platform.pitch
     y = (row + 0.5) * rise
-    inside = (x + diameter / 2 <= size) & (y + diameter / 2 <= size)
+    inside = np.maximum(x, y) + platform.diameter / 2 <= size
     return shapely.points(x[inside], y[inside])
 
 
@@ -178,40 +175,42 @@ def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArr
     Returns
     -------
     dict
-        By name: which shapes are at least half on tissue, and ``(shapes, sources)`` of all of them, times um^2.
+        By name: which shapes are at least half on tissue, and ``(shapes, sources)`` of all of them, times µm².
     """
     pixel = TRUTH_UM**2
     n_sources = made.panel.loadings.shape[1]
-    packed, sums, areas = {}, {}, {}
-    for name, geometries in places.items():
-        sums[name] = np.zeros((len(geometries), n_sources + 1))
-        if name not in _BINS:
-            radius = _SPOTS[name][1] / 2 if name in _SPOTS else None
-            packed[name] = pack(geometries, radius).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
-            areas[name] = packed[name].area * pixel
-        else:
-            areas[name] = np.full(len(geometries), _BINS[name] ** 2)
+    # The last column counts tissue.
+    sums = {name: np.zeros((len(geometries), n_sources + 1)) for name, geometries in places.items()}
+    packed = {
+        name: pack(geometries, PLATFORMS[name].diameter / 2 or None).transform(
+            np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
+        )
+        for name, geometries in places.items()
+        if not PLATFORMS[name].edge
+    }
     rows, cols = (-(-length // SQUARE) if places else 0 for length in made.truth_shape)
-    for row in range(rows):
-        for col in range(cols):
-            sources = made.square(row, col).reshape(n_sources, -1).astype(np.float64)
-            # The last column counts tissue.
-            values = np.concatenate([np.nan_to_num(sources), np.isfinite(sources[:1])]) * pixel
-            window = (row * SQUARE, col * SQUARE, SQUARE, SQUARE)
-            for name in places:
-                if name in _BINS:
-                    _add_bins(sums[name], values, row, col, int(_BINS[name] / TRUTH_UM), made.size)
-                    continue
+    for row, col in np.ndindex(rows, cols):
+        sources = made.square(row, col).reshape(n_sources, -1).astype(np.float64)
+        values = np.concatenate([np.nan_to_num(sources), np.isfinite(sources[:1])]) * pixel
+        y0, x0 = row * SQUARE, col * SQUARE
+        for name in places:
+            if name in packed:
                 b = packed[name].bounds
-                x0, y0, x1, y1 = window[1], window[0], window[1] + SQUARE, window[0] + SQUARE
-                near = np.flatnonzero((b[:, 2] > x0) & (b[:, 0] < x1) & (b[:, 3] > y0) & (b[:, 1] < y1))
+                near = (b[:, 2] > x0) & (b[:, 0] < x0 + SQUARE) & (b[:, 3] > y0) & (b[:, 1] < y0 + SQUARE)
+                near = np.flatnonzero(near)
                 if len(near):
-                    sums[name][near] += coverage(packed[name].take(near), window) @ values.T
+                    sums[name][near] += coverage(packed[name].take(near), (y0, x0, SQUARE, SQUARE)) @ values.T
+            else:
+                _add_bins(sums[name], values, row, col, int(PLATFORMS[name].edge / TRUTH_UM), made.size)
+    areas = {
+        name: packed[name].area * pixel if name in packed else np.full(len(places[name]), PLATFORMS[name].edge ** 2)
+        for name in places
+    }
     return {name: (part[:, -1] >= 0.5 * areas[name] * (1 - 1e-9), part[:, :-1]) for name, part in sums.items()}
 
 
 def _add_bins(sums: NDArray, values: NDArray, row: int, col: int, edge: int, size: float) -> None:
-    """Bins are whole truth pixels, and squares whole bins: sums of blocks."""
+    """Sum blocks of truth pixels: bins are whole truth pixels, and squares whole bins."""
     n = int(size / (edge * TRUTH_UM) + 1e-9)
     per = SQUARE // edge
     blocks = values.reshape(len(values), per, edge, per, edge).sum(axis=(2, 4))
@@ -231,17 +230,17 @@ def _add(
 ) -> None:
     from spatialdata.models import ShapesModel, TableModel
 
-    mpp = made.recipe.mpp
+    mpp = made.spec.mpp
     columns: dict[str, NDArray] = {"geometry": shapely.transform(geometries[keep], lambda xy: xy / mpp)}
-    if name in _SPOTS:
-        columns["radius"] = np.full(int(keep.sum()), _SPOTS[name][1] / 2 / mpp)
+    if PLATFORMS[name].diameter:
+        columns["radius"] = np.full(int(keep.sum()), PLATFORMS[name].diameter / 2 / mpp)
     if name == "cells":
         columns["cell_type"] = pd.Categorical(made.cell_types()[keep])
     index = pd.RangeIndex(int(keep.sum()))
     frame = geopandas.GeoDataFrame(columns, geometry="geometry", index=index)
     sdata.shapes[name] = ShapesModel.parse(frame, transformations=dict(transformations))
 
-    counts = draw_counts(sums[keep] @ (made.panel.loadings * made.scale / 1e4).T, name, made.recipe.seed)
+    counts = draw_counts(sums[keep] @ (made.panel.loadings * made.scale / 1e4).T, name, made.spec.seed)
     obs = pd.DataFrame(
         {"region": pd.Categorical([name] * len(index)), "instance_id": np.arange(len(index))}, index=index.astype(str)
     )
