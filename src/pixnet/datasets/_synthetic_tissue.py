@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import geopandas
@@ -41,46 +41,50 @@ def synthetic_tissue(
 ) -> SpatialData:
     """Make an H&E picture, and spatial transcriptomics of it, from a tissue whose expression is known everywhere.
 
-    Glands, tumour nests with hypoxic centres, lymphoid aggregates, fat, vessels, fibrous stroma, a fold and empty glass;
-    nuclei by cell type; absorption by haematoxylin and eosin, uneven light, blur, camera noise, JPEG. Genes belong to
-    cell types, to hypoxia or to a gradient that leaves no trace in the picture, and lie in nucleus and cytoplasm in
-    different shares. Counts are negative binomial around sums of the true map. Equal arguments make equal data, however
-    the picture is chunked.
+    The tissue has glands, tumour nests with hypoxic centres, lymphoid aggregates, fat, vessels and fibrous stroma on
+    empty glass. Nuclei and cytoplasm look as the type of their cell does; haematoxylin and eosin absorb light, and
+    the optics blur it. A gene belongs to a cell type, to hypoxia, or to a gradient that leaves no trace in the picture,
+    and is shared out between nucleus and cytoplasm. Counts are negative binomial around sums of the true map.
+
+    Equal arguments give equal data on the same machine with the same number of threads, however the picture and the map
+    are chunked; between machines the map may differ by float32 rounding.
 
     Parameters
     ----------
     size_um
-        Edge of the square slide in um, at least 150.
+        Edge of the square slide (µm), at least 150.
     mpp
-        um per pixel of the picture, 0.2 to 4.
+        Pixel size of the picture (µm/px), 0.2 to 4.
     n_genes
-        Size of the gene panel. Names tell the program: ``TUM`` tumour, ``EPI`` glands, ``FIB``, ``TCE``, ``BCE``,
-        ``END``, ``MAC``, ``PLA``, ``MUS``, ``ADI`` cell types, ``ALL`` every cell, ``HYP`` hypoxia, ``GRA`` the gradient.
+        Size of the gene panel. A gene is named after its program: ``TUM`` tumour, ``EPI`` glands, ``FIB``, ``TCE``,
+        ``BCE``, ``END``, ``MAC``, ``PLA``, ``MUS``, ``ADI`` cell types, ``ALL`` every cell, ``HYP`` hypoxia, ``GRA``
+        the gradient.
     seed
         Seed of the tissue and of the counts.
     stain_seed
-        Seed of the staining run (colours, strength, light); 0 is a middling one. The tissue stays the same.
+        Seed of the staining run (colours and strength); 0 is an average one. The tissue stays the same.
     panel_seed
-        Seed of the genes: what each is expressed in, how strongly, and its share in nuclei. It does not follow ``seed``:
-        a gene means the same on every slide, so a model can be trained on one and tested on another.
+        Seed of the genes: the program of each, its strength, and its share in nuclei. It does not follow ``seed``: a
+        gene means the same on every slide, so a model can be trained on one and tested on another.
     shapes
-        What is measured: any of ``"spots"`` (Visium: 55 um, 100 um apart, hexagonal), ``"cells"``, ``"bins"`` (8 um),
-        ``"spots_legacy"`` (100 um, 200 um apart, square), ``"bins_002um"`` (2 um).
+        Shapes to measure: any of ``"spots"`` (Visium: 55 µm, 100 µm apart, hexagonal), ``"cells"``, ``"bins"`` (8 µm),
+        ``"spots_legacy"`` (100 µm, 200 µm apart, square), ``"bins_002um"`` (2 µm).
     lazy
-        Paint the picture when it is read instead of keeping it in memory; ``None``: when it has more than 4096 x 4096 px.
+        Paint the picture when it is read instead of keeping it in memory. ``None`` does so above 4096 x 4096 px.
 
     Returns
     -------
     SpatialData
         - image ``"he"``: multiscale ``uint8 (3, y, x)``;
-        - image ``"truth"``: the expected density of transcripts at 2 um/px, one channel per gene and ``__total__`` last,
+        - image ``"truth"``: the expected density of transcripts at 2 µm/px, one channel per gene and ``__total__`` last,
           float32, lazy, NaN off tissue, averaging 10,000 in ``__total__`` over the tissue: a gene map as
           :func:`pixnet.tl.predict` makes it;
-        - for each name of ``shapes`` the element (at least half on tissue) and the table ``"{name}_counts"`` of raw
-          counts, whose expectation is the sum of ``truth`` over the shape, times a depth for each platform and a capture
-          efficiency for each shape. ``cells`` are polygons that do not overlap, with their ``cell_type``.
+        - for each name of ``shapes`` the element (its shapes lie at least half on tissue) and the table
+          ``"{name}_counts"`` of raw counts, whose expectation is the sum of ``truth`` over the shape, times a depth for
+          each platform and a capture efficiency for each shape. ``cells`` are polygons that do not overlap, with their
+          ``cell_type``.
 
-        Coordinate systems ``"global"`` (pixels of ``"he"``) and ``"um"``.
+        The coordinate systems are ``"global"`` (pixels of ``"he"``) and ``"um"``.
 
     Raises
     ------
@@ -136,16 +140,18 @@ def synthetic_tissue(
 
 
 def _check(size_um: float, mpp: float, n_genes: int, **seeds: int) -> None:
+    """Refuse arguments that are out of range."""
     if not (np.isfinite(size_um) and 150 <= size_um <= 50_000):
-        raise ValueError(f"size_um is {size_um!r}; 150 to 50,000 um are possible")
+        raise ValueError(f"size_um is {size_um!r}; 150 to 50,000 µm are possible")
     if not (np.isfinite(mpp) and 0.2 <= mpp <= 4):
-        raise ValueError(f"mpp is {mpp!r}; 0.2 to 4 um per pixel are possible")
+        raise ValueError(f"mpp is {mpp!r}; 0.2 to 4 µm/px are possible")
     for name, value, least in (("n_genes", n_genes, 1), *((name, seed, 0) for name, seed in seeds.items())):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name} is {value!r}; a whole number of at least {least} is needed")
 
 
 def _dask(source: WorldArray, chunk: int) -> da.Array:
+    """Wrap the picture or the map as a dask array."""
     name = f"synthetic-{source.what}-{tokenize(source.source.spec)}"
     return da.from_array(source, chunks=(source.shape[0], chunk, chunk), name=name, fancy=False, asarray=False)
 
@@ -170,53 +176,30 @@ def _places(name: str, made: World) -> NDArray[np.object_]:
 
 
 def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArray, NDArray]]:
-    """Sum the sources of expression over all shapes in one pass over the tissue.
-
-    Returns
-    -------
-    dict
-        By name: which shapes are at least half on tissue, and ``(shapes, sources)`` of all of them, times µm².
-    """
-    pixel = TRUTH_UM**2
+    """Return, by name, the shapes that are at least half on tissue, and ``(shapes, sources)``: sums over each shape."""
     n_sources = made.panel.loadings.shape[1]
+    to_pixels = np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
+    packed = {
+        name: pack(geometries, PLATFORMS[name].diameter / 2 or None).transform(to_pixels)
+        for name, geometries in places.items()
+    }
     # The last column counts tissue.
     sums = {name: np.zeros((len(geometries), n_sources + 1)) for name, geometries in places.items()}
-    packed = {
-        name: pack(geometries, PLATFORMS[name].diameter / 2 or None).transform(
-            np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
-        )
-        for name, geometries in places.items()
-        if not PLATFORMS[name].edge
-    }
     rows, cols = (-(-length // SQUARE) if places else 0 for length in made.truth_shape)
     for row, col in np.ndindex(rows, cols):
         sources = made.square(row, col).reshape(n_sources, -1).astype(np.float64)
-        values = np.concatenate([np.nan_to_num(sources), np.isfinite(sources[:1])]) * pixel
+        values = np.concatenate([np.nan_to_num(sources), np.isfinite(sources[:1])])
         y0, x0 = row * SQUARE, col * SQUARE
-        for name in places:
-            if name in packed:
-                b = packed[name].bounds
-                near = (b[:, 2] > x0) & (b[:, 0] < x0 + SQUARE) & (b[:, 3] > y0) & (b[:, 1] < y0 + SQUARE)
-                near = np.flatnonzero(near)
-                if len(near):
-                    sums[name][near] += coverage(packed[name].take(near), (y0, x0, SQUARE, SQUARE)) @ values.T
-            else:
-                _add_bins(sums[name], values, row, col, int(PLATFORMS[name].edge / TRUTH_UM), made.size)
-    areas = {
-        name: packed[name].area * pixel if name in packed else np.full(len(places[name]), PLATFORMS[name].edge ** 2)
-        for name in places
+        for name, geometries in packed.items():
+            b = geometries.bounds
+            inside = (b[:, 2] > x0) & (b[:, 0] < x0 + SQUARE) & (b[:, 3] > y0) & (b[:, 1] < y0 + SQUARE)
+            near = np.flatnonzero(inside)
+            if len(near):
+                sums[name][near] += coverage(geometries.take(near), (y0, x0, SQUARE, SQUARE)) @ values.T
+    return {
+        name: (part[:, -1] >= 0.5 * packed[name].area * (1 - 1e-9), part[:, :-1] * TRUTH_UM**2)
+        for name, part in sums.items()
     }
-    return {name: (part[:, -1] >= 0.5 * areas[name] * (1 - 1e-9), part[:, :-1]) for name, part in sums.items()}
-
-
-def _add_bins(sums: NDArray, values: NDArray, row: int, col: int, edge: int, size: float) -> None:
-    """Sum blocks of truth pixels: bins are whole truth pixels, and squares whole bins."""
-    n = int(size / (edge * TRUTH_UM) + 1e-9)
-    per = SQUARE // edge
-    blocks = values.reshape(len(values), per, edge, per, edge).sum(axis=(2, 4))
-    rows, cols = (np.arange(at * per, min((at + 1) * per, n)) for at in (row, col))
-    index = rows[:, None] * n + cols[None, :]
-    sums[index.ravel()] = blocks[:, : len(rows), : len(cols)].reshape(len(values), -1).T
 
 
 def _add(
@@ -226,8 +209,9 @@ def _add(
     geometries: NDArray,
     keep: NDArray[np.bool_],
     sums: NDArray,
-    transformations: dict,
+    transformations: dict[str, Any],
 ) -> None:
+    """Add the shapes that are kept, and their counts, to the object."""
     from spatialdata.models import ShapesModel, TableModel
 
     mpp = made.spec.mpp
