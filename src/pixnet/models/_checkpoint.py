@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import AllowInfNan, Field
 from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from pixnet._checked import checked
 from pixnet._names import listed
@@ -228,7 +228,9 @@ def _checked_tensor(path: Path, name: str, tensor: Tensor) -> Tensor:
     """Refuse values that no training gives: NaN, infinite, or a spread that is negative."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         wrong = tensor[~torch.isfinite(tensor)].flatten()
-        raise ValueError(f"{path}: tensor {name!r} holds {len(wrong):,} values such as {float(wrong[0])}; weights are finite")
+        raise ValueError(
+            f"{path}: tensor {name!r} holds {len(wrong):,} values such as {float(wrong[0])}; weights are finite"
+        )
     least = 0.0 if name.endswith("running_var") else None
     if least is not None and (tensor < least).any():
         raise ValueError(f"{path}: tensor {name!r} holds {float(tensor.min())}; a variance is not negative")

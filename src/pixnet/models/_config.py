@@ -114,5 +114,7 @@ class ModelConfig:
                     "and needs a width for each"
                 )
         elif self.widths is not None:
-            raise ValueError(f"widths is {self.widths!r}; only decoder='paper' has widths, {self.decoder!r} has hidden=")
+            raise ValueError(
+                f"widths is {self.widths!r}; only decoder='paper' has widths, {self.decoder!r} has hidden="
+            )
         return self

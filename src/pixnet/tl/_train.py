@@ -260,7 +260,9 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
     if isinstance(names, Sequence) and names and all(isinstance(n, str) for n in names):
         unknown = [n for n in names if n not in objects]
         if unknown:
-            raise KeyError(f"validation names {unknown[0]!r}, which is not an object of sdata; it has: {listed(objects)}")
+            raise KeyError(
+                f"validation names {unknown[0]!r}, which is not an object of sdata; it has: {listed(objects)}"
+            )
         if len(set(names)) == len(objects):
             raise ValueError("validation holds out every object; at least one has to be left for training")
         return {n: objects[n] for n in names}
