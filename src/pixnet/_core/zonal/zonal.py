@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import dask
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pixnet._core.coverage.coverage import Spans, Weights, spans
 from pixnet._core.coverage.shapes import RECTANGLE, ShapeArrays
-from pixnet._core.parallel import client_in_scope, in_order, in_threads
+from pixnet._core.parallel import cluster_client, run
 from pixnet._core.zonal import kernels
 from pixnet._core.zonal.index import TileIndex
 from pixnet._core.zonal.reader import TILE_BYTES, ImageReader, Window
@@ -116,19 +115,19 @@ def zonal_statistics(
 
 def _run(pixels: ImageReader, tasks: Iterator[_Tile]) -> Iterator[tuple[_Tile, tuple[Sums, _Part | None]]]:
     """Run tiles in threads, or on the cluster of the dask.distributed client in scope."""
-    client = client_in_scope()
-    if client is None:
-        return in_threads(tasks, lambda tile: tile.run(pixels))
+    items: Iterator[tuple[Any, ...]]
+    if cluster_client() is None:
+        function, shared, items = _run_tile, [pixels], ((tile,) for tile in tasks)
+    elif pixels.on_disk:
+        function, shared, items = _run_tile, [pixels], ((tile.alone(),) for tile in tasks)
+    else:  # lazy blocks are computed where the cluster likes; pixels in this process's memory are sent
+        function, shared, items = _Tile.run_on, [], ((tile.alone(), pixels.part(tile.window)) for tile in tasks)
+    for (tile, *_), result in run(function, shared, items, ordered=True):
+        yield tile, result
 
-    def submit(tile: _Tile) -> Any:
-        alone = tile.alone()
-        if pixels.on_disk:
-            return client.submit(_Tile.run, alone, pixels, pure=False)
-        # Lazy blocks are computed where the cluster likes; pixels in this process's memory are sent.
-        block = dask.delayed(np.asarray)(pixels.part(tile.window))
-        return client.compute(dask.delayed(_Tile.run_on, pure=False)(alone, block))
 
-    return in_order(tasks, submit, 2 * max(1, sum(client.nthreads().values())))
+def _run_tile(pixels: ImageReader, tile: _Tile) -> tuple[Sums, _Part | None]:
+    return tile.run(pixels)
 
 
 def _put(result: Sums, rows: NDArray, part: Sums) -> None:
