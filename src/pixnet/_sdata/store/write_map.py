@@ -9,7 +9,6 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm import tqdm
 
 from pixnet._logging import logger
@@ -46,8 +45,8 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
         If the disk is full; what was written is deleted. After any other error, and Ctrl-C, it is kept for a call with
         ``resume=True``.
     """
-    from pixnet._core.parallel import run_tasks
-    from pixnet._core.predict.tile_runner import TileCost, store_tile
+    from pixnet._core.parallel import run
+    from pixnet._core.predict.tile_runner import TileCost, store_tiles
 
     started, total, before = time.perf_counter(), TileCost(), record(sdata)["images"].get(key)
     tiles = runner.tiles()
@@ -55,8 +54,8 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
     if stream.done:
         logger.info("resuming %r: %d of %d tiles are done", key, len(tiles) - len(todo), len(tiles))
     try:
-        _warn_if_full(stream, len(todo), entry["params"]["dtype"])
-        results = run_tasks(store_tile, [runner, stream.arrays[0]], todo)
+        _warn_if_full(stream, len(todo))
+        results = store_tiles(runner, stream.arrays[0], todo)
         # closing: whatever happens, no task writes any more when the stream is dealt with
         with (
             closing(results),
@@ -69,16 +68,18 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
                 disable=not settings.progress,
             ) as bar,
         ):
-            for i, j, work in results:
-                stream.mark(i, j)
-                total.add(work)
-                speed = total.windows * runner.layout.window**2 / 1e6 / (time.perf_counter() - started)
+            for place, cost in results:
+                stream.mark(*place)
+                total.add(cost)
+                speed = total.windows * runner.grid.window**2 / 1e6 / (time.perf_counter() - started)
                 bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
                 bar.update()
-        for level in range(1, len(stream.arrays)):
-            tasks = stream.level_tasks(level, tiles, runner.layout.tile)
-            with closing(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks)) as results:
-                for _ in results:
+        scale = 1
+        for level, factor in enumerate(entry["scale_factors"], 1):
+            scale *= factor
+            tasks = stream.level_tasks(level, scale, tiles, runner.grid.tile)
+            with closing(run(store_level, [*stream.arrays[level - 1 : level + 1], factor], tasks)) as chunks:
+                for _ in chunks:
                     pass
         record(sdata)["images"][key] = entry
         size = stream.size
@@ -102,11 +103,11 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
         "model); %.2f GB in %s",
         key,
         runner.n_channels,
-        *runner.layout.shape,
-        runner.layout.mpp,
+        *runner.grid.shape,
+        runner.grid.mpp,
         total.pixels / 1e6,
         wall,
-        total.windows * runner.layout.window**2 / 1e6 / wall,
+        total.windows * runner.grid.window**2 / 1e6 / wall,
         total.forward,
         size / 1e9,
         stream.root,
@@ -121,10 +122,10 @@ def _interrupted(stream: MapWriter, sdata: SpatialData, key: str, before: dict[s
     logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
 
 
-def _warn_if_full(stream: MapWriter, n_tiles: int, dtype: str) -> None:
+def _warn_if_full(stream: MapWriter, n_tiles: int) -> None:
     """Say early that the disk will not do; what compression saves is not known, so this is no error."""
     array = stream.arrays[0]
-    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * np.dtype(dtype).itemsize
+    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * array.dtype.itemsize
     free = shutil.disk_usage(stream.root).free
     if needed > free:
         logger.warning(
