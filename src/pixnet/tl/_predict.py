@@ -22,8 +22,8 @@ from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
-from pixnet._sdata.store.write_map import store_map
+from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.write_map import write_map
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
@@ -174,7 +174,7 @@ def predict(
     }
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
     spec = MapSpec(request.names, request.grid.shape, "float32", request.grid.chunk, factors, request.transformations)
-    store_map(runner, MapWriter.open(sdata, key, spec, job, resume), sdata, key, entry)
+    write_map(sdata, key, runner, spec, job, entry, resume=resume, overwrite=overwrite)
     return None
 
 

@@ -132,8 +132,8 @@ class _Collected:
 
     def add(self, tile: Tile, found: TileResult, result: ZonalStatistics) -> None:
         """Add the parts of one tile, and write the statistics of the shapes that it completes."""
-        for run, parts in found.parts.items():
-            rows = tile.rows[slice(*run)]
+        for span, parts in found.parts.items():
+            rows = tile.rows[slice(*span)]
             self._tiles_left[rows] -= 1
             done = rows[self._tiles_left[rows] == 0]
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
