@@ -49,7 +49,10 @@ class MeasuredSlide:
     ) -> dict[str, MeasuredTable]:
         """Read and validate the table of each shapes element, once each; of some genes, or of all."""
         sdata = self.slide.sdata
-        found = {key: MeasuredTable.read(sdata.tables[key], key, layer, total_key) for key in dict.fromkeys(self.pairs.values())}
+        found = {
+            key: MeasuredTable.read(sdata.tables[key], key, layer, total_key)
+            for key in dict.fromkeys(self.pairs.values())
+        }
         if genes is not None:
             found = {key: table.select(genes) for key, table in found.items()}
         return {shapes: found[key] for shapes, key in self.pairs.items()}

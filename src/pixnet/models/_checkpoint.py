@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import AllowInfNan, Field
 from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # that of typing serves pydantic from Python 3.12 on
 
 from pixnet._checked import checked
 from pixnet._names import listed
@@ -158,7 +158,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[
     try:
         added = _from_version_1(values) if version == 1 else {}
         config = LACKING[version] | values.pop("config")
-        known = {field.name for field in fields(ModelConfig)}  # type: ignore[arg-type]  # a dataclass, by its decorator
+        known = {field.name for field in fields(ModelConfig)}
         lacking, unknown = sorted(known - set(config)), sorted(set(config) - known)
         if lacking:
             raise ValueError(f"config lacks {listed(lacking)}")
@@ -228,7 +228,9 @@ def _checked_tensor(path: Path, name: str, tensor: Tensor) -> Tensor:
     """Refuse values that no training gives: NaN, infinite, or a spread that is negative."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         wrong = tensor[~torch.isfinite(tensor)].flatten()
-        raise ValueError(f"{path}: tensor {name!r} holds {len(wrong):,} values such as {float(wrong[0])}; weights are finite")
+        raise ValueError(
+            f"{path}: tensor {name!r} holds {len(wrong):,} values such as {float(wrong[0])}; weights are finite"
+        )
     least = 0.0 if name.endswith("running_var") else None
     if least is not None and (tensor < least).any():
         raise ValueError(f"{path}: tensor {name!r} holds {float(tensor.min())}; a variance is not negative")

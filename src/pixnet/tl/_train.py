@@ -181,7 +181,7 @@ def train(
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
-    tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
+    tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     chosen, tables = _choose_genes(genes, model, tables, held_out)
     build.setdefault("mpp", max(FINEST_MPP, *(m.slide.mpp for m in slides)))
 
@@ -260,7 +260,9 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
     if isinstance(names, Sequence) and names and all(isinstance(n, str) for n in names):
         unknown = [n for n in names if n not in objects]
         if unknown:
-            raise KeyError(f"validation names {unknown[0]!r}, which is not an object of sdata; it has: {listed(objects)}")
+            raise KeyError(
+                f"validation names {unknown[0]!r}, which is not an object of sdata; it has: {listed(objects)}"
+            )
         if len(set(names)) == len(objects):
             raise ValueError("validation holds out every object; at least one has to be left for training")
         return {n: objects[n] for n in names}

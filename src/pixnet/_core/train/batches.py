@@ -24,9 +24,7 @@ class SectionBatchSampler(Sampler[list[int]]):
     crops are shuffled anew at each pass.
     """
 
-    def __init__(
-        self, dataset: CropDataset, shapes: int, crops: int, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, dataset: CropDataset, shapes: int, crops: int, generator: torch.Generator | None = None) -> None:
         self.dataset, self.shapes, self.crops, self.generator = dataset, shapes, crops, generator
 
     def __iter__(self) -> Iterator[list[int]]:
