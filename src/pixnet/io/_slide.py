@@ -12,9 +12,10 @@ import dask.array as da
 import numpy as np
 
 from pixnet._logging import logger
+from pixnet._sdata.rasters import extend, pyramid, raster_element
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
-from pixnet.io._raster import MAX_WHOLE_PIXELS, extend, open_picture, pyramid, raster_element, read_picture
+from pixnet.io._raster import MAX_WHOLE_PIXELS, open_picture, read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

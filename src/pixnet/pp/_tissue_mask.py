@@ -8,11 +8,11 @@ import numpy as np
 
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.rasters import raster_element
 from pixnet._sdata.record import recorded
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
-from pixnet.io._raster import raster_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -76,10 +76,10 @@ def write_map(
 
 def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
     """Predict the tiles that are missing, then the coarser levels."""
-    from pixnet._core.parallel import run_tasks
-    from pixnet._core.predict.tile_runner import TileCost, store_tile
+    from pixnet._core.parallel import run
+    from pixnet._core.predict.tile_runner import TileCost, store_tiles
 
-    started, total, layout = time.perf_counter(), TileCost(), runner.layout
+    started, total, grid = time.perf_counter(), TileCost(), runner.grid
     tiles = runner.tiles()
     todo = [tile for tile in tiles if tile not in writer.done]
     if writer.done:
@@ -94,17 +94,19 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
         disable=not settings.progress,
     )
     # closing: whatever happens, no task writes any more when the writer is dealt with
-    with closing(run_tasks(store_tile, [runner, writer.arrays[0]], todo)) as results, progress as bar:
-        for i, j, cost in results:
-            writer.mark(i, j)
+    with closing(store_tiles(runner, writer.arrays[0], todo)) as results, progress as bar:
+        for place, cost in results:
+            writer.mark(*place)
             total.add(cost)
-            speed = total.windows * layout.window**2 / 1e6 / (time.perf_counter() - started)
+            speed = total.windows * grid.window**2 / 1e6 / (time.perf_counter() - started)
             bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
             bar.update()
-    for level in range(1, len(writer.arrays)):
-        tasks = writer.level_tasks(level, tiles, layout.tile)
-        with closing(run_tasks(store_level, [writer.arrays[level - 1], writer.arrays[level]], tasks)) as results:
-            for _ in results:
+    scale = 1
+    for level, factor in enumerate(writer.factors, 1):
+        scale *= factor
+        tasks = writer.level_tasks(level, scale, tiles, grid.tile)
+        with closing(run(store_level, [*writer.arrays[level - 1 : level + 1], factor], tasks)) as chunks:
+            for _ in chunks:
                 pass
     wall = time.perf_counter() - started
     logger.info(
@@ -112,11 +114,11 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
         "model); %.2f GB in %s",
         writer.key,
         runner.n_channels,
-        *layout.shape,
-        layout.mpp,
+        *grid.shape,
+        grid.mpp,
         total.pixels / 1e6,
         wall,
-        total.windows * layout.window**2 / 1e6 / wall,
+        total.windows * grid.window**2 / 1e6 / wall,
         total.forward,
         writer.size / 1e9,
         writer.root,
