@@ -10,7 +10,6 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import record
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def normalize_stain(
     from pixnet._sdata.rasters import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
@@ -105,7 +104,7 @@ def normalize_stain(
             raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
         local_store(sdata)
     model, name = resolve_model(model)
-    training = model.config.get("stain")
+    training = model.stain
     if not comparable({"masked": tissue is not False}, training):
         raise ValueError(
             f"model {name!r} does not know the stain of its training slides"
@@ -129,10 +128,6 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    known = record(sdata)
-    known["mpp"][key_added] = slide.mpp
-    known["masks"].pop(key_added, None)
-    if isinstance(tissue, str):
-        known["masks"][key_added] = tissue
-    put(sdata, key_added, element, overwrite=overwrite)
+    masks = {key_added: tissue} if isinstance(tissue, str) else {}
+    put(sdata, key_added, element, overwrite=overwrite, entries={"mpp": {key_added: slide.mpp}, "masks": masks})
     return None

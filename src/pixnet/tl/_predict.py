@@ -22,8 +22,8 @@ from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
-from pixnet._sdata.store.write_map import store_map
+from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.write_map import write_map
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
@@ -168,13 +168,13 @@ def predict(
     entry = {
         "kind": "gene_map",
         "model": request.model_name,
-        "unit": request.model.config.get("unit"),
+        "unit": request.model.unit,
         "quantity": request.quantity,
         **asked,
     }
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
     spec = MapSpec(request.names, request.grid.shape, "float32", request.grid.chunk, factors, request.transformations)
-    store_map(runner, MapWriter.open(sdata, key, spec, job, resume), sdata, key, entry)
+    write_map(sdata, key, runner, spec, job, entry, resume=resume, overwrite=overwrite)
     return None
 
 
@@ -194,7 +194,7 @@ class _Request:
     @property
     def quantity(self) -> str:
         """The quantity that the map's channels hold."""
-        return self.model.config.get("quantity", "density")
+        return self.model.quantity
 
     @property
     def names(self) -> list[str]:
@@ -220,7 +220,7 @@ def _resolve(
 ) -> _Request:
     """Resolve and check the model, the genes, the grid and where to run."""
     from pixnet._core.predict.device import resolve_device, resolve_precision
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     on = resolve_device(settings.device if device is None else device)
     precision = resolve_precision(settings.precision if precision is None else precision, on)
@@ -276,7 +276,7 @@ def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
 
 def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
     """Warn if the slide looks unlike those that the model was trained on."""
-    differs = differences(found, request.model.config.get("stain"))
+    differs = differences(found, request.model.stain)
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,16 +19,24 @@ from zarr.codecs import BloscCodec
 
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
-from pixnet._sdata.store.element_store import commit, heal, local_store, read_element, set_element
-from pixnet._sdata.store.workspace import JOB, NEW, Workspace, scratch_root, work_folders
+from pixnet._sdata.store.element_store import (
+    Entries,
+    check_free_on_disk,
+    commit,
+    heal,
+    local_store,
+    read_element,
+    set_element,
+)
+from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
+from pixnet._sdata.store.scratch import bind_scratch, scratch_root
+from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, work_folders, write_json
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""
 
 # lz4 with byte shuffle: the only compression measured that costs less than writing the bytes it saves
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
-
-DONE = "done.txt"
 
 
 @dataclass(frozen=True)
@@ -87,20 +96,33 @@ class MapWriter:
     ----------
     arrays
         The levels as zarr arrays, finest first. They pickle, so that other processes can write to them.
+    factors
+        How much coarser each level is than the one before.
     done
         Tiles written by an earlier, interrupted run.
     """
 
-    def __init__(self, root: Path, key: str, work: Workspace, scratch: bool) -> None:
-        self.root, self.key, self.scratch = root, key, scratch
-        self._work = work
-        element = work.path / NEW / "images" / key
-        self.arrays = [zarr.open_array(element / path, mode="r+") for path in _level_paths(element)]
+    def __init__(
+        self, root: Path, key: str, work: Workspace, factors: Sequence[int], *, scratch: bool, overwrite: bool
+    ) -> None:
+        self.root, self.key, self.factors, self.scratch, self.overwrite = root, key, factors, scratch, overwrite
+        self._work, self._placed = work, False
+        self._element = work.path / NEW / "images" / key
+        self.arrays = [zarr.open_array(self._element / path, mode="r+") for path in level_paths(self._element)]
         self.done = self._read_done()
-        self._log = open(work.path / DONE, "a")  # noqa: SIM115  open as long as the stream is
+        self._log = open(work.path / DONE, "a")  # noqa: SIM115  open as long as the writer is
 
     @classmethod
-    def open(cls, sdata: SpatialData, key: str, spec: MapSpec, job: Mapping[str, Any], resume: bool) -> MapWriter:
+    def open(
+        cls,
+        sdata: SpatialData,
+        key: str,
+        spec: MapSpec,
+        job: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> MapWriter:
         """Start a map, or go on with one that was interrupted.
 
         Parameters
@@ -112,9 +134,12 @@ class MapWriter:
         spec
             What it looks like.
         job
-            What determines its bytes (JSON-plain). A map is resumed only if this is the same.
+            What determines its bytes (JSON-plain). A map is resumed only if this is the same, and a hash of it tells
+            the map from any other.
         resume
             Go on with an interrupted map. Else what is left of one is cleared.
+        overwrite
+            Replace an element of that name.
 
         Raises
         ------
@@ -123,13 +148,13 @@ class MapWriter:
         RuntimeError
             If another process is writing a map of that name.
         ValueError
-            If the interrupted map was made in another way.
+            If the interrupted map was made in another way, or the store holds an element of that name.
         """
-        root = local_store(sdata)
-        scratch = root is None
-        root = scratch_root() if scratch else root
-        if not scratch:
+        store = local_store(sdata)
+        if store is not None:
             heal(sdata)
+            check_free_on_disk(store, key, overwrite)
+        root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}
         work = _interrupted(root, key, job, resume)
         if work is None:
@@ -142,7 +167,7 @@ class MapWriter:
             except BaseException:
                 work.remove()
                 raise
-        return cls(root, key, work, scratch)
+        return cls(root, key, work, spec.scale_factors, scratch=store is None, overwrite=overwrite)
 
     def mark(self, i: int, j: int) -> None:
         """Note that a tile is written: a resumed run leaves it out."""
@@ -172,25 +197,42 @@ class MapWriter:
             found.update((r, c) for r in rows for c in columns)
         return sorted(found)
 
-    def finish(self, sdata: SpatialData) -> None:
-        """Put the map in its place and bind it in ``sdata``, in one step."""
+    def finish(self, sdata: SpatialData, entries: Entries | None = None) -> None:
+        """Put the map in its place and bind it in ``sdata``, with what is recorded of it, in one step."""
         self._log.close()
         new = self._work.path / NEW
         for partial in new.rglob("*.partial"):  # what a killed writer left
             partial.unlink(missing_ok=True)
+        what = json.dumps(self._work.job["what"], sort_keys=True)
+        stamp(self._element, hashlib.sha256(what.encode()).hexdigest())
+        place = self.root
         if self.scratch:
             place = self.root / f"{self._work.path.name}.zarr"
             new.rename(place)
-            self._work.remove()
         else:
-            place = self.root
-            commit(sdata, self._work, "images", self.key)
-        set_element(sdata, self.key, read_element(place, "images", self.key))
+            commit(sdata, self._work, "images", self.key, overwrite=self.overwrite, entries=entries)
+        self._placed = True
+        self._work.remove()
+        element = read_element(place, "images", self.key)
+        if self.scratch:
+            bind_scratch(element, place)
+        set_element(sdata, self.key, element, entries)
 
-    def interrupt(self) -> None:
-        """Leave what is written for a run with ``resume=True``."""
+    @property
+    def committed(self) -> bool:
+        """Whether the map counts already: what is left can only be completed."""
+        return self._placed or self._work.committed
+
+    def interrupt(self) -> bool:
+        """Leave what is written for a run with ``resume=True``; False if the store was moved away, and it with it."""
         self._log.close()
-        self._work.release()
+        if self.scratch or (self.root / METADATA).exists():
+            self._work.release()
+            return True
+        self._work.remove()  # what late writes made where the store was
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+        return False
 
     def discard(self) -> None:
         """Delete what is written."""
@@ -247,7 +289,7 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
             raise RuntimeError(
                 f"another process is writing {key!r} into {root}; wait for it, or choose another key_added="
             )
-        if not resume or not (folder / DONE).exists():
+        if not resume or not work.resumable:
             logger.info("cleared what was left of an interrupted map %r", key)
             work.remove()
             continue
@@ -255,9 +297,11 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
         if old != new:
             work.release()
             differs = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            numbers = [n for n in differs if isinstance(old.get(n), int | float)]
+            how = "; ".join(f"{name} {old[name]}, now {new.get(name)}" for name in numbers)
             raise ValueError(
-                f"the interrupted map {key!r} was made with other {', '.join(differs)}: call with the same arguments to "
-                "go on, or with resume=False to start from the beginning"
+                f"the interrupted map {key!r} was made with other {', '.join(differs)}{f' ({how})' if how else ''}: call "
+                "with the same arguments to go on, or with resume=False to start from the beginning"
             )
         if found is not None:
             found.remove()
@@ -277,8 +321,7 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
     )
     SpatialData(images={key: tiny}).write(path, consolidate_metadata=False)
     element = path / "images" / key
-    for level, (name, shape) in enumerate(zip(_level_paths(element), spec.shapes, strict=True)):
-        old = zarr.open_array(element / name, mode="r")
+    for level, (name, shape) in enumerate(zip(level_paths(element), spec.shapes, strict=True)):
         chunks = spec.chunks
         zarr.create_array(
             element / name,
@@ -287,17 +330,11 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
             chunks=(chunks[0], min(chunks[1], shape[0]), min(chunks[2], shape[1])) if level else chunks,
             compressors=COMPRESSOR,
             fill_value=np.nan,
-            dimension_names=old.metadata.dimension_names,
+            dimension_names=("c", "y", "x"),
             overwrite=True,
         )
-    group = zarr.open_group(element, mode="r+", use_consolidated=False)
-    ome = dict(group.attrs["ome"])
-    for dataset, (y, x) in zip(ome["multiscales"][0]["datasets"], spec.scales, strict=True):
+    content = read_json(element / METADATA)
+    for dataset, (y, x) in zip(content["attributes"]["ome"]["multiscales"][0]["datasets"], spec.scales, strict=True):
         scale = [1.0, float(y), float(x)]
         dataset["coordinateTransformations"] = [{"type": "scale", "scale": scale}]
-    group.attrs["ome"] = ome
-
-
-def _level_paths(element: Path) -> list[str]:
-    attrs = zarr.open_group(element, mode="r", use_consolidated=False).attrs
-    return [dataset["path"] for dataset in attrs["ome"]["multiscales"][0]["datasets"]]
+    write_json(element / METADATA, content)
