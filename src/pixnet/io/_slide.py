@@ -121,7 +121,6 @@ def _read(path: Path) -> Levels:
     if _tiff.is_tiff(path):
         _need("imagecodecs", "tifffile")
         with _tiff.open_tiff(path) as tiff:
-            _tiff.check_whole(tiff, path)
             scanner = any(getattr(tiff, f"is_{name}", False) for name in ("svs", "ndpi", "scn", "bif", "philips"))
         if scanner:
             _need("openslide")
