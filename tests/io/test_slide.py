@@ -127,7 +127,7 @@ def test_anisotropic_pixels_are_refused(tmp_path, pixels):
     tifffile.imwrite(
         tmp_path / "a.tif", pixels, photometric="rgb", resolution=(2e4, 1e4), resolutionunit="CENTIMETER", metadata=None
     )
-    with pytest.raises(ValueError, match="0.5 um per pixel in x and 1 in y"):
+    with pytest.raises(ValueError, match="0.5 µm/px in x and 1 µm/px in y"):
         slide(tmp_path / "a.tif")
 
 

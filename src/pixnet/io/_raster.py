@@ -1,4 +1,4 @@
-"""Image elements from arrays: the pyramid, its exact scales, and pictures decoded with a limit on their size."""
+"""Image elements from arrays: the pyramid with its exact scales, and pictures that are decoded at once."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from xarray import DataArray, DataTree
 if TYPE_CHECKING:
     from spatialdata.transformations import BaseTransformation
 
+Array = np.ndarray | da.Array
+Scales = tuple[float, float]  # level-0 pixels per pixel of a level, (y, x)
 CHUNK = 1024
 # Pyramids end with a level whose longer side is at most this many pixels.
 SMALLEST = 1024
-# A picture without tiles (JPEG, PNG, striped TIFF) is decoded whole; beyond this many pixels it is refused instead.
+# A picture without tiles (JPEG, PNG, striped TIFF) is decoded at once, up to this many pixels.
 MAX_WHOLE_PIXELS = 1_000_000_000
 
 _pillow_lock = threading.Lock()
 
 
-def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
-    """Mean of 2 x 2 pixels of the last two axes (an odd last row or column is left out), rounded for integers.
+def halve(array: Array) -> Array:
+    """Average 2 x 2 pixels of the last two axes (an odd last row or column is left out), rounded for integers.
 
     Parameters
     ----------
@@ -59,22 +61,22 @@ def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
         total += block[..., 1::2, ::2]
         total += block[..., ::2, 1::2]
         total += block[..., 1::2, 1::2]
-        out[..., start:stop, :] = total / 4 if wide is np.float32 else (total + 2) >> 2
+        out[..., start:stop, :] = total / 4 if wide is np.float32 else (total + 2) // 4
     return out
 
 
-def pyramid(array: np.ndarray | da.Array) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
+def pyramid(array: Array) -> tuple[list[Array], list[Scales]]:
     """Make the levels of an image by halving: finest first, with the exact scale of each in level-0 pixels (y, x).
 
-    There are at least two: SpatialData reads a stored pyramid of one level as no pyramid.
+    There are at least two where the image has more than one row and column: SpatialData reads a stored pyramid of one
+    level as a single-scale image.
     """
     return extend([array], [(1.0, 1.0)], SMALLEST)
 
 
-def extend(
-    levels: list[np.ndarray | da.Array], scales: list[tuple[float, float]], smallest: int
-) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
+def extend(levels: Sequence[Array], scales: Sequence[Scales], smallest: int) -> tuple[list[Array], list[Scales]]:
     """Add levels until the longer side is at most ``smallest`` and there are two."""
+    levels, scales = list(levels), list(scales)
     while (max(levels[-1].shape[-2:]) > smallest or len(levels) < 2) and min(levels[-1].shape[-2:]) >= 2:
         levels.append(halve(levels[-1]))
         scales.append((scales[-1][0] * 2, scales[-1][1] * 2))
@@ -82,8 +84,8 @@ def extend(
 
 
 def raster_element(
-    levels: Sequence[np.ndarray | da.Array],
-    scales: Sequence[tuple[float, float]],
+    levels: Sequence[Array],
+    scales: Sequence[Scales],
     *,
     transformations: Mapping[str, BaseTransformation] | None = None,
     channels: Sequence[str] | None = ("r", "g", "b"),
@@ -116,7 +118,7 @@ def raster_element(
     for level, (scale_y, scale_x) in zip(levels, scales, strict=True):
         if not isinstance(level, da.Array):
             chunks = (*level.shape[:-2], CHUNK, CHUNK)
-            level = da.from_array(level, chunks=chunks, name=False)  # hashing a gigabyte of pixels serves nothing
+            level = da.from_array(level, chunks=chunks, name=False)  # hashing a gigabyte of pixels is of no use
         if scale_y == scale_x == 1:
             transforms = dict(transformations)
         else:

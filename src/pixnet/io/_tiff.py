@@ -90,7 +90,9 @@ def open_tiff(path: Path) -> TiffFile:
         tiff = tifffile.TiffFile(path)
         pages = [level.keyframe for series in tiff.series for level in series.levels]
         tiff.filehandle.seek(tiff.pages.next_page_offset)
-        next_page = int.from_bytes(tiff.filehandle.read(tiff.tiff.offsetsize), "little" if tiff.byteorder == "<" else "big")
+        next_page = int.from_bytes(
+            tiff.filehandle.read(tiff.tiff.offsetsize), "little" if tiff.byteorder == "<" else "big"
+        )
     except Exception as error:
         raise ValueError(f"{path} is not a readable TIFF: damaged or truncated ({error})") from error
     size = path.stat().st_size
