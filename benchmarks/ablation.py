@@ -22,13 +22,13 @@ from pathlib import Path
 import kidney
 import numpy as np
 import torch
+from pixnet._core.train.loop import _optimise, _set_baseline, evaluate_material
 from quality import BINS, kidney_split
 
 import pixnet as px
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import adapt_norms, cache_features, set_feature_statistics
-from pixnet._core.train.loop import _optimise, _set_baseline, evaluate_material
 from pixnet._core.train.options import TrainingOptions
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 from pixnet.models import PixNet
@@ -52,7 +52,7 @@ ROWS: dict[str, dict] = {
     "um/px: 2, not enlarged": {"model": {"zoom": 1}},
     "adapted: batch norms of the training tissue": {"adapt": True},
     "adapted; decoder: U-Net with separable attention (SAFB)": {"adapt": True, "model": {"decoder": "safb"}},
-    "adapted; passes: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
+    "adapted; epochs: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
     "adapted; um/px: 2, not enlarged": {"adapt": True, "model": {"zoom": 1}},
     "adapted; um/px: 2, not enlarged, encoder tuned": {
         "adapt": True,

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import cache_features, crop_halo, encode_crops
@@ -222,7 +221,7 @@ def slide(net: SpotToVector, hidden: Tensor, mask: np.ndarray, diameter_px: floa
 def _disc(diameter: float) -> Tensor:
     """Exact shares of pixels inside a disc around the centre of the middle one, summing to 1."""
     n = 2 * int(np.ceil(diameter / 2 - 0.5)) + 1
-    disc = pack(np.array([shapely.Point(n / 2, n / 2)]), diameter / 2)
+    disc = ShapeArrays.from_geometries(np.array([shapely.Point(n / 2, n / 2)]), diameter / 2)
     weights = coverage(disc, (0, 0, n, n)).toarray().reshape(n, n)
     return torch.from_numpy((weights / weights.sum()).astype(np.float32))
 

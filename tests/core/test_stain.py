@@ -112,7 +112,7 @@ def test_slides_without_a_mask_are_compared_with_their_like():
 
 def test_real_slides(shared_data):
     """The shipped model knows its own study's section, and names what differs elsewhere."""
-    training = px.models.load("her2st").config["stain"]
+    training = px.models.load("her2st").stain
 
     def windows(sdata, key, mpp):
         from pixnet._sdata.slide import Slide

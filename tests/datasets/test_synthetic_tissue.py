@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import shapely
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet.datasets import synthetic_tissue
 from pixnet.datasets._synthetic.genes import PLATFORMS
 from pixnet.datasets._synthetic.world import TissueSpec, World, world
@@ -114,7 +113,7 @@ def test_bins_are_sums_of_the_truth(sdata, name, edge):
 def test_shapes_are_sums_of_the_truth(sdata, name):
     element = sdata[name]
     radius = element["radius"].to_numpy() if "radius" in element else None
-    shapes = pack(element.geometry.to_numpy(), radius).transform(np.diag([0.25, 0.25, 1.0]))
+    shapes = ShapeArrays.from_geometries(element.geometry.to_numpy(), radius).transform(np.diag([0.25, 0.25, 1.0]))
     weights = coverage(shapes, (0, 0, 300, 300))
     expected = weights @ truth_of(sdata)[:-1].reshape(30, -1).T * 4 / 1e4 * PLATFORMS[name].depth
     counts = sdata[f"{name}_counts"].X.toarray()

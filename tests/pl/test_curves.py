@@ -88,14 +88,14 @@ def test_evaluation_wrong_arguments(df, kwargs, error, says):
 def test_training_says_which_epoch_was_kept_and_what_came_after():
     """The history is of the run with held-out shapes; the weights are of the run on everything, for as many epochs."""
     history = [row | {"val_total": total} for row, total in zip(HISTORY, (0.5, 4.0, 0.1), strict=True)]
-    model = SimpleNamespace(history=history, config={"provenance": {"recipe": {"total_weight": 0.2, "refit": True}}})
+    model = SimpleNamespace(history=history, provenance={"options": {"total_weight": 0.2, "refit": True}})
     loss, pearson, total = px.pl.training(model)
     for ax in (loss, pearson, total):
         line = next(line for line in ax.lines if line.get_gid() == "kept")
         assert list(line.get_xdata()) == [2, 2]  # 2.4 + 0.2 x 0.1 is below 2.2 + 0.2 x 4
         assert next(line for line in ax.lines if line.get_gid() == "best-epoch").get_xdata() == [2]
     assert "kept: epoch 2; then all data, 2 epochs" in [t.get_text() for t in loss.get_legend().get_texts()]
-    model.config["provenance"]["recipe"]["refit"] = False
+    model.provenance["options"]["refit"] = False
     axes = px.pl.training(model)
     assert "kept: epoch 2" in [t.get_text() for t in axes[0].get_legend().get_texts()]
 

@@ -15,8 +15,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Image3DModel, Labels2DModel, Labels3DModel, PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
 from pixnet._sdata.record import record
 from pixnet.tl._aggregate import aggregate
@@ -78,7 +77,7 @@ def sdata():
 def weights_of(sdata, name):
     element = sdata[name]
     radius = element["radius"].to_numpy() if "radius" in element else None
-    return coverage(pack(element.geometry.to_numpy(), radius), (0, 0, H, W)).toarray(), element
+    return coverage(ShapeArrays.from_geometries(element.geometry.to_numpy(), radius), (0, 0, H, W)).toarray(), element
 
 
 def test_a_gene_map_gives_cp10k_by_the_ratio_of_sums(sdata):

@@ -281,10 +281,10 @@ def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
     warned = []
     monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
     own = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64)
-    own.config["stain"] = [{"od_mean": [0.22, 0.22, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
+    own.stain = [{"od_mean": [0.22, 0.22, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
     px.tl.predict(sdata, own)
     assert not warned
-    own.config["stain"] = [{"od_mean": [0.22, 0.9, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
+    own.stain = [{"od_mean": [0.22, 0.9, 0.22], "od_sd": [0.11, 0.11, 0.11]}]
     px.tl.predict(sdata, own, key_added="b")
     assert "mean optical density in green is 0.2" in warned[0]
     assert "in red" not in warned[0]
@@ -294,12 +294,10 @@ def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
 def test_what_the_values_are_is_recorded(sdata, model, monkeypatch, quantity):
     warned = []
     monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
-    own = model.copy()
-    own.config["quantity"] = quantity
-    own.config.setdefault("area_um2", 1000.0)
+    own = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64, quantity=quantity)
     px.tl.predict(sdata, own)
     entry = sdata.attrs["pixnet"]["images"]["he_genes"]
-    assert (entry["quantity"], entry["unit"]) == (quantity, own.config["unit"])
+    assert (entry["quantity"], entry["unit"]) == (quantity, own.unit)
     assert not warned
     px.tl.predict(sdata, own, inplace=False)
     assert [("log_sum" in line and "inplace=True" in line) for line in warned] == [True] * (quantity != "density")
@@ -346,7 +344,7 @@ def test_a_huge_slide_is_a_graph_in_no_time(model):
         ({"genes": ["A", "Z"]}, KeyError, "does not predict 'Z'.*'A', 'B', 'C'"),
         ({"genes": ["A", "A"]}, ValueError, "more than once"),
         ({"genes": ["__total__"]}, ValueError, "__total__"),
-        ({"genes": "A"}, TypeError, "list of names"),
+        ({"genes": 5}, TypeError, "list of names"),
         ({"mask_key": "no"}, KeyError, "he_tissue"),
         ({"mask_key": True}, TypeError, "mask_key"),
         ({"out_mpp": 0.5}, ValueError, "cannot be finer"),

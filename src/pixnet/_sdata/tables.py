@@ -13,17 +13,14 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from xarray import DataArray
 
-from pixnet._core.zonal.zonal import Sums
+from pixnet._core.coverage import Weights
+from pixnet._core.zonal import Mean, Statistic, Sum, ZonalStatistics
 from pixnet._logging import logger
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 
-QUANTITIES = {
-    "density": ("density", "density x um^2"),
-    "log_sum": ("log1p CP10k / um^2", "log1p CP10k"),
-    "log_mean": ("log1p CP10k", "log1p CP10k x um^2"),
-}
-"""What a gene map may hold: unit of its values, and of their sum times um^2."""
+QUANTITIES = {"density": "density", "log_sum": "log1p CP10k / um^2", "log_mean": "log1p CP10k"}
+"""What a gene map may hold, with the unit of its values."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,10 @@ class Plan:
         Whether it is a gene map, and what that holds, of :data:`QUANTITIES` (None where it is none).
     names, channels
         Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
-    agg_func, weights, min_coverage
-        As given to :func:`pixnet.tl.aggregate`; ``agg_func`` is a list.
+    statistics
+        The statistics that ``agg_func`` names.
+    weights, min_coverage
+        As given to :func:`pixnet.tl.aggregate`.
     systems
         Coordinate system of each shapes element.
     mpp
@@ -52,11 +51,19 @@ class Plan:
     quantity: str | None
     names: list[str]
     channels: list[int]
-    agg_func: list[str]
-    weights: str
+    statistics: list[Statistic]
+    weights: Weights
     min_coverage: float
     systems: dict[str, str]
     mpp: float | None
+
+    @property
+    def computed(self) -> list[Statistic]:
+        """The statistics to compute: those asked for, and those that the CP10k of a gene map is made of."""
+        needed: list[Statistic] = [Mean()] if self.is_map else []
+        if self.quantity == "log_sum":
+            needed.append(Sum())
+        return list({s.name: s for s in [*needed, *self.statistics]}.values())
 
 
 class Rows(NamedTuple):
@@ -77,10 +84,10 @@ def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) 
     return Rows(obs, element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2])
 
 
-def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sums) -> AnnData:
+def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: ZonalStatistics) -> AnnData:
     """Return the table of one shapes element; ``rows`` and ``sums`` are used up."""
     obs = rows.obs
-    seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
+    seen = sums.area
     with np.errstate(invalid="ignore", divide="ignore"):
         coverage = np.nan_to_num(seen * (plan.mpp or 1.0) ** 2 / obs["area"].to_numpy())
     # Rounding aside, a shape that is all there has coverage 1; whole pixels (center) may cover more than the shape.
@@ -103,7 +110,7 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
         "kind": "aggregate",
         "shapes": name,
         "image_key": plan.image_key,
-        "agg_func": plan.agg_func,
+        "agg_func": [s.name for s in plan.statistics],
         "weights": plan.weights,
         "min_coverage": plan.min_coverage,
         "coordinate_system": plan.systems[name],
@@ -127,46 +134,37 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
     return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
 
 
-def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+def _map_values(
+    plan: Plan, sums: ZonalStatistics, obs: pd.DataFrame
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """CP10k of a gene map, and statistics of its values."""
-    density = np.ascontiguousarray(sums.mean[:, :-1])
-    total = sums.mean[:, -1].astype(np.float64) / 1e4
-    sums.mean = None  # it is as large as the table, and copied now
+    mean = sums.values.pop(Mean.name)
+    density, total = np.ascontiguousarray(mean[:, :-1]), mean[:, -1].astype(np.float64) / 1e4
+    del mean  # it is as large as the table
     obs["total"] = total
-    value_unit, sum_unit = QUANTITIES[plan.quantity]
-    layers, units = {"density": density}, {"density": value_unit}
-    if plan.quantity == "log_sum" or "sum" in plan.agg_func:
-        summed = density * (sums.weight * plan.mpp**2).astype(np.float32)
+    unit = QUANTITIES[plan.quantity]
+    layers, units = {"density": density}, {"density": unit}
+    for statistic in plan.computed:
+        if statistic.name in sums.values:
+            px_area = plan.mpp**2 if statistic.extensive else 1.0
+            layers[statistic.name] = sums.values.pop(statistic.name)[:, :-1] * np.float32(px_area)
+            units[statistic.name] = statistic.unit(unit, "um^2")
     if plan.quantity == "log_sum":
-        values = np.expm1(summed)
+        values = np.expm1(layers[Sum.name])
     elif plan.quantity == "log_mean":
         values = np.expm1(density)
     else:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
-    for function in plan.agg_func:
-        if function == "sum":
-            layers["sum"], units["sum"] = summed, sum_unit
-        elif function != "mean":
-            layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
-            units[function] = value_unit
+    asked = {"density", *(s.name for s in plan.statistics)}
+    layers = {name: layer for name, layer in layers.items() if name in asked}
+    units = {name: unit for name, unit in units.items() if name in asked}
     return values, layers, {"unit": "CP10k", "quantity": plan.quantity, "layer_units": units}
 
 
-def _image_values(plan: Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+def _image_values(plan: Plan, sums: ZonalStatistics) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Plain statistics, the first of them as X."""
-    values, units = {}, {}
-    for function in plan.agg_func:
-        if function == "sum":
-            values["sum"] = np.where(sums.weight > 0, sums.mean * sums.weight, np.nan).astype(np.float32)
-            units["sum"] = "value x pixel"
-        else:
-            values[function] = getattr(sums, function)
-            units[function] = "value"
-    first = plan.agg_func[0]
-    layers = {function: value for function, value in values.items() if function != first}
-    return (
-        values[first],
-        layers,
-        {"unit": units[first], "layer_units": {function: units[function] for function in layers}},
-    )
+    first, *further = plan.statistics
+    units = {s.name: s.unit("value", "pixel") for s in plan.statistics}
+    layers = {s.name: sums.values[s.name] for s in further}
+    return sums.values[first.name], layers, {"unit": units.pop(first.name), "layer_units": units}

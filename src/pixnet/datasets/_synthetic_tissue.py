@@ -14,8 +14,7 @@ from anndata import AnnData
 from dask.base import tokenize
 from numpy.typing import NDArray
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
 from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, TissueSpec, World, WorldArray, world
@@ -180,7 +179,7 @@ def _aggregate(made: World, places: dict[str, NDArray]) -> dict[str, tuple[NDArr
     n_sources = made.panel.loadings.shape[1]
     to_pixels = np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0])
     packed = {
-        name: pack(geometries, PLATFORMS[name].diameter / 2 or None).transform(to_pixels)
+        name: ShapeArrays.from_geometries(geometries, PLATFORMS[name].diameter / 2 or None).transform(to_pixels)
         for name, geometries in places.items()
     }
     # The last column counts tissue.

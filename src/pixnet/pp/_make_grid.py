@@ -10,8 +10,7 @@ import shapely
 from numpy.typing import NDArray
 from spatialdata.models import ShapesModel
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._logging import logger
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
@@ -145,7 +144,7 @@ def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, N
 
 def _share(polygons: NDArray, mask: NDArray[np.bool_], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Share of each polygon's area that is tissue."""
-    geometries = pack(polygons).transform(matrix)
+    geometries = ShapeArrays.from_geometries(polygons).transform(matrix)
     x0, y0 = np.maximum(np.floor(geometries.bounds[:, :2].min(axis=0)).astype(int), 0)
     x1, y1 = np.minimum(np.ceil(geometries.bounds[:, 2:].max(axis=0)).astype(int), mask.shape[::-1])
     if x1 <= x0 or y1 <= y0:

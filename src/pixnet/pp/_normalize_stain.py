@@ -92,7 +92,7 @@ def normalize_stain(
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
     from pixnet.io._raster import raster_element
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
@@ -105,7 +105,7 @@ def normalize_stain(
             raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
         local_store(sdata)
     model, name = resolve_model(model)
-    training = model.config.get("stain")
+    training = model.stain
     if not comparable({"masked": tissue is not False}, training):
         raise ValueError(
             f"model {name!r} does not know the stain of its training slides"

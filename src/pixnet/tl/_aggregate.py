@@ -11,9 +11,8 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.coverage.coverage import WEIGHTS
-from pixnet._core.coverage.shapes import ShapeArrays
-from pixnet._core.zonal.zonal import STATISTICS, Sums, zonal_statistics
+from pixnet._core.coverage import WEIGHTS, ShapeArrays
+from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import TOTAL, listed
 from pixnet._sdata.inputs import check_sdata
@@ -26,8 +25,6 @@ from pixnet._sdata.store import element_store as store
 from pixnet._sdata.tables import QUANTITIES, Plan, build_table, table_rows
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
-AggFunc = Literal["mean", "sum", "std", "min", "max"]
-
 
 def aggregate(
     sdata: SpatialData,
@@ -35,7 +32,7 @@ def aggregate(
     *,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
-    agg_func: AggFunc | Sequence[AggFunc] = "mean",
+    agg_func: str | Sequence[str] = "mean",
     weights: Literal["area", "center"] = "area",
     min_coverage: float = 0.0,
     coordinate_system: str | None = None,
@@ -62,9 +59,10 @@ def aggregate(
     genes
         Channels to aggregate; None: all.
     agg_func
-        Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``. The mean, sum and
-        standard deviation weight pixels by their coverage; min and max are over all pixels with any. ``"mean"`` is for
-        what has a level (intensity), ``"sum"`` for what adds up (counts per pixel).
+        Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``, ``"median"``, and ``"q"``
+        with a percentage for any quantile, such as ``"q90"`` or ``"q2.5"``. All weight pixels by the part of their area
+        inside the shape, but min and max, which are over all pixels with any. ``"mean"`` is for what has a level
+        (intensity), ``"sum"`` for what adds up (counts per pixel).
     weights
         ``"area"``: the exact share of each pixel. ``"center"``: whole pixels, those whose centre is inside; quicker,
         and wrong by some percent for shapes a few pixels across.
@@ -114,6 +112,12 @@ def aggregate(
 
     Notes
     -----
+    A quantile is the value below which that share of a shape's area lies; where a range of values does it, its middle,
+    so that the median of whole pixels is numpy's. Quantiles are exact. For this the pixels of shapes that reach over
+    several tiles of the image (512 px, or its chunks if larger) are kept until the last tile of the shape, which may take
+    2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
+    its densities, pixel by pixel.
+
     If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the um per pixel of
     the image is not recorded, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
 
@@ -149,7 +153,7 @@ def aggregate(
             ShapeArrays.concatenate([element.geometries for element in found.values()]),
             channels=plan.channels,
             validity=len(plan.channels) - 1 if plan.is_map else None,
-            statistics=plan.agg_func,
+            statistics=plan.computed,
             weights=weights,
             description=f"aggregate {image_key}",
         )
@@ -192,12 +196,14 @@ def _check(
     functions = [agg_func] if isinstance(agg_func, str) else agg_func
     if not isinstance(functions, Sequence) or not all(isinstance(function, str) for function in functions):
         raise TypeError(f"agg_func is {agg_func!r}; a name or a list of names is needed")
-    valid = ", ".join(map(repr, STATISTICS))
+    statistics = []
     for function in functions:
-        if function not in STATISTICS:
-            raise ValueError(f"agg_func has {function!r}; valid: {valid}")
+        found = find_statistic(function)
+        if found is None:
+            raise ValueError(f"agg_func has {function!r}; valid: {VALID_NAMES}")
+        statistics.append(found)
     if not functions or len(set(functions)) != len(functions):
-        raise ValueError(f"agg_func is {agg_func!r}; one or several different ones of {valid} are needed")
+        raise ValueError(f"agg_func is {agg_func!r}; one or several different ones of {VALID_NAMES} are needed")
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; valid: {', '.join(map(repr, WEIGHTS))}")
     if isinstance(min_coverage, bool) or not isinstance(min_coverage, int | float | np.number):
@@ -215,7 +221,7 @@ def _check(
     quantity = _quantity(sdata, image_key) if is_map else None
     mpp = map_mpp(sdata, image_key)
     if mpp is None:
-        if is_map and ("sum" in functions or quantity == "log_sum"):
+        if is_map and (any(s.extensive for s in statistics) or quantity == "log_sum"):
             raise ValueError(
                 f"sums of the gene map {image_key!r} are per um^2, but its um per pixel is unknown; "
                 f"record it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
@@ -231,7 +237,7 @@ def _check(
         quantity=quantity,
         names=chosen,
         channels=channels,
-        agg_func=list(functions),
+        statistics=statistics,
         weights=weights,
         min_coverage=float(min_coverage),
         systems=systems,
@@ -306,8 +312,8 @@ def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> 
     return keys
 
 
-def _take(sums: Sums, rows: slice) -> Sums:
-    return Sums(*(None if value is None else value[rows] for value in vars(sums).values()))
+def _take(sums: ZonalStatistics, rows: slice) -> ZonalStatistics:
+    return ZonalStatistics(sums.area[rows], {name: values[rows] for name, values in sums.values.items()})
 
 
 def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:

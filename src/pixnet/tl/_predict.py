@@ -142,7 +142,7 @@ def predict(
     from pixnet._core.slide.stain import differences, sample, statistics
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     # what is meant, and whether it can be done
     check_sdata(sdata, "tl.predict")
@@ -197,7 +197,7 @@ def predict(
             f"no tissue on image {image_key!r}: its mask lies outside of it; check the transformation of the mask"
         )
     samples = sample(runner.reader, mask)
-    differs = differences(statistics(samples, isinstance(mask, TissueMask)), model.config.get("stain"))
+    differs = differences(statistics(samples, isinstance(mask, TissueMask)), model.stain)
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
@@ -207,7 +207,7 @@ def predict(
         )
     to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
     transformations = {name: Chain([to_image, system]) for name, system in slide.transformations.items()}
-    names, quantity = [*genes, TOTAL], model.config.get("quantity", "density")
+    names, quantity = [*genes, TOTAL], model.quantity
     if not inplace:
         from pixnet._core.predict.tile_runner import lazy_map
 
@@ -226,7 +226,7 @@ def predict(
         "image_key": image_key,
         "model": model_name,
         "genes": list(genes),
-        "unit": model.config.get("unit"),
+        "unit": model.unit,
         "quantity": quantity,
         "mpp": layout.mpp,
         "params": {

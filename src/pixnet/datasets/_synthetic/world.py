@@ -10,8 +10,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet.datasets._synthetic import paint
 from pixnet.datasets._synthetic.cells import CORNERS, GLAND_LOOK, TYPES, VESSEL_LOOK, build, noise_seed_of
 from pixnet.datasets._synthetic.fields import is_tissue
@@ -105,7 +104,7 @@ class World:
         amounts = self.amounts[near]
         parts = []
         for polygons in (self.nuclei(near), self.outlines(near)):
-            shapes = pack(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
+            shapes = ShapeArrays.from_geometries(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
             weights = coverage(shapes, (row * SQUARE, col * SQUARE, SQUARE, SQUARE))
             # A cell's amount is spread evenly: per µm² of its own area.
             density = amounts / (shapes.area * TRUTH_UM**2)[:, None] if len(near) else amounts
