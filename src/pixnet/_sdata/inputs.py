@@ -7,6 +7,8 @@ from typing import Any
 
 from spatialdata import SpatialData
 
+from pixnet._sdata.legacy import bring_over
+
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
 """What functions take that work on one or several objects."""
 
@@ -17,7 +19,7 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
     Raises
     ------
     TypeError
-        If anything in it is no SpatialData object.
+        If anything in it is not a SpatialData object.
     ValueError
         If it is empty, or one object is in it twice.
     """
@@ -38,10 +40,13 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
             raise TypeError(f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed")
     if len({id(one) for one in objects.values()}) < len(objects):
         raise ValueError(f"{argument} holds the same object twice")
+    for one in objects.values():
+        bring_over(one)
     return objects
 
 
 def check_sdata(sdata: Any, function: str) -> None:
-    """Refuse anything but a SpatialData object."""
+    """Refuse anything but a SpatialData object; one of an earlier version is brought over."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")
+    bring_over(sdata)

@@ -8,7 +8,7 @@ import numpy as np
 from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
-from pixnet._names import TOTAL
+from pixnet._names import is_total
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def levels(raster: DataArray | DataTree) -> list[Level]:
 def _arrays(raster: DataArray | DataTree) -> list[DataArray]:
     if isinstance(raster, DataArray):
         return [raster]
-    return [next(iter(raster[name].values())) for name in raster.keys()]  # noqa: SIM118 a DataTree iterates over variables too
+    return [next(iter(node.data_vars.values())) for node in raster.children.values()]
 
 
 def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     the scale is still 2 and 4. So the level's transform is taken, unless it is none of this level at all: some writers
     repeat that of the finest.
     """
-    ratio = tuple(full.sizes[axis] / level.sizes[axis] for axis in ("y", "x"))
+    ratio = (full.sizes["y"] / level.sizes["y"], full.sizes["x"] / level.sizes["x"])
     ours, theirs = (get_transformation(array, get_all=True) for array in (full, level))
     shared = [name for name in ours if name in theirs]
     if not shared:
@@ -78,6 +78,5 @@ def channel_names(image: DataArray | DataTree) -> list[str]:
 
 
 def is_gene_map(image: DataArray | DataTree) -> bool:
-    """Whether an image is a gene map: its last channel is ``__total__``."""
-    names = channel_names(image)
-    return bool(names) and names[-1] == TOTAL
+    """Whether an image is a gene map: one of its channels is a total, such as ``__total__``."""
+    return any(is_total(name) for name in channel_names(image))

@@ -86,7 +86,7 @@ def _pairs(
         return {only: resolve_table(sdata, None, only)}
     if shapes is None:
         pairs = {}
-        for key in table_key:
+        for key in table_key or ():
             regions = annotated_regions(sdata.tables[resolve_table(sdata, key)])
             if len(regions) != 1:
                 raise ValueError(f"table {key!r} annotates {listed(regions)}; name the shapes with shapes=")

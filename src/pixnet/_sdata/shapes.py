@@ -126,7 +126,7 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
         refuse(point & ~((radius > 0) & np.isfinite(radius)), "have no positive radius", "correct the 'radius' column")
     with np.errstate(invalid="ignore"):  # of coordinates that are not finite
         packed = pack_checked(geometries, point, radius)
-        refuse(~np.isfinite(packed.bounds).all(axis=1), "have coordinates that are not finite", "drop them")
+        refuse(~np.asarray(np.isfinite(packed.bounds).all(axis=1)), "have coordinates that are not finite", "drop them")
     # Rectangles need no test; grids of millions of bins then cost nothing here.
     suspects = np.flatnonzero(polygon & ~((packed.kinds == RECTANGLE) & (packed.area > 0)))
     wrong = np.zeros(len(ids), dtype=bool)

@@ -15,13 +15,13 @@ from xarray import DataArray
 
 from pixnet._core.zonal.zonal import Sums
 from pixnet._logging import logger
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 
-QUANTITIES = {
+UNITS = {
     "density": ("density", "density x um^2"),
     "log_sum": ("log1p CP10k / um^2", "log1p CP10k"),
-    "log_mean": ("log1p CP10k", "log1p CP10k x um^2"),
 }
 """What a gene map may hold: unit of its values, and of their sum times um^2."""
 
@@ -34,8 +34,8 @@ class Plan:
     ----------
     image_key, data
         The image, and its full-resolution level.
-    is_map, quantity
-        Whether it is a gene map, and what that holds, of :data:`QUANTITIES` (None where it is none).
+    gene_map
+        The image as a gene map; None if it is not one.
     names, channels
         Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
     agg_func, weights, min_coverage
@@ -43,13 +43,14 @@ class Plan:
     systems
         Coordinate system of each shapes element.
     mpp
-        um per pixel, if known.
+        Pixel size (µm/px), if known.
+    model
+        Name of the model that made the map, if known.
     """
 
     image_key: str
     data: DataArray
-    is_map: bool
-    quantity: str | None
+    gene_map: GeneMap | None
     names: list[str]
     channels: list[int]
     agg_func: list[str]
@@ -57,6 +58,7 @@ class Plan:
     min_coverage: float
     systems: dict[str, str]
     mpp: float | None
+    model: str | None
 
 
 class Rows(NamedTuple):
@@ -87,11 +89,14 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
     obs["coverage"] = np.where(coverage > 1 - 1e-9, 1.0, coverage)
     thin = obs["coverage"].to_numpy() < plan.min_coverage
 
-    values, layers, units = _map_values(plan, sums, obs) if plan.is_map else _image_values(plan, sums)
+    if plan.gene_map is None:
+        values, layers, units = _image_values(plan, sums)
+    else:
+        values, layers, units = _map_values(plan, plan.gene_map, sums, obs)
     if thin.any():
         for value in (values, *layers.values()):
             value[thin] = np.nan
-        if plan.is_map:
+        if plan.gene_map is not None:
             obs.loc[thin, "total"] = np.nan
     empty = int((seen == 0).sum())
     if empty or thin.any():
@@ -113,9 +118,8 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
     }
     if plan.mpp is not None:
         parameters["mpp"] = plan.mpp
-    model = sdata.attrs.get("pixnet", {}).get("images", {}).get(plan.image_key, {}).get("model")
-    if model is not None:
-        parameters["model"] = model
+    if plan.model is not None:
+        parameters["model"] = plan.model
     table = AnnData(
         X=values,
         obs=obs,
@@ -127,20 +131,22 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
     return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
 
 
-def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """CP10k of a gene map, and statistics of its values."""
+def _map_values(
+    plan: Plan, gene_map: GeneMap, sums: Sums, obs: pd.DataFrame
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    """Return CP10k of a gene map, and statistics of its values."""
     density = np.ascontiguousarray(sums.mean[:, :-1])
     total = sums.mean[:, -1].astype(np.float64) / 1e4
-    sums.mean = None  # it is as large as the table, and copied now
+    sums.mean = density[:0]  # it is as large as the table, and copied now
     obs["total"] = total
-    value_unit, sum_unit = QUANTITIES[plan.quantity]
+    value_unit, sum_unit = UNITS[gene_map.quantity]
     layers, units = {"density": density}, {"density": value_unit}
-    if plan.quantity == "log_sum" or "sum" in plan.agg_func:
-        summed = density * (sums.weight * plan.mpp**2).astype(np.float32)
-    if plan.quantity == "log_sum":
+    summed = density[:0]
+    if gene_map.quantity == "log_sum" or "sum" in plan.agg_func:
+        pixel_um2 = np.nan if gene_map.mpp is None else gene_map.mpp**2
+        summed = density * (sums.weight * pixel_um2).astype(np.float32)
+    if gene_map.quantity == "log_sum":
         values = np.expm1(summed)
-    elif plan.quantity == "log_mean":
-        values = np.expm1(density)
     else:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
@@ -150,11 +156,11 @@ def _map_values(plan: Plan, sums: Sums, obs: pd.DataFrame) -> tuple[np.ndarray, 
         elif function != "mean":
             layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
             units[function] = value_unit
-    return values, layers, {"unit": "CP10k", "quantity": plan.quantity, "layer_units": units}
+    return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
 
 
 def _image_values(plan: Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """Plain statistics, the first of them as X."""
+    """Return plain statistics, the first of them as X."""
     values, units = {}, {}
     for function in plan.agg_func:
         if function == "sum":

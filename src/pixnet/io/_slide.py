@@ -68,7 +68,8 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.record import note
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -86,10 +87,9 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    entry = record(sdata)
-    entry["defaults"]["image_key"] = image_key
+    note(sdata, "defaults", "image_key", image_key)
     if value is not None:
-        entry["mpp"][image_key] = value
+        write_mpp(sdata, image_key, value)
     return sdata
 
 

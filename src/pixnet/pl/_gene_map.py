@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL
+from pixnet._names import is_total
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.rasters import channel_names, is_gene_map
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, map_quantity, to_cp10k
+from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, to_cp10k
 
 
 def gene_map(
@@ -121,14 +121,10 @@ def gene_map(
     """
     check_sdata(sdata, "pl.gene_map")
     image_key = resolve_any_image(sdata, image_key)
-    names = channel_names(sdata[image_key])
-    if not is_gene_map(sdata[image_key]):
-        raise ValueError(
-            f"image {image_key!r} is no gene map (its last channel is not {TOTAL!r}); make one with pixnet.tl.predict"
-        )
-    genes = check_genes(genes, names, f"gene map {image_key!r}")
+    gene_map = GeneMap.open(sdata, image_key)
+    genes = check_genes(genes, gene_map.channels, f"gene map {image_key!r}")
     check_quantity(quantity)
-    held = map_quantity(sdata, image_key)
+    held = gene_map.quantity
     if quantity == "cp10k" and held != "density":
         raise ValueError(
             f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave quantity='density' "
@@ -154,16 +150,16 @@ def gene_map(
         if beside:
             draw_he(axes[0], frame, he_key)
             axes[0].set_title("H&E")
-        values, affine = _read(frame, image_key, genes, names, quantity, panel_pixels(axes[-1]))
+        values, affine = _read(frame, gene_map, genes, quantity, panel_pixels(axes[-1]))
         shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
         # The unit of the genes stands once, beside the last of them.
         bar_labels = dict.fromkeys(genes, "")
         bar_labels.update(
             dict.fromkeys(
-                [g for g in genes if g != TOTAL][-1:], LABELS.get(quantity if held == "density" else held, held)
+                [g for g in genes if not is_total(g)][-1:], LABELS.get(quantity if held == "density" else held, held)
             )
         )
-        bar_labels[TOTAL] = LABELS[TOTAL]
+        bar_labels[gene_map.channels[gene_map.total]] = LABELS["total"]
         for panel, gene, picture in zip(axes[beside:], genes, values, strict=True):
             if under:
                 draw_he(panel, frame, he_key)
@@ -171,7 +167,7 @@ def gene_map(
             # Over H&E, low values let the tissue through.
             alpha = np.nan_to_num(np.clip(0.25 + 0.6 * norm(picture).filled(0), 0, 0.85)) if under else None
             image = draw_image(panel, np.ma.masked_invalid(picture), affine, cmap=chosen, norm=norm, alpha=alpha)
-            panel.set_title(gene_title(gene), style="italic" if gene != TOTAL else "normal")
+            panel.set_title(gene_title(gene), style="normal" if is_total(gene) else "italic")
             frame.show(panel)
             bare(panel)
             if shared is None or gene == genes[-1]:  # one bar speaks for all that share it
@@ -189,15 +185,15 @@ def gene_map(
 
 
 def _read(
-    frame: Frame, image_key: str, genes: list[str], names: list[str], quantity: str, width: float
+    frame: Frame, gene_map: GeneMap, genes: list[str], quantity: str, width: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Values ``(gene, y, x)`` and where they lie."""
-    where = [names.index(gene) for gene in genes]
+    """Return values ``(gene, y, x)`` and where they lie."""
+    where = [gene_map.channels.index(gene) for gene in genes]
     if quantity == "density":
-        pixels = read_pixels(frame, image_key, width, where)
+        pixels = read_pixels(frame, gene_map.key, width, where)
         return pixels.values, pixels.affine
-    pixels = read_pixels(frame, image_key, width, [*where, len(names) - 1])
+    pixels = read_pixels(frame, gene_map.key, width, [*where, gene_map.total])
     cp10k = to_cp10k(pixels.values[:-1], pixels.values[-1])
-    if TOTAL in genes:  # its part of itself says nothing
-        cp10k[genes.index(TOTAL)] = pixels.values[-1]
+    if gene_map.total in where:  # its part of itself says nothing
+        cp10k[where.index(gene_map.total)] = pixels.values[-1]
     return cp10k, pixels.affine

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import sparse
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL, listed
+from pixnet._names import is_total, listed
 from pixnet._sdata.counts import counts_matrix, gene_positions, totals
 from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.record import is_predicted_table
@@ -20,8 +20,7 @@ LABELS = {
     "density": "density (≈ CP10k)",
     "cp10k": "CP10k",
     "log_sum": "log1p CP10k / µm²",
-    "log_mean": "log1p CP10k",
-    TOTAL: "density (10,000 on average)",
+    "total": "density (10,000 on average)",
 }
 
 
@@ -67,7 +66,7 @@ def summary(names: list[str], most: int = 12) -> str:
 
 def gene_title(gene: str) -> str:
     """Return what a panel is called."""
-    return "all transcripts" if gene == TOTAL else gene
+    return "all transcripts" if is_total(gene) else gene
 
 
 def check_quantity(quantity: str) -> str:
@@ -81,11 +80,6 @@ def check_quantity(quantity: str) -> str:
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; valid: {listed(QUANTITIES)}")
     return quantity
-
-
-def map_quantity(sdata: SpatialData, image_key: str) -> str:
-    """Return what the genes of a gene map are recorded to be: "density", or "log_sum" (the paper's)."""
-    return sdata.attrs.get("pixnet", {}).get("images", {}).get(image_key, {}).get("quantity", "density")
 
 
 def to_cp10k(density: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -135,7 +129,7 @@ def table_values(
     regions = annotated_regions(table)
     if len(regions) != 1:
         raise ValueError(f"table {table_key!r} annotates {listed(regions)}; a table of one shapes element is needed")
-    predicted = is_predicted_table(sdata, table_key)
+    predicted = is_predicted_table(table)
     matrix = table.X if predicted else counts_matrix(table, table_key, layer)
     column = matrix[:, gene_positions(table, table_key, [gene])]
     values = np.asarray(column.todense() if sparse.issparse(column) else column, dtype=np.float64).ravel()

@@ -10,7 +10,7 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import record
+from pixnet._sdata.record import identity_of, recording
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    known = record(sdata)
-    known["mpp"][key_added] = slide.mpp
-    known["masks"].pop(key_added, None)
-    if isinstance(tissue, str):
-        known["masks"][key_added] = tissue
-    put(sdata, key_added, element, overwrite=overwrite)
+    mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
+    with recording(sdata, "masks", key_added, mask):
+        put(sdata, key_added, element, overwrite=overwrite)
     return None

@@ -13,9 +13,10 @@ from spatialdata.transformations import Scale
 from spatialdata.transformations import Sequence as Chain
 
 from pixnet._logging import logger
-from pixnet._names import TOTAL, check_genes, listed
+from pixnet._names import TOTALS, check_genes, listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.record import identity
 from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
 from pixnet._sdata.store.write_map import store_map
@@ -207,16 +208,10 @@ def predict(
         )
     to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
     transformations = {name: Chain([to_image, system]) for name, system in slide.transformations.items()}
-    names, quantity = [*genes, TOTAL], model.config.get("quantity", "density")
+    names = [*genes, TOTALS[model.quantity]]
     if not inplace:
         from pixnet._core.predict.tile_runner import lazy_map
 
-        if quantity != "density":
-            logger.warning(
-                "the model's map holds %r, not densities. A lazy map carries no record of that and pixnet.tl.aggregate would "
-                "take it for densities: store the map (inplace=True) to aggregate it",
-                quantity,
-            )
         array = lazy_map(runner, uuid.uuid4().hex)
         return Image2DModel.parse(array, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
 
@@ -227,8 +222,7 @@ def predict(
         "model": model_name,
         "genes": list(genes),
         "unit": model.config.get("unit"),
-        "quantity": quantity,
-        "mpp": layout.mpp,
+        "identity": identity(names, layout.shape),
         "params": {
             "model_hash": packed.hash,
             "model_mpp": model.mpp,
@@ -244,7 +238,9 @@ def predict(
     }
     spec = MapSpec(names, layout.shape, dtype, layout.chunk, tuple(int(f) for f in scale_factors), transformations)
     job = {
-        **{k: entry[k] for k in ("image_key", "genes", "mpp")},
+        "image_key": image_key,
+        "genes": list(genes),
+        "mpp": layout.mpp,
         **entry["params"],
         "mask": fingerprint([np.packbits(mask.mask), mask.to_mask] if hasattr(mask, "mask") else []),
         "image": fingerprint([pixels for pixels, _ in samples]),

@@ -31,6 +31,7 @@ from spatialdata import SpatialData
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.keys import check_key_free
+from pixnet._sdata.legacy import write_brought_over
 from pixnet._sdata.store.workspace import JOURNAL, NEW, OLD, Workspace, read_json, work_folder, work_folders, write_json
 
 TYPES = ("images", "labels", "points", "shapes", "tables")
@@ -77,6 +78,7 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False) 
         set_element(sdata, key, element)
         return
     heal(sdata)
+    write_brought_over(sdata)
     with work_folder(root, {"key": key, "resumable": False}) as work:
         single = _single(key, element)
         kind = _type_of(single, key)

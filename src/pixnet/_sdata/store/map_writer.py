@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec
 
 from pixnet._core.coverage.jit import jit
 from pixnet._logging import logger
+from pixnet._sdata.legacy import write_brought_over
 from pixnet._sdata.store.element_store import commit, heal, local_store, read_element, set_element
 from pixnet._sdata.store.workspace import JOB, NEW, Workspace, scratch_root, work_folders
 
@@ -122,6 +123,7 @@ class MapWriter:
         root = scratch_root() if scratch else root
         if not scratch:
             heal(sdata)
+            write_brought_over(sdata)
         job = {"key": key, "resumable": True, "what": dict(job)}
         work = _interrupted(root, key, job, resume)
         if work is None:

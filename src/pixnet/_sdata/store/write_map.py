@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixnet._logging import logger
-from pixnet._sdata.record import record
+from pixnet._sdata.record import recording
 from pixnet._sdata.store.map_writer import store_level
 from pixnet._settings import settings
 
@@ -49,7 +49,7 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
     from pixnet._core.parallel import run_tasks
     from pixnet._core.predict.tile_runner import TileCost, store_tile
 
-    started, total, before = time.perf_counter(), TileCost(), record(sdata)["images"].get(key)
+    started, total = time.perf_counter(), TileCost()
     tiles = runner.tiles()
     todo = [tile for tile in tiles if tile not in stream.done]
     if stream.done:
@@ -80,9 +80,9 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
             with closing(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks)) as results:
                 for _ in results:
                     pass
-        record(sdata)["images"][key] = entry
         size = stream.size
-        stream.finish(sdata)
+        with recording(sdata, "images", key, entry):
+            stream.finish(sdata)
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             stream.discard()
@@ -91,10 +91,10 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
                 f"the disk of {stream.root} is full; the unfinished map {key!r} was deleted. Make room, ask for fewer "
                 "genes (genes=) or a coarser map (out_mpp=)",
             ) from error
-        _interrupted(stream, sdata, key, before)
+        _interrupted(stream, key)
         raise
     except BaseException:
-        _interrupted(stream, sdata, key, before)
+        _interrupted(stream, key)
         raise
     wall = time.perf_counter() - started
     logger.info(
@@ -113,11 +113,8 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
     )
 
 
-def _interrupted(stream: MapWriter, sdata: SpatialData, key: str, before: dict[str, Any] | None) -> None:
+def _interrupted(stream: MapWriter, key: str) -> None:
     stream.interrupt()
-    record(sdata)["images"].pop(key, None)
-    if before is not None:
-        record(sdata)["images"][key] = before
     logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
 
 
