@@ -170,13 +170,13 @@ class TestCrossValidate:
         )
         objects = [coloured_slide(1), coloured_slide(2)]
         options = {"mask_key": False, "max_epochs": 10, "variants": 1, "lr": 2e-2, "refit": False}
-        before = [dict(one.attrs["pixnet"]) for one in objects]
+        before = [dict(one.attrs) for one in objects]
         frame = px.tl.cross_validate(objects, groups=["P", "Q"], model=model, **options)
         values = frame[frame["metric"] == "mse"].groupby("gene")["value"].mean()
         assert values.max() < 0.5, "spots of the size trained on have the right values, not only the right order"
         assert frame[(frame["metric"] == "pearson") & (frame["gene"] == "BLUE")]["value"].min() > 0.5
         assert not model.history
-        assert [dict(one.attrs["pixnet"]) for one in objects] == before
+        assert [dict(one.attrs) for one in objects] == before
 
     def test_a_trained_model_is_refused(self, quick_model):
         with pytest.raises(ValueError, match="was trained before"):

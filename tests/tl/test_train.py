@@ -11,6 +11,7 @@ import pytest
 import torch
 from shapely import Point, box
 from spatialdata.models import Image2DModel, ShapesModel
+from spatialdata.transformations import remove_transformation
 
 import pixnet as px
 from pixnet._core.train import loop as fit
@@ -453,7 +454,7 @@ class TestRefusals:
         monkeypatch.setattr("pixnet._core.slide.reader.SlideReader.read", read)
 
     def test_unknown_um_per_pixel(self, slide):
-        slide.attrs["pixnet"]["mpp"].clear()
+        remove_transformation(slide["he"], "pixnet_um")
         with pytest.raises(ValueError, match=r"pixnet\.pp\.set_mpp"):
             train(slide)
 

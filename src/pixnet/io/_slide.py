@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pixnet._logging import logger
-from pixnet._sdata.rasters import extend, pyramid, raster_element
+from pixnet._sdata.rasters import Array, Scales, extend, pyramid, raster_element
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
 from pixnet.io._raster import MAX_WHOLE_PIXELS, open_picture, read_picture
@@ -74,7 +74,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.record import note
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -92,10 +93,9 @@ def slide(
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    entry = record(sdata)
-    entry["defaults"]["image_key"] = image_key
+    note(sdata, "defaults", "image_key", image_key)
     if value is not None:
-        entry["mpp"][image_key] = value
+        write_mpp(sdata, image_key, value)
     return sdata
 
 

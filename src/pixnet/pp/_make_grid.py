@@ -14,6 +14,7 @@ from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._logging import logger
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.pixel_size import is_pixel_size
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import read_mask
@@ -115,7 +116,8 @@ def make_grid(
     grid = geopandas.GeoDataFrame(
         {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
     )
-    element = ShapesModel.parse(grid, transformations=slide.transformations)
+    systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
+    element = ShapesModel.parse(grid, transformations=systems)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)
