@@ -45,17 +45,17 @@ def levels(raster: DataArray | DataTree) -> list[Level]:
 def _arrays(raster: DataArray | DataTree) -> list[DataArray]:
     if isinstance(raster, DataArray):
         return [raster]
-    return [next(iter(raster[name].values())) for name in raster.keys()]  # noqa: SIM118 a DataTree iterates over variables too
+    return [next(iter(level.data_vars.values())) for level in raster.children.values()]
 
 
 def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     """Return level-0 pixels per pixel of a level, ``(y, x)``.
 
     The ratio of the shapes is off where a last odd row or column was left out: 4641 px halve to 2320 and 1160, and
-    the scale is still 2 and 4. So the level's transform is taken, unless it is none of this level at all: some writers
+    the scale is still 2 and 4. So the level's transform is taken, unless it belongs to another level: some writers
     repeat that of the finest.
     """
-    ratio = tuple(full.sizes[axis] / level.sizes[axis] for axis in ("y", "x"))
+    ratio = full.sizes["y"] / level.sizes["y"], full.sizes["x"] / level.sizes["x"]
     ours, theirs = (get_transformation(array, get_all=True) for array in (full, level))
     shared = [name for name in ours if name in theirs]
     if not shared:
@@ -64,7 +64,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     try:
         to_full, to_level = (t[shared[0]].to_affine_matrix(**axes) for t in (ours, theirs))
         matrix = np.linalg.solve(to_full, to_level)
-    except (ValueError, TypeError, NotImplementedError, np.linalg.LinAlgError):  # who uses them refuses them by name
+    except (ValueError, TypeError, NotImplementedError, np.linalg.LinAlgError):  # refused later, by the caller
         return ratio
     stated = (float(matrix[1, 1]), float(matrix[0, 0]))
     plausible = all(abs(s / r - 1) < 0.1 for s, r in zip(stated, ratio))
@@ -92,7 +92,7 @@ def is_gene_map(image: DataArray | DataTree) -> bool:
     return bool(names) and names[-1] == TOTAL
 
 
-def pyramid(array: np.ndarray | da.Array) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
+def pyramid(array: np.ndarray | da.Array) -> tuple[list[Any], list[tuple[float, float]]]:
     """Make the levels of an image by halving: finest first, with the exact scale of each in level-0 pixels (y, x).
 
     There are at least two: SpatialData reads a stored pyramid of one level as no pyramid.
@@ -101,8 +101,8 @@ def pyramid(array: np.ndarray | da.Array) -> tuple[list[np.ndarray | da.Array], 
 
 
 def extend(
-    levels: list[np.ndarray | da.Array], scales: list[tuple[float, float]], smallest: int
-) -> tuple[list[np.ndarray | da.Array], list[tuple[float, float]]]:
+    levels: list[Any], scales: list[tuple[float, float]], smallest: int
+) -> tuple[list[Any], list[tuple[float, float]]]:
     """Add levels until the longer side is at most ``smallest`` and there are two."""
     while (max(levels[-1].shape[-2:]) > smallest or len(levels) < 2) and min(levels[-1].shape[-2:]) >= 2:
         levels.append(halve(levels[-1]))
