@@ -9,11 +9,8 @@ from typing import Any
 
 import numpy as np
 
-# A picture without tiles (JPEG, PNG, striped TIFF) is decoded whole; beyond this many pixels it is refused instead.
+# A picture without tiles (JPEG, PNG, striped TIFF) is decoded at once, up to this many pixels.
 MAX_WHOLE_PIXELS = 1_000_000_000
-# Uncompressed over stored size beyond which a file is taken for damaged: JPEG of white is near 400, deflate near 1000.
-MAX_RATIO = 2000
-RATIO_FROM = 64_000_000  # bytes; small pictures may be as empty as they like
 
 _pillow_lock = threading.Lock()
 
@@ -38,11 +35,6 @@ def open_picture(path: Path) -> Any:
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     width, height = picture.size
-    size = Path(path).stat().st_size
-    if width * height * 3 > RATIO_FROM and width * height * 3 > MAX_RATIO * size:
-        raise ValueError(
-            f"{path} declares {width:,} x {height:,} px in a file of {size:,} bytes: it is damaged, or made to exhaust memory"
-        )
     if width * height > MAX_WHOLE_PIXELS:
         raise ValueError(
             f"{path} declares {width:,} x {height:,} px, more than the {MAX_WHOLE_PIXELS:,} that are decoded at once; "
