@@ -131,18 +131,18 @@ def test_chunks_hold_few_channels_and_share_them_evenly():
 
 def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
     from pixnet import settings
-    from pixnet._sdata.store import workspace as work
+    from pixnet._sdata.store import scratch
 
-    monkeypatch.setattr(work, "_scratch", None)
+    monkeypatch.setattr(scratch, "_scratch", None)
     monkeypatch.setattr(settings, "scratch_dir", tmp_path)
     image = Image2DModel.parse(np.zeros((3, 16, 16), np.uint8), dims=("c", "y", "x"))
     sdata = SpatialData(images={"he": image})
     found = write(sdata, np.ones((3, 50, 40), np.float32), spec_of((50, 40)))
     assert not sdata.is_backed()
     assert (found["scale0"]["image"].values == 1).all()
-    root = work.scratch_root()
+    root = scratch.scratch_root()
     assert root.parent == tmp_path
-    work._clear_scratch(root, -1)  # a forked child
+    scratch._clear_scratch(root, -1)  # a forked child
     assert root.exists()
-    work._clear_scratch(root, os.getpid())
+    scratch._clear_scratch(root, os.getpid())
     assert not root.exists()

@@ -55,7 +55,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     """Return level-0 pixels per pixel of a level, ``(y, x)``.
 
     The ratio of the shapes is off where a last odd row or column was left out: 4641 px halve to 2320 and 1160, and
-    the scale is still 2 and 4. So the level's transform is taken, unless it is none of this level at all: some writers
+    the scale is still 2 and 4. So the level's transform is taken, unless it belongs to another level: some writers
     repeat that of the finest.
     """
     ratio = (full.sizes["y"] / level.sizes["y"], full.sizes["x"] / level.sizes["x"])
@@ -67,7 +67,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     try:
         to_full, to_level = (t[shared[0]].to_affine_matrix(**axes) for t in (ours, theirs))
         matrix = np.linalg.solve(to_full, to_level)
-    except (ValueError, TypeError, NotImplementedError, np.linalg.LinAlgError):  # who uses them refuses them by name
+    except (ValueError, TypeError, NotImplementedError, np.linalg.LinAlgError):  # refused later, by the caller
         return ratio
     stated = (float(matrix[1, 1]), float(matrix[0, 0]))
     plausible = all(abs(s / r - 1) < 0.1 for s, r in zip(stated, ratio))

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
@@ -43,7 +43,7 @@ def predict(
     *,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
-    mask_key: str | bool | None = None,
+    mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
     precision: str | None = None,
@@ -163,8 +163,9 @@ def predict(
         "shape": list(request.grid.shape),
         "tile_size": request.grid.tile_size,
         "scale_factors": factors,
-        "precision": runner.precision,
+        "precision": request.precision,
         "device": request.device.type,
+        "torch_threads": request.threads,
     }
     entry = {
         "kind": "gene_map",
@@ -191,6 +192,7 @@ class _Request:
     grid: MapGrid
     device: torch.device
     precision: str
+    threads: int | None
 
     @property
     def names(self) -> list[str]:
@@ -215,6 +217,8 @@ def _resolve(
     device: str | None,
 ) -> _Request:
     """Resolve and check the model, the genes, the grid and where to run."""
+    import torch
+
     from pixnet._core.predict.device import resolve_device, resolve_precision
     from pixnet.models._load import resolve_model
 
@@ -232,7 +236,8 @@ def _resolve(
             slide.mpp,
             resolved.mpp,
         )
-    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision)
+    threads = torch.get_num_threads() if on.type == "cpu" else None
+    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision, threads)
 
 
 def _open_tissue(request: _Request) -> TissueMask:

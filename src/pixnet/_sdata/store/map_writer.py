@@ -72,7 +72,7 @@ class MapSpec:
         """Sizes of all levels: each is exactly reduced, and what is left of a last block is left out."""
         shapes = [self.shape]
         for factor in self.scale_factors:
-            shapes.append(tuple(max(1, n // factor) for n in shapes[-1]))
+            shapes.append((max(1, shapes[-1][0] // factor), max(1, shapes[-1][1] // factor)))
         return shapes
 
     @property
@@ -192,7 +192,8 @@ class MapWriter:
         tile
             Their size in pixels.
         """
-        array, found = self.arrays[level], set()
+        array = self.arrays[level]
+        found: set[tuple[int, int]] = set()
         for i, j in written:
             rows = _chunks_over(i * tile, (i + 1) * tile, factor, array.chunks[1], array.shape[1])
             columns = _chunks_over(j * tile, (j + 1) * tile, factor, array.chunks[2], array.shape[2])
