@@ -16,7 +16,7 @@ from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
-from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.store.bound import bound
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -140,8 +140,9 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     """Return the ids of a shapes element, or the labels (without 0) of a labels element, in order."""
     if shapes_key in sdata.shapes:
         return sdata.shapes[shapes_key].index
-    labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
-    check_bound(sdata.labels[shapes_key], f"labels {shapes_key!r}")
+    element = sdata.labels[shapes_key]
+    with bound(element, f"labels {shapes_key!r}"):
+        labels = np.unique(np.asarray(full_resolution(element).data))
     return pd.Index(labels[labels != 0])
 
 

@@ -21,13 +21,19 @@ METADATA = "zarr.json"
 
 
 def stored_elements(root: Path, key: str) -> dict[str, str]:
-    """Return the types under which a store holds an element of a name, each with a hash of its metadata."""
-    found = {}
-    for kind in TYPES:
-        if (root / kind / key).is_dir():
-            path = root / kind / key / METADATA
-            found[kind] = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    return found
+    """Return the types under which a store holds an element of a name, each with what tells it from others."""
+    return {kind: _hash(root / kind / key) for kind in TYPES if (root / kind / key).is_dir()}
+
+
+def _hash(element: Path) -> str:
+    """Return a hash of an element's metadata, that of its arrays, and the sizes of other files."""
+    digest = hashlib.sha256()
+    for path in sorted(element.iterdir()):
+        inner = path / METADATA
+        if path.name == METADATA or inner.exists():
+            digest.update((path if path.name == METADATA else inner).read_bytes())
+        digest.update(f"{path.name} {path.stat().st_size if path.is_file() else ''}".encode())
+    return digest.hexdigest()
 
 
 def is_consolidated(root: Path) -> bool:
