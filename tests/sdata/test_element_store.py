@@ -19,7 +19,11 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableMo
 
 from pixnet._sdata.store import element_store as store
 from pixnet._sdata.store import workspace as work
-from pixnet._sdata.store.element_store import forget, heal, local_store, put
+from pixnet._sdata.store.element_store import (
+    heal,
+    local_store,
+    put,
+)
 from pixnet._sdata.store.workspace import WORK
 
 
@@ -57,9 +61,9 @@ def leftovers(sdata):
 @pytest.mark.parametrize(("key", "make"), [("mask", labels), ("spots", spots), ("counts", table)])
 def test_put_sets_and_stores(memory, backed, key, make):
     for sdata in (memory, backed):
-        sdata.attrs["pixnet"] = {"mpp": {"he": 0.5}}
-        put(sdata, key, make())
+        put(sdata, key, make(), entries={"mpp": {"he": 0.5}})
         assert key in sdata
+        assert sdata.attrs["pixnet"] == {"mpp": {"he": 0.5}}
     again = sd.read_zarr(backed.path)
     assert {name for _, name, _ in again.gen_elements()} == {"he", key}
     assert again.attrs["pixnet"] == {"mpp": {"he": 0.5}}
@@ -108,73 +112,6 @@ def test_an_element_can_be_made_of_the_one_it_replaces(backed):
     doubled = Labels2DModel.parse(backed["mask"].data * 2, dims=("y", "x"))
     put(backed, "mask", doubled, overwrite=True)
     assert (sd.read_zarr(backed.path)["mask"].values == 2).all()
-
-
-def test_forget(backed):
-    put(backed, "mask", labels())
-    backed.attrs["pixnet"] = {"masks": {"he": "mask"}, "images": {}, "tables": {}, "mpp": {"he": 1.0}}
-    forget(backed, "mask")
-    again = sd.read_zarr(backed.path)
-    assert "mask" not in again
-    assert "mask" not in backed
-    assert again.attrs["pixnet"]["masks"] == {}
-    assert leftovers(backed) == []
-    with pytest.raises(KeyError, match="'mask'"):
-        forget(backed, "mask")
-
-
-class Crash(BaseException):
-    """A kill: no handler of the code under test takes it for an error."""
-
-
-def crash_at(monkeypatch, n):
-    """Crash at the n-th of the steps that change the store."""
-    steps = []
-
-    def wrap(owner, name):
-        original = getattr(owner, name)
-
-        def step(*args, **kwargs):
-            steps.append(name)
-            if len(steps) == n:
-                raise Crash
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, step)
-
-    wrap(Path, "rename")
-    wrap(store, "write_json")
-    wrap(work, "write_json")
-    wrap(SpatialData, "write_attrs")
-    wrap(SpatialData, "write_consolidated_metadata")
-    # a killed process clears nothing up
-    monkeypatch.setattr(store.Workspace, "remove", lambda self: self.release())
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-def test_a_crash_at_any_step_leaves_a_store_that_opens_and_heals(backed, monkeypatch, n):
-    put(backed, "mask", labels(1))
-    backed.attrs["pixnet"] = {"mpp": {"he": 2.0}, "new": True}
-    with monkeypatch.context() as patch:
-        crash_at(patch, n)
-        try:
-            put(backed, "mask", labels(2, n=8), overwrite=True)
-            crashed = False
-        except Crash:
-            crashed = True
-    committed = not crashed or any((backed.path / WORK).glob("*/commit.json"))
-    opened = sd.read_zarr(backed.path)  # it opens, whatever happened
-    assert "he" in opened
-    if "mask" in opened:
-        assert opened["mask"].values.max() in {1, 2}
-    heal(opened)
-    final = sd.read_zarr(backed.path)
-    value = 2 if committed else 1
-    assert (final["mask"].values == value).all()
-    assert (opened["mask"].values == value).all()
-    assert final.attrs.get("pixnet", {}).get("new", False) == bool(committed)
-    assert leftovers(opened) == []
-    assert opened.has_consolidated_metadata()
 
 
 def test_a_failed_write_leaves_the_old_element_and_no_debris(backed, monkeypatch):

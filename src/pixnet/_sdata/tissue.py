@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixnet._core.slide.mask import SlideExtent, TissueMask
-from pixnet._core.slide.tissue import compute_mask
+from pixnet._core.slide.mask import TissueMask
+from pixnet._core.slide.tissue import ISLAND_SHARE, ISLAND_UM2, compute_mask
 from pixnet._logging import logger
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.slide import Slide
@@ -50,10 +50,22 @@ def find_tissue(slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
     mask = compute_mask(small, mpp)
     share = float(mask.mean())
     if share == 0:
-        logger.warning("no tissue found on image %r", slide.key)
+        logger.warning("%s", no_tissue(slide))
     else:
         logger.info("tissue covers %.0f %% of image %r", 100 * share, slide.key)
     return mask, scale
+
+
+def no_tissue(slide: Slide) -> str:
+    """Return the sentence that says that a slide has no tissue, and by which rule."""
+    if slide.mask_key:
+        return f"the mask {slide.mask_key!r} of image {slide.key!r} has no tissue"
+    height, width = (slide.mpp * slide.image.sizes[axis] for axis in ("y", "x"))
+    return (
+        f"no tissue found on image {slide.key!r}, {width:,.0f} x {height:,.0f} µm at {slide.mpp:g} µm/px: pieces smaller than "
+        f"{ISLAND_UM2:,.0f} µm² or {ISLAND_SHARE:.0%} of the image count as debris. If the pixel size is wrong, fix it with "
+        "pixnet.pp.set_mpp"
+    )
 
 
 def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
@@ -71,10 +83,7 @@ def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     return labels != 0, np.linalg.inv(affine_to_pixels(slide.sdata, slide.mask_key, slide.key))
 
 
-def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask | SlideExtent:
+def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask:
     """Return the tissue mask of a slide, to be asked per output pixel of ``out_px`` level-0 pixels ``(y, x)``."""
-    if slide.mask_key is False:
-        sizes = slide.image.sizes
-        return SlideExtent((sizes["y"] / out_px[0], sizes["x"] / out_px[1]))
     mask, to_mask = read_mask(slide)
-    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]))
+    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]), masked=slide.mask_key is not False)

@@ -15,10 +15,11 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 
 from pixnet._core.coverage import ShapeArrays, coverage
+from pixnet._core.slide.pyramid import CHUNK
 from pixnet._names import TOTAL
+from pixnet._sdata.rasters import pyramid, raster_element
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
 from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, TissueSpec, World, WorldArray, world
-from pixnet.io._raster import CHUNK, pyramid, raster_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

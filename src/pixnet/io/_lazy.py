@@ -12,7 +12,7 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 
-from pixnet.io._raster import CHUNK
+from pixnet._core.slide.pyramid import CHUNK
 
 _openslide_lock = threading.Lock()
 

@@ -12,7 +12,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from pixnet._logging import logger
-from pixnet.io._raster import pyramid, raster_element, read_picture
+from pixnet._sdata.rasters import pyramid, raster_element
+from pixnet.io._picture import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NotRequired
 import torch
 from pydantic import AllowInfNan, Field
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # that of typing serves pydantic from Python 3.12 on
 
 from pixnet._checked import checked
 from pixnet._names import listed
@@ -158,7 +158,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[
     try:
         added = _from_version_1(values) if version == 1 else {}
         config = LACKING[version] | values.pop("config")
-        known = {field.name for field in fields(ModelConfig)}  # type: ignore[arg-type]  # a dataclass, by its decorator
+        known = {field.name for field in fields(ModelConfig)}
         lacking, unknown = sorted(known - set(config)), sorted(set(config) - known)
         if lacking:
             raise ValueError(f"config lacks {listed(lacking)}")

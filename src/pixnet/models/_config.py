@@ -30,17 +30,18 @@ def paper_levels(stride: int) -> int:
     return (PAPER_COARSEST // stride).bit_length()
 
 
-def _stride(known: dict[str, Any]) -> int:
+def _stride(known: dict[str, Any]) -> Stride:
     """Return the largest of 4, 2, 1 that keeps the map at 4 µm/px or finer (1 where none does)."""
-    return next((s for s in (4, 2) if s * known["mpp"] <= MAX_MAP_UM * 1.02), 1)
+    largest = MAX_MAP_UM * 1.02 / known["mpp"]
+    return 4 if largest >= 4 else 2 if largest >= 2 else 1
 
 
 def _widths(known: dict[str, Any]) -> tuple[int, ...] | None:
     return PAPER_FILTERS[: paper_levels(known["stride"])] if known["decoder"] == "paper" else None
 
 
-def _zoom(known: dict[str, Any]) -> int:
-    """Encoders know tissue at 0.25 to 1 µm/px, so coarser images are enlarged."""
+def _zoom(known: dict[str, Any]) -> Zoom:
+    """Enlarge coarse images, since encoders know tissue at 0.25 to 1 µm/px."""
     return 2 if known["mpp"] >= 1.5 else 1
 
 

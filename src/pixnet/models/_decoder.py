@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class StackDecoder(nn.Module):
         self.used = [i for i, s in enumerate(strides) if s >= stride] or [len(strides) - 1]
         self.project = nn.ModuleList(nn.Conv2d(channels[i], width, 1, bias=n == 0) for n, i in enumerate(self.used))
 
-    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+    def forward(self, features: Mapping[int, Tensor], crop: int = 0) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
         dropped = droppable_halo(crop * self.stride, 1)
         (level, project), *finer = reversed(list(zip(self.used, self.project)))

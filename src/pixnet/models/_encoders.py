@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """What PixNet asks of an encoder (an `nn.Module`): a pyramid of features of an RGB image.
+class Encoder(nn.Module):
+    """An encoder as PixNet sees it: a pyramid of features of an RGB image. Encoders need not be derived from it.
 
     ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64.
     Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It
@@ -28,8 +27,6 @@ class Encoder(Protocol):
 
     strides: Sequence[int]
     channels: Sequence[int]
-
-    def __call__(self, image: Tensor) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def encoder_name(encoder: str | nn.Module) -> str:
     return next((name for name, (_, build) in _REGISTRY.items() if build is type(encoder)), type(encoder).__name__)
 
 
-def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> nn.Module:
+def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> Encoder:
     """Return an encoder, built by its registered name or as ``"timm/NAME"``, or the module that is passed.
 
     Raises
@@ -183,10 +180,10 @@ def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> nn.Modul
             "a name given to pixnet.models.register_encoder, or an nn.Module with strides and channels"
         )
     _check_protocol(encoder_name(encoder), module)
-    return module
+    return cast(Encoder, module)
 
 
-class Enlarged(nn.Module):
+class Enlarged(Encoder):
     """An encoder that sees an image enlarged: its maps then have finer strides.
 
     Parameters
@@ -197,7 +194,7 @@ class Enlarged(nn.Module):
         How many times; maps that would be finer than the image are left out.
     """
 
-    def __init__(self, encoder: nn.Module, zoom: int) -> None:
+    def __init__(self, encoder: Encoder, zoom: int) -> None:
         super().__init__()
         self.encoder, self.zoom = encoder, zoom
         self.kept = [i for i, s in enumerate(encoder.strides) if s >= zoom]
@@ -228,7 +225,7 @@ def _check_protocol(name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_encoder(name: str, module: nn.Module, size: int = 128) -> None:
+def check_encoder(name: str, module: Encoder, size: int = 128) -> None:
     """Run an encoder once on an empty image and refuse feature maps of the wrong shape.
 
     Raises

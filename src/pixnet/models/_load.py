@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load(path: str | Path) -> PixNet:
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{name!r} {problem}; pass a .safetensors file, or a shipped model: {listed(SHIPPED)}")
     header, tensors = read_checkpoint(path, _layout_of)
-    model = PixNet.from_config(header.config)
+    model = PixNet(**asdict(header.config), pretrained=False)
     expected = model.state_dict()
     model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
     model.training_options, model.provenance = header.training_options, header.provenance
@@ -75,9 +76,9 @@ def _layout_of(config: ModelConfig) -> Layout:
     """Return shape and type of each tensor of a model, which is not built for it: tensors on torch's meta device are empty."""
     try:
         with torch.device("meta"):
-            state = PixNet.from_config(config).state_dict()
+            state = PixNet(**asdict(config), pretrained=False).state_dict()
     except (NotImplementedError, RuntimeError):  # a registered encoder whose construction needs values
-        state = PixNet.from_config(config).state_dict()
+        state = PixNet(**asdict(config), pretrained=False).state_dict()
     return {
         name: (tuple(tensor.shape), "F32" if tensor.is_floating_point() else "I64") for name, tensor in state.items()
     }

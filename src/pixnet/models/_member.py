@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Member(nn.Module):
             self.decoder = StackDecoder(channels, strides, config.hidden, config.stride)
         self.head = new_head(self.decoder.width, len(config.genes))
 
-    def forward(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
+    def forward(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return logits ``(N, channels, h, w)``."""
         return self.logits(self.decoder(features, crop), channels)
 

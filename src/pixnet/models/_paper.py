@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ class PaperDecoder(nn.Module):
             for i, width in enumerate(widths[:shallow])
         )
 
-    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+    def forward(self, features: Mapping[int, Tensor], crop: int = 0) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
         last = features[self.used[-1]]
         height, width = (n * self.strides[self.used[-1]] for n in last.shape[-2:])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pixnet._checked import given
 from pixnet._names import TOTAL, check_genes
 from pixnet.models._checkpoint import Header, write_checkpoint
 from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity, Stride, Zoom, paper_levels
-from pixnet.models._encoders import Enlarged, build_encoder, check_encoder, encoder_name
+from pixnet.models._encoders import Encoder, Enlarged, build_encoder, check_encoder, encoder_name
 from pixnet.models._member import Member
 from pixnet.models._paper import PAPER_TRAINING
 from pixnet.models._quantity import UNITS, baseline, linked, log_expression
@@ -55,26 +55,11 @@ class PixNet(nn.Module):
     zoom
         Factor by which an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to
         1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
-    window
-        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted. None: 1024 /
-        ``zoom``.
-    halo
-        Image pixels that a window sees beyond each of its edges. None: 320 / ``zoom``, rounded up to a multiple of 64.
+    window, halo
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what they see
+        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64.
     pretrained
         Load the encoder's pretrained weights.
-
-    Attributes
-    ----------
-    config
-        The settings above, as they were resolved. Together with the weights they are the function that a model computes.
-    history
-        One dict for each pass of training that was validated.
-    provenance
-        How the model was trained.
-    stain
-        Statistics of the stain of the training slides.
-    training_options
-        Settings of training that `pixnet.tl.train` takes from the model unless they are given.
 
     Raises
     ------
@@ -96,10 +81,18 @@ class PixNet(nn.Module):
     """
 
     config: ModelConfig
+    """The settings as they were resolved. With the weights they are the function that the model computes."""
     history: list[dict[str, Any]]
+    """One dict for each pass of training that was validated; those of one training have the same ``run``."""
     provenance: dict[str, Any]
-    stain: list[dict[str, Any]]
+    """How the model was trained."""
+    stain: list[Any]
+    """Statistics of the stain of the training slides."""
     training_options: dict[str, Any]
+    """Settings of training that `pixnet.tl.train` takes from the model unless they are given."""
+
+    encoder: Encoder
+    members: list[Member]  # an nn.ModuleList
     area_um2: Tensor
 
     def __init__(
@@ -132,7 +125,8 @@ class PixNet(nn.Module):
         self.config, self.history, self.provenance, self.stain, self.training_options = config, [], {}, [], {}
         self.encoder = Enlarged(module, config.zoom) if config.zoom > 1 else module
         channels, strides = self.encoder.channels, self.encoder.strides
-        self.members = nn.ModuleList(Member(config, channels, strides) for _ in range(config.members))
+        members_ = (Member(config, channels, strides) for _ in range(config.members))
+        self.members = nn.ModuleList(members_)  # type: ignore[assignment]
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_sd_{i}", torch.ones(n))
@@ -171,21 +165,15 @@ class PixNet(nn.Module):
         encoder
             As for `PixNet`. The published one is UNI2-h: it needs ``pixnet[timm]`` and access to its weights, which Hugging
             Face gives to whoever accepts their terms. Any other works too.
-        mpp
-            Pixel size (µm/px) of the images that the model sees. None: 0.5.
+        mpp, members, zoom, window, halo, pretrained
+            As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
             Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has the
             levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three fusions.
         widths
             Filters of the levels, finest first; as many of them as there are levels are used.
-        members, zoom
-            As for `PixNet`.
         quantity
             ``"log_sum"`` as published, else as for `PixNet`.
-        window, halo
-            As for `PixNet`, in px; here windows with their halo are whole blocks of the ViT.
-        pretrained
-            Load the encoder's pretrained weights.
 
         Returns
         -------
@@ -213,8 +201,7 @@ class PixNet(nn.Module):
           whole rows, so that a prediction does not depend on how a slide is tiled.
         - *Sum.* A log summed over an area fits shapes of one size: the target is the same for a shape twice as large. Shapes
           weigh their edge pixels by exact area, and values are per µm², divided by the mean area of the training shapes.
-        - *Target.* log1p of CP10k, the total being all UMI of the shape.
-        - *Total.* The paper predicts none; here it has a channel and a term of its own as in every PixNet.
+        - *Target.* log1p of CP10k, the total being all UMI of the shape, which has a channel and a loss of its own here.
         - *Batches* are those of the package, of one section each; 8 crops at stride 1. The published 200 passes are the most
           that are made: validation chooses their number. The rate rises and falls as in the package. Crops are flipped and
           turned, not restained.
@@ -234,19 +221,6 @@ class PixNet(nn.Module):
         )  # fmt: skip
         model.training_options = PAPER_TRAINING | {"batch_crops": 8 * stride}
         return model
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> PixNet:
-        """Build a model whose weights are still to be loaded.
-
-        Parameters
-        ----------
-        config
-            The configuration of another model.
-        """
-        return cls(**{**asdict(config), "genes": list(config.genes)}, pretrained=False)
-
-    # what it is --------------------------------------------------------------------------------------------------
 
     @property
     def genes(self) -> list[str]:
@@ -288,17 +262,12 @@ class PixNet(nn.Module):
         """Image pixels seen beyond each edge of a window."""
         return self.config.halo
 
-    def extra_repr(self) -> str:
-        """Return the line that `print` shows first."""
-        c = self.config
-        return (
-            f"{len(c.genes)} genes, {c.mpp:g} µm/px in, {c.mpp * c.stride:g} µm/px out, "
-            f"encoder={c.encoder}, decoder={c.decoder}, members={c.members}"
-        )
-
     def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.parameters()) / 1e6
-        return f"PixNet({self.extra_repr()}, {n:.1f} M parameters)"
+        c, n = self.config, sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"PixNet({len(c.genes)} genes, {c.mpp:g} µm/px in, {c.mpp * c.stride:g} µm/px out, "
+            f"encoder={c.encoder}, decoder={c.decoder}, members={c.members}, {n:.1f} M parameters)"
+        )
 
     def copy(self) -> PixNet:
         """Return a copy that shares nothing with this model."""
@@ -316,12 +285,10 @@ class PixNet(nn.Module):
         new = self.copy()
         if genes == self.genes:
             return new
-        new.config = replace(self.config, genes=genes)
+        new.config = replace(self.config, genes=tuple(genes))
         for member in new.members:
             member.set_channels(self.channels, new.channels)
         return new
-
-    # what it does ------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Predict the map.
@@ -346,32 +313,31 @@ class PixNet(nn.Module):
             )
         return self.decode(self.encode(image), channels, crop)
 
-    def encode(self, image: Tensor) -> list[Tensor]:
+    def encode(self, image: Tensor) -> dict[int, Tensor]:
         """Return the encoder's features, standardised by their statistics over the training tissue."""
         return self.standardise(self.encoder(image))
 
     @property
     def levels(self) -> list[int]:
-        """Positions of the encoder's maps that the decoder uses; standardised features of others are None."""
+        """Positions of the encoder's maps that the decoder uses."""
         return self.members[0].decoder.used
 
-    def standardise(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return features with the mean and standard deviation of the training tissue taken off."""
-        out: list[Tensor | None] = [None] * len(features)
+    def standardise(self, features: Sequence[Tensor] | Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the features in use, by level, with the mean and standard deviation of the training tissue taken off."""
+        out = {}
         for i in self.levels:
-            mean, sd = getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
-            f = features[i]
+            f, mean, sd = features[i], getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
             out[i] = (f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None]
         return out
 
-    def decode(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
+    def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
         maps = [self.density(member(features, channels, crop)) for member in self.members]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
 
     def density(self, logits: Tensor) -> Tensor:
         """Return the map of logits, whose last channel is the total's and the others the genes'."""
-        return linked(logits, self.quantity, getattr(self, "area_um2", None))
+        return linked(logits, self.area_um2 if self.quantity == "log_sum" else None)
 
     def log_expression(self, sums: Tensor, covered: Tensor, pixel_um2: float) -> Tensor:
         """Return the log1p CP10k of shapes from sums of the map over their pixels.

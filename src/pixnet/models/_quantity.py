@@ -12,12 +12,12 @@ UNITS = {
 """Unit of a map, by the quantity that the genes' channels hold. The total's channel is a density in any case."""
 
 
-def linked(logits: Tensor, quantity: str, area_um2: Tensor | None) -> Tensor:
-    """Return the map of logits ``(N, genes + 1, ...)``; those of a log sum are per ``area_um2``."""
+def linked(logits: Tensor, area_um2: Tensor | None = None) -> Tensor:
+    """Return the map of logits ``(N, genes + 1, ...)``: densities, or with ``area_um2`` logs per area."""
     # Logarithms and exponentials in float32: bfloat16 would keep 3 digits of a value that spans decades.
     logits = logits.float()
     genes, total = logits[:, :-1], logits[:, -1:].clamp(-10, 4).exp() * 1e4
-    genes = genes.clamp(max=0).exp() * total if quantity == "density" else genes / area_um2
+    genes = genes.clamp(max=0).exp() * total if area_um2 is None else genes / area_um2
     return torch.cat([genes, total], dim=1)
 
 

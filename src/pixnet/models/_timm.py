@@ -43,6 +43,10 @@ class TimmEncoder(nn.Module):
         If timm has no such model, or it has no feature maps.
     """
 
+    net: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, pretrained: bool = True, **options: Any) -> None:
         super().__init__()
         timm = _import_timm()
@@ -53,7 +57,7 @@ class TimmEncoder(nn.Module):
             if not pretrained and known.architecture is not None:
                 name = known.architecture
         with torch.device("meta"):
-            plain = _create(timm, name, False, options)
+            plain: Any = _create(timm, name, False, options)
         # Several families have blocks, only ViTs have tokens beside those of the patches.
         self.is_vit = hasattr(plain, "blocks") and hasattr(plain, "patch_embed") and hasattr(plain, "num_prefix_tokens")
         if self.is_vit:

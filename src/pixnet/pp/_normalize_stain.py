@@ -10,7 +10,6 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import record
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -89,9 +88,9 @@ def normalize_stain(
     import dask.array as da
 
     from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._sdata.rasters import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
-    from pixnet.io._raster import raster_element
     from pixnet.models._load import resolve_model
 
     check_sdata(sdata, "pp.normalize_stain")
@@ -129,10 +128,6 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    known = record(sdata)
-    known["mpp"][key_added] = slide.mpp
-    known["masks"].pop(key_added, None)
-    if isinstance(tissue, str):
-        known["masks"][key_added] = tissue
-    put(sdata, key_added, element, overwrite=overwrite)
+    masks = {key_added: tissue} if isinstance(tissue, str) else {}
+    put(sdata, key_added, element, overwrite=overwrite, entries={"mpp": {key_added: slide.mpp}, "masks": masks})
     return None

@@ -8,11 +8,11 @@ import numpy as np
 
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.record import record
+from pixnet._sdata.rasters import raster_element
+from pixnet._sdata.record import recorded
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
-from pixnet.io._raster import raster_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -77,7 +77,6 @@ def tissue_mask(
     element = raster_element([mask.astype(np.uint8)], [scale], transformations=slide.transformations, channels=None)
     if not inplace:
         return element
-    if key_added == f"{image_key}_tissue" or image_key not in record(sdata)["masks"]:
-        record(sdata)["masks"][image_key] = key_added
-    put(sdata, key_added, element, overwrite=overwrite)
+    known = key_added == f"{image_key}_tissue" or image_key not in recorded(sdata, "masks")
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: key_added}} if known else {})
     return None

@@ -19,7 +19,6 @@ from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image, resolve_shapes
 from pixnet._sdata.pixel_size import map_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
-from pixnet._sdata.record import record
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
 from pixnet._sdata.tables import QUANTITIES, Plan, build_table, table_rows
@@ -317,15 +316,7 @@ def _take(sums: ZonalStatistics, rows: slice) -> ZonalStatistics:
 
 
 def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:
-    """Put a table into the object, with its parameters on record, or leave both as they were."""
-    tables = record(sdata)["tables"]
-    before = tables.get(key)
-    tables[key] = {k: v for k, v in table.uns["pixnet"].items() if k != "genes"}
-    try:
-        store.put(sdata, key, table, overwrite=overwrite)
-    except BaseException:
-        del tables[key]
-        if before is not None:
-            tables[key] = before
-        raise
+    """Put a table into the object, with its parameters on record."""
+    entry = {k: v for k, v in table.uns["pixnet"].items() if k != "genes"}
+    store.put(sdata, key, table, overwrite=overwrite, entries={"tables": {key: entry}})
     logger.info("added table sdata.tables[%r]: %d shapes x %d channels", key, *table.shape)

@@ -123,7 +123,13 @@ def cross_validate(
     pairs = {source.name: source.pairs for source in sources}
     names = list(dict.fromkeys(key for found in pairs.values() for key in found))
     tables = [next(found[key] for found in pairs.values() if key in found) for key in names]
-    options = {"image_key": image_key, "shapes": names, "table_key": tables, "layer": layer, "total_key": total_key}
+    options: dict[str, Any] = {
+        "image_key": image_key,
+        "shapes": names,
+        "table_key": tables,
+        "layer": layer,
+        "total_key": total_key,
+    }
     frames = []
     for number, fold in enumerate(folds):
         logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)

@@ -181,7 +181,7 @@ def train(
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
-    tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
+    tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     chosen, tables = _choose_genes(genes, model, tables, held_out)
     build.setdefault("mpp", max(FINEST_MPP, *(m.slide.mpp for m in slides)))
 

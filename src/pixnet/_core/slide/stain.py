@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
 
 WINDOWS, WINDOW_PX = 16, 256
@@ -25,7 +25,7 @@ DETAIL_PX = 4
 CHANNELS = ("red", "green", "blue")
 
 
-def sample(reader: SlideReader, mask: TissueMask | SlideExtent) -> list[tuple[np.ndarray, np.ndarray]]:
+def sample(reader: SlideReader, mask: TissueMask) -> list[tuple[np.ndarray, np.ndarray]]:
     """Read small windows spread evenly over the tissue of a slide.
 
     Parameters
@@ -91,9 +91,9 @@ def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
     }
 
 
-def slide_statistics(reader: SlideReader, mask: TissueMask | SlideExtent) -> dict[str, Any] | None:
+def slide_statistics(reader: SlideReader, mask: TissueMask) -> dict[str, Any] | None:
     """Return the :func:`statistics` of a slide's tissue, from samples of it."""
-    return statistics(sample(reader, mask), masked=isinstance(mask, TissueMask))
+    return statistics(sample(reader, mask), masked=mask.masked)
 
 
 def comparable(found: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:

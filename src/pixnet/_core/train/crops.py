@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy import sparse
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.slide.grid import ModelGrid
+from pixnet._core.slide.mask import SlideExtent, TissueMask
 from pixnet._core.slide.reader import SlideReader
 
 ALIGN = 64
@@ -21,12 +21,6 @@ CONTEXT = 16
 
 SMALLEST = 512
 LARGEST = 2048
-
-
-class Mask(Protocol):
-    """Tells which output pixels are tissue."""
-
-    def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Section:
 
     name: str
     reader: SlideReader
-    mask: Mask
+    mask: TissueMask | SlideExtent
     targets: list[Targets]
 
     @property

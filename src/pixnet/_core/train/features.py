@@ -128,10 +128,9 @@ def set_feature_statistics(model: PixNet, dataset: CropDataset) -> None:
         getattr(model, f"feature_sd_{i}").copy_(flat.std(dim=1).clamp(min=1e-3))
 
 
-def standardised(model: PixNet, features: Sequence[Tensor]) -> list[Tensor]:
-    """Return features of the levels in use, standardised and in their places among all levels."""
-    placed: dict[int, Tensor] = {level: feature.float() for level, feature in zip(model.levels, features)}
-    return model.standardise([placed.get(i) for i in range(len(model.encoder.strides))])
+def standardised(model: PixNet, features: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return features of the levels in use, standardised, by level."""
+    return model.standardise({level: feature.float() for level, feature in zip(model.levels, features)})
 
 
 def autocast(device: torch.device) -> torch.autocast:

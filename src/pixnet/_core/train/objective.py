@@ -28,7 +28,9 @@ class ShapeSums(NamedTuple):
     umi: Tensor
 
 
-def shape_sums(model: PixNet, batch: Batch, features: list[Tensor], member: int | None = None) -> dict[str, ShapeSums]:
+def shape_sums(
+    model: PixNet, batch: Batch, features: dict[int, Tensor], member: int | None = None
+) -> dict[str, ShapeSums]:
     """Sum the map of a model, or of one of its members, over the shapes of each element.
 
     What follows the decoders runs only on the pixels that shapes cover: the rest of the map is not looked at.

@@ -101,7 +101,7 @@ def resolve_options(
         return replace(options, **given), {}
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"options is {options!r}; TrainingOptions, a mapping or None is needed")
-    known = {field.name for field in fields(TrainingOptions)}  # type: ignore[arg-type]  # a dataclass, by its decorator
+    known = {field.name for field in fields(TrainingOptions)}
     asked = {**(options or {}), **given}
     from_model = {name: value for name, value in own.items() if name in known and name not in asked}
     return TrainingOptions(**{**from_model, **asked}), from_model
@@ -109,4 +109,4 @@ def resolve_options(
 
 def as_dict(options: TrainingOptions) -> dict[str, Any]:
     """Return the options as plain values."""
-    return asdict(options)  # type: ignore[call-overload]
+    return asdict(options)

@@ -189,7 +189,7 @@ class Trainer:
         self.optimiser.step()
         return {key: float(sum(found[key].detach() for found in members)) / len(members) for key in members[0]}
 
-    def _features(self, batch: Batch) -> list[Tensor]:
+    def _features(self, batch: Batch) -> dict[int, Tensor]:
         """Return the features of a batch in randomly drawn versions, with channels dropped."""
         model, options, rng = self.model, self.options, self.rng
         if options.tune_encoder:
