@@ -266,6 +266,28 @@ def test_stored_tiles_are_the_lazy_ones(pixels, scheduler):
     assert total.pixels == (~np.isnan(target[0])).sum()
 
 
+def test_only_a_few_tiles_are_held_at_once(pixels):
+    """What bounds the memory: the model waits where writing is slower."""
+    written, held = [], []
+
+    class SlowTarget:
+        def __setitem__(self, key, value):
+            time.sleep(0.02)
+            written.append(1)
+
+    class Counting(Means):
+        def forward(self, image, channels=None, crop=0):
+            held.append(len(held) + 1 - len(written))
+            return super().forward(image, channels, crop)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    runner = make_runner(pixels, model=Counting(), tile_size=64)
+    assert len(list(store_tiles(runner, SlowTarget(), runner.tiles()))) == len(held) == 35
+    assert max(held) <= 3
+
+
 def test_device_and_precision_are_checked():
     with pytest.raises(ValueError, match="device is 'gpu'"):
         resolve_device("gpu")

@@ -105,4 +105,4 @@ def test_without_a_mask_shapes_outside_the_image_are_found(sdata, warnings):
     move(sdata, lambda xy: xy + [0, 500])
     found = px.pp.check_spots(sdata, mask_key=False).loc["as given", "on_tissue"]
     assert found == pytest.approx((sdata["spots"].geometry.y < 600).mean())
-    assert "outside the image" in warnings[0]
+    assert "40 % of 'spots' lie in image 'he'" in warnings[0]

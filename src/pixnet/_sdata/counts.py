@@ -15,6 +15,7 @@ from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
+from pixnet._sdata.store.bound import check_bound
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -137,6 +138,7 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     if shapes_key in sdata.shapes:
         return sdata.shapes[shapes_key].index
     labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
+    check_bound(sdata.labels[shapes_key], f"labels {shapes_key!r}")
     return pd.Index(labels[labels != 0])
 
 

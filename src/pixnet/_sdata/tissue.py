@@ -9,6 +9,7 @@ from pixnet._core.slide.tissue import ISLAND_SHARE, ISLAND_UM2, compute_mask
 from pixnet._logging import logger
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.slide import Slide
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
 # The mask is made at about this many um per pixel: fine enough for the outline, coarse enough to be quick.
@@ -35,7 +36,9 @@ def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
     if factor > 1:
         data = da.coarsen(np.mean, da.asarray(data), {1: factor, 2: factor}, trim_excess=True)
     scale = (scale_y * factor, scale_x * factor)
-    return np.asarray(data).round().astype(np.uint8), scale, mpp * float(np.sqrt(scale[0] * scale[1]))
+    pixels = np.asarray(data)
+    check_bound(level.data, f"image {slide.key!r}")
+    return pixels.round().astype(np.uint8), scale, mpp * float(np.sqrt(scale[0] * scale[1]))
 
 
 def find_tissue(slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
@@ -79,7 +82,9 @@ def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     if slide.mask_key is None:
         mask, (scale_y, scale_x) = find_tissue(slide)
         return mask, np.diag([1 / scale_x, 1 / scale_y, 1.0])
-    labels = np.asarray(full_resolution(slide.sdata.labels[slide.mask_key]).data)
+    element = slide.sdata.labels[slide.mask_key]
+    labels = np.asarray(full_resolution(element).data)
+    check_bound(element, f"mask {slide.mask_key!r}")
     return labels != 0, np.linalg.inv(affine_to_pixels(slide.sdata, slide.mask_key, slide.key))
 
 

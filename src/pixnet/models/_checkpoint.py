@@ -19,7 +19,7 @@ from pixnet._names import listed
 from pixnet.models._config import ModelConfig
 
 FORMAT = 2
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 8 * 2**20
 MAX_NESTING = 20
 
 LACKING: dict[int, dict[str, Any]] = {
@@ -104,19 +104,19 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
 
     _check_start(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header, added = _read_header(path, file.metadata() or {})
-            names = set(file.keys())
-            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name in names for s in [file.get_slice(name)]}
-            try:
-                expected = layout_of(header.config)
-            except (ImportError, ValueError) as err:
-                raise ValueError(f"{path}: its model cannot be built: {err}") from err
-            _check_layout(path, found, {name: e for name, e in expected.items() if name not in added})
-            tensors = {name: _checked_tensor(path, name, file.get_tensor(name)) for name in sorted(names)}
-    except (SafetensorError, OSError) as err:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError, RuntimeError) as err:
         raise ValueError(f"{path} is not a whole safetensors file (cut short, or another format): {err}") from err
-    return header, tensors | added
+    with opened as file:
+        header, added = _read_header(path, file.metadata() or {})
+        names = sorted(file.keys())
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in names for part in [file.get_slice(name)]}
+        try:
+            expected = layout_of(header.config)
+        except (ImportError, OSError, RuntimeError, ValueError) as err:
+            raise ValueError(f"{path}: its model cannot be built: {err}") from err
+        _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in added})
+        return header, added | {name: _checked_tensor(path, name, file.get_tensor(name)) for name in names}
 
 
 def _check_start(path: Path) -> None:

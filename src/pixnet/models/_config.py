@@ -108,14 +108,11 @@ class ModelConfig:
     @model_validator(mode="after")
     def _check_widths(self) -> ModelConfig:
         if self.decoder == "paper":
-            levels = paper_levels(self.stride)
-            if self.widths is None or len(self.widths) != levels:
+            levels, found = paper_levels(self.stride), 0 if self.widths is None else len(self.widths)
+            if found != levels:
                 raise ValueError(
-                    f"widths is {self.widths!r}; the published decoder at stride {self.stride} has {levels} levels, "
-                    "and needs a width for each"
+                    f"widths has {found} entries; the published decoder at stride {self.stride} has {levels} levels"
                 )
         elif self.widths is not None:
-            raise ValueError(
-                f"widths is {self.widths!r}; only decoder='paper' has widths, {self.decoder!r} has hidden="
-            )
+            raise ValueError(f"widths are those of decoder='paper'; decoder={self.decoder!r} has hidden=")
         return self

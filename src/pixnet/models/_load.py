@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pixnet._names import listed
 from pixnet.models._checkpoint import Layout, read_checkpoint
@@ -72,13 +73,24 @@ def resolve_model(model: Any) -> tuple[PixNet, str]:
     return model, f"{len(model.genes)} genes, {model.config.encoder}"
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves new tensors without random numbers; on the meta device torch would import its compiler to draw them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in {torch.Tensor.normal_, torch.Tensor.uniform_} or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _layout_of(config: ModelConfig) -> Layout:
-    """Return shape and type of each tensor of a model, which is not built for it: tensors on torch's meta device are empty."""
+    """Return shape and type of each tensor of a model, without their memory: tensors on torch's meta device are empty."""
+    one = replace(config, members=1)
     try:
-        with torch.device("meta"):
-            state = PixNet(**asdict(config), pretrained=False).state_dict()
+        with torch.device("meta"), _Unfilled():
+            state = PixNet(**asdict(one), pretrained=False).state_dict()
     except (NotImplementedError, RuntimeError):  # a registered encoder whose construction needs values
-        state = PixNet(**asdict(config), pretrained=False).state_dict()
-    return {
-        name: (tuple(tensor.shape), "F32" if tensor.is_floating_point() else "I64") for name, tensor in state.items()
-    }
+        state = PixNet(**asdict(one), pretrained=False).state_dict()
+    layout = {name: (tuple(t.shape), "F32" if t.is_floating_point() else "I64") for name, t in state.items()}
+    member = {name.removeprefix("members.0."): of for name, of in layout.items() if name.startswith("members.0.")}
+    return layout | {f"members.{i}.{name}": of for i in range(1, config.members) for name, of in member.items()}

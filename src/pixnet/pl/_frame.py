@@ -18,6 +18,7 @@ from pixnet._logging import logger
 from pixnet._sdata.pixel_size import map_mpp
 from pixnet._sdata.rasters import full_resolution, levels
 from pixnet._sdata.record import recorded
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
 Box = tuple[float, float, float, float]
@@ -173,6 +174,7 @@ def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[
     )
     sy, sx = chosen.scale
     data = chosen.data
+    check_bound(data, repr(key))
     rows = slice(math.floor(y0 / sy), min(math.ceil(y1 / sy), data.sizes["y"]))
     cols = slice(math.floor(x0 / sx), min(math.ceil(x1 / sx), data.sizes["x"]))
     data = data.isel(y=rows, x=cols)

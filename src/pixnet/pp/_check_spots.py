@@ -91,7 +91,8 @@ def check_spots(
     shares = on_tissue.mean()
     order = ["as given", *shares.drop("as given").sort_values(ascending=False, kind="stable").index]
     height, width = slide.image.sizes["y"], slide.image.sizes["x"]
-    _warn(shares, names[0], slide.key, float(((x < 0) | (y < 0) | (x >= width) | (y >= height)).mean()))
+    where = f"{'in' if mask_key is False else 'on the tissue of'} image {slide.key!r}"
+    _warn(shares, names[0], where, float(((x < 0) | (y < 0) | (x >= width) | (y >= height)).mean()))
     if plot or ax is not None:
         from pixnet.pl._alignment import draw_alignment
 
@@ -123,25 +124,25 @@ def _placements(slide: Slide, x: NDArray, y: NDArray) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _warn(shares: pd.Series, shapes: str, image_key: str, outside: float) -> None:
+def _warn(shares: pd.Series, shapes: str, where: str, outside: float) -> None:
     """Log a warning where another placement is better, or few shapes are on tissue."""
     given, best = shares["as given"], shares.drop("as given")
     if best.max() > given + BETTER:
         logger.warning(
-            "%.0f %% of %r lie on the tissue of image %r; with coordinates '%s' it would be %.0f %%: check x and y, and the "
+            "%.0f %% of %r lie %s; with coordinates '%s' it would be %.0f %%: check x and y, and the "
             "transformations (pixnet.pp.check_spots(sdata, %r, plot=True) draws it)",
             100 * given,
             shapes,
-            image_key,
+            where,
             best.idxmax(),
             100 * best.max(),
             shapes,
         )
     elif given < ENOUGH:
         logger.warning(
-            "only %.0f %% of %r lie on the tissue of image %r (%.0f %% outside the image): shifted, or at another scale?",
+            "only %.0f %% of %r lie %s (%.0f %% outside the image): shifted, or at another scale?",
             100 * given,
             shapes,
-            image_key,
+            where,
             100 * outside,
         )

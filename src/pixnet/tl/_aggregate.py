@@ -21,6 +21,7 @@ from pixnet._sdata.pixel_size import map_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.tables import QUANTITIES, Plan, build_table, table_rows
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
@@ -156,6 +157,7 @@ def aggregate(
             weights=weights,
             description=f"aggregate {image_key}",
         )
+    check_bound(plan.data, f"image {image_key!r}")  # as what was read is nothing if its store went meanwhile
 
     parts, start = {}, 0
     for name, element in found.items():
@@ -210,6 +212,7 @@ def _check(
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
 
+    check_bound(data, f"image {image_key!r}")
     is_map = is_gene_map(image)
     chosen, channels = _channels(image_key, channel_names(image), is_map, genes)
     systems = {}

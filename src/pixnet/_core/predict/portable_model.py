@@ -45,7 +45,7 @@ class PortableModel:
             if key not in _CACHE:
                 module = pickle.loads(self._bytes) if self._module is None else self._module
                 module = module if device.type == "cpu" else copy.deepcopy(module)
-                _CACHE[key] = module.to(device=device, memory_format=torch.channels_last)
+                _CACHE[key] = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 while len(_CACHE) > _CACHE_SIZE:
                     _CACHE.popitem(last=False)
             _CACHE.move_to_end(key)

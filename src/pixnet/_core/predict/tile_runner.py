@@ -144,6 +144,7 @@ class TileRunner:
             batch.pixels = np.empty((len(batch.windows), 3, size, size), np.uint8)
             for k, (i, j, _) in enumerate(batch.windows):
                 batch.pixels[k] = self.reader.read(i * window - halo, j * window - halo, size, size)
+            self.reader.check()
             batch.seconds = time.perf_counter() - start
         return batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -12,7 +13,7 @@ CHUNK = 1024
 
 
 def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
-    """Mean of 2 x 2 pixels of the last two axes (an odd last row or column is left out), rounded for integers.
+    """Return means of 2 x 2 pixels of the last two axes, rounded for integers; an odd last row or column is left out.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
     for start in range(0, size_y, band):
         stop = min(start + band, size_y)
         block = array[..., 2 * start : 2 * stop, : 2 * size_x]
-        total = block[..., ::2, ::2].astype(wide)
+        total: Any = block[..., ::2, ::2].astype(wide)
         total += block[..., 1::2, ::2]
         total += block[..., ::2, 1::2]
         total += block[..., 1::2, 1::2]

@@ -10,6 +10,7 @@ from scipy import sparse
 
 from pixnet._core.slide.grid import ModelGrid
 from pixnet._core.slide.resample import area_weights, linear_weights
+from pixnet._core.stored import check_stored
 
 WHITE = 255
 
@@ -77,6 +78,10 @@ class SlideReader:
         self.array = array
         self.grid = grid
         self.name = name
+
+    def check(self) -> None:
+        """Refuse the slide if what was read came from a store that is gone or was replaced; call it after reading."""
+        check_stored(self.array, f"image {self.name!r}")
 
     def read(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return a window ``(3, height, width)`` uint8 in model pixels; white where it lies outside the slide.

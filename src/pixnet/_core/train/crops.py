@@ -10,7 +10,7 @@ from scipy import sparse
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.slide.grid import ModelGrid
-from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
 
 ALIGN = 64
@@ -55,7 +55,7 @@ class Section:
 
     name: str
     reader: SlideReader
-    mask: TissueMask | SlideExtent
+    mask: TissueMask
     targets: list[Targets]
 
     @property

@@ -130,7 +130,10 @@ class CropDataset(Dataset[Crop]):
 
     def images(self, indices: Sequence[int], halo: int) -> Tensor:
         """Return the images of some crops, ``(n, 3, h, w)`` uint8."""
-        return torch.stack([self.image(i, halo) for i in indices])
+        images = torch.stack([self.image(i, halo) for i in indices])
+        for section in {self.crops[i].section for i in indices}:
+            self.sections[section].reader.check()
+        return images
 
     @property
     def n_shapes(self) -> dict[str, int]:

@@ -12,6 +12,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from pixnet._core.stored import stored_array
+
 try:
     from zarr.buffer.cpu import NDBuffer
 except ImportError:  # before zarr 3.1
@@ -50,7 +52,8 @@ class ImageReader:
     def __init__(
         self, image: Any, channels: Sequence[int], *, tile_px: int = TILE_PX, block_bytes: int = BLOCK_BYTES
     ) -> None:
-        self.source = stored_array(image)
+        stored = stored_array(image)
+        self.source = image if stored is None else stored
         self.channels = np.asarray(channels, dtype=np.int64)
         self.block_bytes = block_bytes
         self._itemsize = np.dtype(self.source.dtype).itemsize
@@ -121,19 +124,6 @@ class ImageReader:
         if getattr(self._own, "bytes", None) is None or self._own.bytes.nbytes < size:
             self._own.bytes = np.empty(size, dtype=np.uint8)
         return self._own.bytes[:size].view(self.source.dtype).reshape(shape)
-
-
-def stored_array(image: Any) -> Any:
-    """Return the zarr array beneath a dask array that is nothing but its contents, else the image."""
-    if isinstance(image, da.Array):
-        layers = dict(image.dask.layers)
-        original = layers.pop(f"original-{image.name}", None)
-        # dask.array.from_zarr makes these two layers; anything done to the array since would have added another.
-        if original is not None and set(layers) == {image.name}:
-            array = dict(original).get(f"original-{image.name}")
-            if isinstance(array, zarr.Array) and array.shape == image.shape and array.dtype == image.dtype:
-                return array
-    return image
 
 
 def _as_slice(index: NDArray[np.int64]) -> slice | NDArray[np.int64]:

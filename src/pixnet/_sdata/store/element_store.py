@@ -32,10 +32,12 @@ import zarr
 from anndata import AnnData
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
+from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
 from pixnet._sdata.keys import check_key_free
 from pixnet._sdata.store import metadata
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.workspace import (
     JOURNAL,
     NEW,
@@ -103,6 +105,8 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, 
         return
     with work_folder(root, key) as work:
         kind = _write_single(work.path / NEW, key, element)
+        if isinstance(element, DataArray | DataTree):
+            check_bound(element, f"what {key!r} is made of")  # while it was written, its pixels were read
         if kind in {"images", "labels"}:
             metadata.stamp(work.path / NEW / kind / key, uuid.uuid4().hex)
         commit(sdata, work, kind, key, overwrite=overwrite, entries=entries)
