@@ -163,8 +163,8 @@ def _places(name: str, made: World) -> NDArray[np.object_]:
     platform, size = PLATFORMS[name], made.size
     if platform.edge:
         n = int(size / platform.edge + 1e-9)
-        row, col = (index.ravel() * platform.edge for index in np.indices((n, n)))
-        return shapely.box(col, row, col + platform.edge, row + platform.edge)
+        y, x = (index.ravel() * platform.edge for index in np.indices((n, n)))
+        return shapely.box(x, y, x + platform.edge, y + platform.edge)
     # Legacy arrays are square; Visium's are hexagonal. Both start half a pitch from the corner.
     hexagonal = name == "spots"
     rise = platform.pitch * (np.sqrt(3) / 2 if hexagonal else 1)

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from pixnet._logging import logger
 from pixnet._sdata.rasters import pyramid, raster_element
-from pixnet.io._raster import read_picture
+from pixnet.io._picture import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
