@@ -101,7 +101,13 @@ def test_shallow_shapes_weigh_less_in_the_negative_binomial():
     cp10k = torch.full((40, 3), 20.0)
     found = [
         shape_loss(
-            predicted, density, cp10k, depth, LOSSES["nb+pcc"], umi=torch.full((40,), umi), dispersion=torch.full((3,), 0.1)
+            predicted,
+            density,
+            cp10k,
+            depth,
+            LOSSES["nb+pcc"],
+            umi=torch.full((40,), umi),
+            dispersion=torch.full((3,), 0.1),
         )
         for umi in (1e2, 1e5)
     ]

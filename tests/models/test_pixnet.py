@@ -131,7 +131,9 @@ def test_settings_are_checked(options, match):
 @pytest.mark.parametrize("function", [PixNet.__init__, PixNet.paper, px.tl.train])
 def test_every_setting_is_an_argument(function):
     """Settings are declared in one place; signatures that list them list all."""
-    settings = {field.name for field in fields(ModelConfig)} - ({"decoder", "hidden"} if function == PixNet.paper else set())
+    settings = {field.name for field in fields(ModelConfig)} - (
+        {"decoder", "hidden"} if function == PixNet.paper else set()
+    )
     assert settings <= set(inspect.signature(function).parameters)
 
 

@@ -89,6 +89,7 @@ class TestUni2:
     def test_the_paper_stands_on_it_from_training_to_a_file(self, tmp_path, monkeypatch):
         """All that a user with the weights does, with a small random one in their place."""
         import pixnet as px
+
         monkeypatch.setitem(TIMM_MODELS, UNI2_H, small_uni2())
         sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=6)
         genes = px.pp.select_genes(sdata, table_key="spots_counts", n_top=2)
