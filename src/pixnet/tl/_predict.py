@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
@@ -17,9 +17,10 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import TOTAL, check_genes, listed
+from pixnet._names import TOTALS, check_genes, listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, fingerprint
@@ -42,7 +43,7 @@ def predict(
     *,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
-    mask_key: str | bool | None = None,
+    mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
     precision: str | None = None,
@@ -162,14 +163,15 @@ def predict(
         "shape": list(request.grid.shape),
         "tile_size": request.grid.tile_size,
         "scale_factors": factors,
-        "precision": runner.precision,
+        "precision": request.precision,
         "device": request.device.type,
+        "torch_threads": request.threads,
     }
     entry = {
         "kind": "gene_map",
         "model": request.model_name,
         "unit": request.model.unit,
-        "quantity": request.quantity,
+        "identity": identity(request.names, request.grid.shape),
         **asked,
     }
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
@@ -190,16 +192,12 @@ class _Request:
     grid: MapGrid
     device: torch.device
     precision: str
-
-    @property
-    def quantity(self) -> str:
-        """The quantity that the map's channels hold."""
-        return self.model.quantity
+    threads: int | None
 
     @property
     def names(self) -> list[str]:
         """Names of the map's channels."""
-        return [*self.genes, TOTAL]
+        return [*self.genes, TOTALS[self.model.quantity]]
 
     @property
     def transformations(self) -> dict[str, Any]:
@@ -219,6 +217,8 @@ def _resolve(
     device: str | None,
 ) -> _Request:
     """Resolve and check the model, the genes, the grid and where to run."""
+    import torch
+
     from pixnet._core.predict.device import resolve_device, resolve_precision
     from pixnet.models._load import resolve_model
 
@@ -236,7 +236,8 @@ def _resolve(
             slide.mpp,
             resolved.mpp,
         )
-    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision)
+    threads = torch.get_num_threads() if on.type == "cpu" else None
+    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision, threads)
 
 
 def _open_tissue(request: _Request) -> TissueMask:
@@ -290,12 +291,6 @@ def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
     """Return the map as a lazy image element."""
     from pixnet._core.predict.tile_runner import lazy_map
 
-    if request.quantity != "density":
-        logger.warning(
-            "the model's map holds %r, not densities. A lazy map carries no record of that and pixnet.tl.aggregate would "
-            "take it for densities: store the map (inplace=True) to aggregate it",
-            request.quantity,
-        )
     return Image2DModel.parse(
         lazy_map(runner, uuid.uuid4().hex),
         dims=("c", "y", "x"),

@@ -224,7 +224,9 @@ def _lazy_tile(runner: TileRunner, block_id: tuple[int, int, int]) -> np.ndarray
     return tile.values
 
 
-def store_tiles(runner: TileRunner, target: Any, tiles: Sequence[TilePlace]) -> Iterator[tuple[TilePlace, TileCost]]:
+def store_tiles(
+    runner: TileRunner, target: Any, tiles: Sequence[TilePlace]
+) -> Generator[tuple[TilePlace, TileCost], None, None]:
     """Predict tiles and write them to an array ``(channels, y, x)``; yield each one's place and cost once it is there.
 
     The model runs in the caller's thread, between threads that read ahead and write behind, or whole tiles run where

@@ -19,14 +19,15 @@ from zarr.codecs import BloscCodec
 
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
+from pixnet._sdata.record import Entries
 from pixnet._sdata.store.element_store import (
-    Entries,
     check_free_on_disk,
     commit,
     heal,
     local_store,
     read_element,
     set_element,
+    write_earlier,
 )
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch, scratch_root
@@ -71,7 +72,7 @@ class MapSpec:
         """Sizes of all levels: each is exactly reduced, and what is left of a last block is left out."""
         shapes = [self.shape]
         for factor in self.scale_factors:
-            shapes.append(tuple(max(1, n // factor) for n in shapes[-1]))
+            shapes.append((max(1, shapes[-1][0] // factor), max(1, shapes[-1][1] // factor)))
         return shapes
 
     @property
@@ -153,6 +154,7 @@ class MapWriter:
         store = local_store(sdata)
         if store is not None:
             heal(sdata)
+            write_earlier(sdata)
             check_free_on_disk(store, key, overwrite)
         root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}
@@ -190,7 +192,8 @@ class MapWriter:
         tile
             Their size in pixels.
         """
-        array, found = self.arrays[level], set()
+        array = self.arrays[level]
+        found: set[tuple[int, int]] = set()
         for i, j in written:
             rows = _chunks_over(i * tile, (i + 1) * tile, factor, array.chunks[1], array.shape[1])
             columns = _chunks_over(j * tile, (j + 1) * tile, factor, array.chunks[2], array.shape[2])
