@@ -86,7 +86,9 @@ def test_rounds_of_mixed_calls(tmp_path, rounds):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PIXNET_SCRATCH_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", __file__, str(path)]
     both = [
-        subprocess.Popen([*command, who, str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        subprocess.Popen(
+            [*command, who, str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
         for who in ("a", "b")
     ]
     for process in both:
