@@ -30,6 +30,7 @@ from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import adapt_norms, cache_features, set_feature_statistics
 from pixnet._core.train.options import TrainingOptions
+from pixnet._sdata.pixel_size import get_mpp
 from pixnet._sdata.sections import open_section, resolve_sources, split_block
 from pixnet.models import PixNet
 
@@ -125,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     px.settings.progress = False
     train, test, genes = kidney_split(args.data, reverse=True)
-    mpp = train.attrs["pixnet"]["mpp"]["he"]
+    mpp = get_mpp(train, "he")
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     ready: tuple = ()
     for name in args.rows:

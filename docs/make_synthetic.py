@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import pixnet as px
+from pixnet._sdata.pixel_size import get_mpp
 
 WIDTHS = (600, 600, 120, 120)  # um
 
@@ -24,7 +25,7 @@ def window(sdata, corner: tuple[float, float], width: float) -> np.ndarray:
     """Return a square of a slide, ``(y, x, 3)``; corner and width are in µm."""
     image = sdata["he"]
     data = (image["scale0"]["image"] if hasattr(image, "children") else image).data
-    mpp = sdata.attrs["pixnet"]["mpp"]["he"]
+    mpp = get_mpp(sdata, "he")
     y, x = (slice(int(c / mpp), int((c + width) / mpp)) for c in corner)
     return np.asarray(data[:, y, x]).transpose(1, 2, 0)
 

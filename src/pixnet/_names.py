@@ -1,4 +1,4 @@
-"""Names of genes and of the channel that holds all transcripts."""
+"""Names of genes, and of the channel that holds all transcripts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from collections.abc import Iterable, Sequence
 TOTAL = "__total__"
 """Name of the channel that holds the density of all transcripts: the last one of every gene map."""
 
+TOTALS = {"density": TOTAL, "log_sum": "__total_log_sum__"}
+"""Name of that channel by quantity: it tells whether the genes beside it are densities or the published sums of logs."""
+
+
+def is_total(channel: str) -> bool:
+    """Whether a channel is the total of a gene map, of a quantity that is known here or not."""
+    return channel == TOTAL or (channel.startswith("__total_") and channel.endswith("__"))
+
 
 def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = None, where: str = "") -> list[str]:
     """Return one gene's name or several as a list of str, or refuse them.
@@ -18,7 +26,7 @@ def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = Non
     genes
         A name, or a list, array or index of names.
     among
-        The genes that there are; ``__total__`` is refused unless it is one of them. None: any name will do.
+        The genes that there are; a total is refused unless it is one of them. None: any name will do.
     where
         What has the genes of ``among``, for the message.
 
@@ -29,7 +37,7 @@ def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = Non
     TypeError
         If it is neither a string nor a collection of strings.
     ValueError
-        If it is empty, names a gene twice, or names one ``__total__``.
+        If it is empty, names a gene twice, or names a total such as ``__total__``.
     """
     if not isinstance(genes, Iterable) or isinstance(genes, bytes):
         raise TypeError(f"genes is {genes!r}; a gene's name or a list of names is needed")
@@ -43,8 +51,11 @@ def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = Non
     twice = [g for g, n in Counter(genes).items() if n > 1]
     if twice:
         raise ValueError(f"genes names {len(twice)} gene(s) more than once: {', '.join(twice[:5])}")
-    if TOTAL in genes and (among is None or TOTAL not in among):
-        raise ValueError(f"{TOTAL!r} is not a gene: it names the density of all transcripts, which is always predicted")
+    totals = [g for g in genes if is_total(g) and (among is None or g not in among)]
+    if totals:
+        raise ValueError(
+            f"{totals[0]!r} is not a gene: it names the density of all transcripts, which always comes along"
+        )
     if among is not None:
         known = set(among)
         missing = [g for g in genes if g not in known]

@@ -9,6 +9,7 @@ import pytest
 import shapely
 
 from pixnet._core.coverage import ShapeArrays, coverage
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet.datasets import synthetic_tissue
 from pixnet.datasets._synthetic.genes import PLATFORMS
 from pixnet.datasets._synthetic.world import TissueSpec, World, world
@@ -38,7 +39,7 @@ def test_contract(sdata):
     assert truth.shape == (31, 300, 300)
     assert truth.dtype == np.float32
     assert str(truth.coords["c"].values[-1]) == "__total__"
-    assert sdata.attrs["pixnet"]["mpp"] == {"he": 0.5, "truth": 2.0}
+    assert [find_mpp(sdata, key) for key in ("he", "truth")] == [0.5, 2.0]
     for name in ("spots", "cells", "bins"):
         table = sdata[f"{name}_counts"]
         assert list(table.obs["instance_id"]) == list(sdata[name].index)

@@ -10,6 +10,7 @@ import pytest
 import spatialdata
 from PIL import Image
 
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, levels
 from pixnet.io import slide
 
@@ -49,7 +50,7 @@ def test_pyramidal_tiff(tmp_path, pixels, ome, compression):
     found = levels(sdata["he"])
     if ome:
         assert [level.data.shape for level in found[:3]] == [(3, 2311, 1733), (3, 578, 434), (3, 145, 109)]
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.5, rel=1e-4)
+    assert find_mpp(sdata, "he") == pytest.approx(0.5, rel=1e-4)
     part = found[0].data.data[:, 200:900, 1100:1700].compute().astype(int)
     difference = np.abs(part - pixels[200:900, 1100:1700].transpose(2, 0, 1))
     assert difference.max() <= (0 if compression in {None, "deflate"} else 24)
@@ -67,7 +68,7 @@ def test_aperio_svs(tmp_path, pixels, compression):
         tiff.write(pixels[::8, ::8], description="Aperio Image Library v10", compression="jpeg", metadata=None)
         tiff.write(pixels[::4, ::4], tile=(256, 256), description=about.format(434, 578), **options)
     sdata = slide(path)
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.252)
+    assert find_mpp(sdata, "he") == pytest.approx(0.252)
     data = full_resolution(sdata["he"]).data
     assert data.shape == (3, 2311, 1733)
     part = data[:, 250:600, 300:777].compute().astype(int)
@@ -103,15 +104,15 @@ def test_plain_picture_asks_for_mpp(tmp_path, pixels, suffix):
     with pytest.raises(ValueError, match="give mpp="):
         slide(path)
     sdata = slide(path, mpp=0.5, image_key="section")
-    assert sdata.attrs["pixnet"]["mpp"] == {"section": 0.5}
+    assert find_mpp(sdata, "section") == 0.5
     assert len(levels(sdata["section"])) > 1
     assert np.abs(full_resolution(sdata["section"]).values.astype(int) - pixels.transpose(2, 0, 1)).mean() < 3
-    assert slide(path, mpp=False).attrs["pixnet"]["mpp"] == {}
+    assert find_mpp(slide(path, mpp=False), "he") is None
 
 
 def test_picture_with_a_real_resolution(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.png", dpi=(25_400 / 0.46, 25_400 / 0.46))
-    assert slide(tmp_path / "a.png").attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.46, rel=1e-3)
+    assert find_mpp(slide(tmp_path / "a.png"), "he") == pytest.approx(0.46, rel=1e-3)
 
 
 def test_transparent_is_white(tmp_path):
@@ -278,7 +279,7 @@ def test_round_trip_through_zarr(tmp_path, pixels):
     sdata = slide(tmp_path / "a.ome.tif")
     sdata.write(tmp_path / "a.zarr")
     back = spatialdata.read_zarr(tmp_path / "a.zarr")
-    assert back.attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.5)
+    assert find_mpp(back, "he") == pytest.approx(0.5)
     assert (full_resolution(back["he"]).values == pixels.transpose(2, 0, 1)).all()
 
 
@@ -286,7 +287,7 @@ def test_round_trip_through_zarr(tmp_path, pixels):
 class TestRealFiles:
     def test_aperio(self, shared_data):
         sdata = slide(shared_data / "wsi" / "CMU-1-Small-Region.svs")
-        assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.499)
+        assert find_mpp(sdata, "he") == pytest.approx(0.499)
         found = full_resolution(sdata["he"])
         assert found.shape == (3, 2967, 2220)
         assert (
@@ -295,7 +296,7 @@ class TestRealFiles:
 
     def test_ome_tiff(self, shared_data):
         sdata = slide(shared_data / "wsi" / "instanseg_HE_example.tif")
-        assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.5, rel=1e-3)
+        assert find_mpp(sdata, "he") == pytest.approx(0.5, rel=1e-3)
 
     def test_jpeg_asks(self, shared_data):
         with pytest.raises(ValueError, match="give mpp="):

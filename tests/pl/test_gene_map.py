@@ -9,7 +9,15 @@ import shapely
 import xarray as xr
 from geopandas import GeoDataFrame
 from spatialdata.models import Image2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, Scale, Sequence, get_transformation, set_transformation
+from spatialdata.transformations import (
+    Affine,
+    Identity,
+    Scale,
+    Sequence,
+    get_transformation,
+    remove_transformation,
+    set_transformation,
+)
 
 import pixnet as px
 
@@ -132,15 +140,16 @@ def test_scale_bar_has_a_round_length_in_um(slide):
 
 
 def test_scale_bar_counts_pixels_where_um_is_unknown(slide, capsys):
-    slide.attrs.clear()
+    for key in slide.images:
+        remove_transformation(slide[key], "pixnet_um")
     axes = px.pl.gene_map(slide, "EPCAM", box="slide")
     assert any(text.get_text().endswith(" px") for text in axes[0].texts)
     assert axes[0].get_xlim() == (0, 320)
     assert "set_mpp" in capsys.readouterr().err
 
 
-def test_um_of_a_map_without_record_comes_from_the_slide(slide):
-    del slide.attrs["pixnet"]["images"]["he_genes"]
+def test_um_of_a_map_without_a_pixel_size_comes_from_the_slide(slide):
+    remove_transformation(slide["he_genes"], "pixnet_um")
     ax = px.pl.gene_map(slide, "EPCAM", he_key=False, box="slide")
     assert ax.get_xlim() == pytest.approx((0, 160))
 
@@ -240,7 +249,8 @@ def test_pyramid_level_fits_the_panel(slide):
 def test_a_large_map_without_pyramid_is_averaged(slide):
     values = np.tile(np.array([[0.0, 2.0], [4.0, 6.0]], dtype=np.float32), (1000, 1000))
     values[:1000] = np.nan
-    slide.attrs["pixnet"]["mpp"].clear()
+    for key in slide.images:
+        remove_transformation(slide[key], "pixnet_um")
     slide["big"] = Image2DModel.parse(np.stack([values, values]), dims=("c", "y", "x"), c_coords=["A", "__total__"])
     ax = px.pl.gene_map(slide, "A", image_key="big", he_key=False, box="slide")
     shown = images(ax)[0].get_array()

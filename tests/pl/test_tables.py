@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pixnet as px
+from pixnet._sdata.rasters import channel_names
 
 from .conftest import CENTRES, MPP
 
@@ -143,7 +144,8 @@ def test_scales_wrong_arguments(slide, shapes, kwargs, error, says):
 
 
 def test_a_map_of_log_sums_is_not_taken_for_densities(slide):
-    slide.attrs["pixnet"]["images"]["he_genes"]["quantity"] = "log_sum"
+    names = [*channel_names(slide["he_genes"])[:-1], "__total_log_sum__"]
+    slide.set_channel_names("he_genes", names)
     axes = px.pl.scales(slide, "EPCAM", ["cells", "spots"])
     assert [ax.get_title() for ax in axes] == ["H&E", "cells  (n = 3)", "spots  (n = 6)"]
     with pytest.raises(ValueError, match="image_key=False"):

@@ -146,3 +146,5 @@ def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
     assert root.exists()
     scratch._clear_scratch(root, os.getpid())
     assert not root.exists()
+    with pytest.raises(FileNotFoundError, match="goes with the process that predicted the map"):
+        found["scale0"]["image"].values.any()  # not NaN

@@ -22,10 +22,19 @@ import torch
 import zarr
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel
-from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
+from spatialdata.transformations import (
+    Affine,
+    Identity,
+    Scale,
+    get_transformation,
+    remove_transformation,
+    set_transformation,
+)
 
 import pixnet as px
 from pixnet._core.predict.portable_model import clear_cache
+from pixnet._sdata.pixel_size import find_mpp
+from pixnet._sdata.rasters import channel_names
 from pixnet.tl import _predict
 
 GENES = ["A", "B", "C"]
@@ -60,7 +69,8 @@ def slide(shape=SHAPE, mpp=0.5, tissue=True):
         chunks=(3, 128, 128),
         transformations={"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))},
     )
-    sdata = SpatialData(images={"he": image}, attrs={"pixnet": {"mpp": {"he": mpp}}})
+    sdata = SpatialData(images={"he": image})
+    px.pp.set_mpp(sdata, "he", mpp)
     if tissue:
         mask = np.zeros((shape[0] // 10, shape[1] // 10), np.uint8)
         mask[5:30, 8:50] = 1
@@ -115,7 +125,8 @@ def test_map_of_an_object_in_memory(sdata, model):
     np.testing.assert_array_equal(~np.isnan(found.values), np.broadcast_to(tissue, found.shape))
     assert (found.values[:, tissue] >= 0).all()
     entry = sdata.attrs["pixnet"]["images"]["he_genes"]
-    assert (entry["kind"], entry["image_key"], entry["genes"], entry["mpp"]) == ("gene_map", "he", GENES, 2.0)
+    assert (entry["kind"], entry["image_key"], entry["genes"]) == ("gene_map", "he", GENES)
+    assert find_mpp(sdata, "he_genes") == 2.0
     assert not sdata.is_backed()
 
 
@@ -153,11 +164,11 @@ def test_lazy_equals_stored_and_writes_nothing(backed, model, monkeypatch):
     lazy = px.tl.predict(backed, model, inplace=False)
     assert isinstance(lazy.data, da.Array)
     assert "he_genes" not in backed
-    assert "images" not in backed.attrs["pixnet"]
+    assert "pixnet" not in backed.attrs
     assert tree_hash(backed.path) == before
     px.tl.predict(backed, model)
     np.testing.assert_array_equal(lazy.values, full(backed).values)
-    assert get_transformation(lazy, get_all=True).keys() == {"global", "um"}
+    assert get_transformation(lazy, get_all=True).keys() == {"global", "um", "pixnet_um"}
     np.testing.assert_array_equal(
         get_transformation(lazy, "um").to_affine_matrix(("x", "y"), ("x", "y")), np.diag([2.0, 2.0, 1.0])
     )
@@ -196,6 +207,7 @@ def test_chunks_of_the_image_do_not_matter(model):
     other["he"] = Image2DModel.parse(
         da.from_array(pixels, chunks=(1, 77, 311)), dims=("c", "y", "x"), transformations=system
     )
+    px.pp.set_mpp(other, "he", 0.5)
     for sdata in (one, other):
         px.tl.predict(sdata, model)
     np.testing.assert_array_equal(full(one).values, full(other).values)
@@ -214,7 +226,7 @@ def test_coarser_maps(sdata, model):
     fine, coarse = full(sdata).values, full(sdata, "coarse").values
     assert coarse.shape == (4, 25, 31)
     np.testing.assert_allclose(coarse, fine.reshape(4, 25, 5, 31, 5).mean(axis=(2, 4)), rtol=1e-5)
-    assert sdata.attrs["pixnet"]["images"]["coarse"]["mpp"] == pytest.approx(10)
+    assert find_mpp(sdata, "coarse") == pytest.approx(10)
 
 
 def test_masks_of_any_affine(sdata, model):
@@ -230,7 +242,6 @@ def test_a_missing_mask_is_computed_and_not_kept(model):
     sdata = px.datasets.synthetic_tissue(size_um=150, n_genes=5)
     for key in list(sdata.labels):
         del sdata[key]
-    sdata.attrs["pixnet"]["masks"] = {}
     px.tl.predict(sdata, model)
     assert not list(sdata.labels)
     assert (~np.isnan(full(sdata).values)).any()
@@ -291,17 +302,12 @@ def test_a_foreign_stain_is_named(sdata, model, monkeypatch):
     assert "in red" not in warned[0]
 
 
-@pytest.mark.parametrize("quantity", ["density", "log_sum"])
-def test_what_the_values_are_is_recorded(sdata, model, monkeypatch, quantity):
-    warned = []
-    monkeypatch.setattr(_predict.logger, "warning", lambda text, *args: warned.append(text % args))
+@pytest.mark.parametrize(("quantity", "total"), [("density", "__total__"), ("log_sum", "__total_log_sum__")])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_the_total_tells_what_the_values_are(sdata, quantity, total, inplace):
     own = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64, quantity=quantity)
-    px.tl.predict(sdata, own)
-    entry = sdata.attrs["pixnet"]["images"]["he_genes"]
-    assert (entry["quantity"], entry["unit"]) == (quantity, own.unit)
-    assert not warned
-    px.tl.predict(sdata, own, inplace=False)
-    assert [("log_sum" in line and "inplace=True" in line) for line in warned] == [True] * (quantity != "density")
+    found = px.tl.predict(sdata, own, inplace=inplace)
+    assert channel_names(sdata["he_genes"] if inplace else found) == [*GENES, total]
 
 
 def test_a_huge_slide_is_a_graph_in_no_time(model):
@@ -322,8 +328,8 @@ def test_a_huge_slide_is_a_graph_in_no_time(model):
                 mask, dims=("y", "x"), transformations={"global": Scale([80, 80], axes=("x", "y"))}
             )
         },
-        attrs={"pixnet": {"mpp": {"he": 0.5}}},
     )
+    px.pp.set_mpp(sdata, "he", 0.5)
     big = px.models.PixNet([f"g{i}" for i in range(250)], mpp=0.5, pretrained=False)
     start = time.perf_counter()
     lazy = px.tl.predict(sdata, big, inplace=False)
@@ -370,13 +376,14 @@ def test_refusals(model, arguments, error, match):
     pixels = da.map_blocks(unread, chunks=((3,), (500,), (620,)), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
     sdata = slide()
     sdata["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    px.pp.set_mpp(sdata, "he", 0.5)
     arguments = {"model": model, **arguments}
     with pytest.raises(error, match=match):
         px.tl.predict(sdata, **arguments)
 
 
 def test_um_per_pixel_must_be_known(sdata, model):
-    sdata.attrs["pixnet"] = {}
+    remove_transformation(sdata["he"], "pixnet_um")
     with pytest.raises(ValueError, match="set_mpp"):
         px.tl.predict(sdata, model)
 

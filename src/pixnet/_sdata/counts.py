@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
-from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.store.bound import bound
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -40,7 +41,7 @@ class Counts:
     total: np.ndarray
 
 
-def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
+def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
     """Return the matrix of raw counts of a table, observations by genes, sparse or dense, in memory.
 
     Raises
@@ -85,7 +86,9 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
     return matrix
 
 
-def totals(table: AnnData, table_key: str, matrix, total_key: str | None = None) -> np.ndarray:
+def totals(
+    table: AnnData, table_key: str, matrix: sparse.csr_matrix | np.ndarray, total_key: str | None = None
+) -> np.ndarray:
     """Return all UMI of each observation, ``(n,)``: ``obs[total_key]``, else the sum over all columns.
 
     Raises
@@ -125,7 +128,7 @@ def check_totals_alike(columns: dict[str, int], total_key: str | None) -> None:
     """
     if total_key is not None or len(columns) < 2:
         return
-    least, most = min(columns, key=columns.get), max(columns, key=columns.get)
+    least, *_, most = sorted(columns, key=lambda name: columns[name])
     if columns[most] > SUM_RATIO * columns[least]:
         raise ValueError(
             f"tables {least!r} ({columns[least]} genes) and {most!r} ({columns[most]} genes) sum over too different sets of "
@@ -137,8 +140,9 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     """Return the ids of a shapes element, or the labels (without 0) of a labels element, in order."""
     if shapes_key in sdata.shapes:
         return sdata.shapes[shapes_key].index
-    labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
-    check_bound(sdata.labels[shapes_key], f"labels {shapes_key!r}")
+    element = sdata.labels[shapes_key]
+    with bound(element, f"labels {shapes_key!r}"):
+        labels = np.unique(np.asarray(full_resolution(element).data))
     return pd.Index(labels[labels != 0])
 
 
@@ -165,10 +169,14 @@ def read_counts(
     rows = match_rows(sdata, table_key, shapes_key)
     matrix = counts_matrix(table, table_key, layer)
     total = totals(table, table_key, matrix, total_key)
-    counts = matrix[:, positions]
-    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    counts = dense(matrix[:, positions])
     here = rows >= 0
     return Counts(rows[here], counts[here].astype(np.float32), total[here])
+
+
+def dense(matrix: Any) -> np.ndarray:
+    """Return a matrix, sparse or not, as an array."""
+    return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
 
 
 def match_rows(sdata: SpatialData, table_key: str, shapes_key: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 from spatialdata import SpatialData
 
+from pixnet._sdata.legacy import bring_over
 from pixnet._sdata.store.element_store import heal
 
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
@@ -21,7 +22,7 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
     Raises
     ------
     TypeError
-        If anything in it is no SpatialData object.
+        If anything in it is not a SpatialData object.
     ValueError
         If it is empty, or one object is in it twice.
     """
@@ -44,11 +45,13 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
         raise ValueError(f"{argument} holds the same object twice")
     for one in objects.values():
         heal(one)
+        bring_over(one)
     return objects
 
 
 def check_sdata(sdata: Any, function: str) -> None:
-    """Refuse anything but a SpatialData object, and complete what a crash left undone in its store."""
+    """Refuse anything but a SpatialData object; complete what a crash left undone, bring over earlier versions."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")
     heal(sdata)
+    bring_over(sdata)

@@ -14,7 +14,10 @@ from spatialdata.transformations import Sequence as TransformSequence
 from xarray import DataArray, DataTree
 
 from pixnet._core.slide.pyramid import CHUNK, halve
-from pixnet._names import TOTAL
+from pixnet._names import is_total
+
+Array = np.ndarray | da.Array
+Scales = tuple[float, float]  # level-0 pixels per pixel of a level, (y, x)
 
 SMALLEST = 1024
 """Pyramids end with a level whose longer side is at most this many pixels."""
@@ -45,7 +48,7 @@ def levels(raster: DataArray | DataTree) -> list[Level]:
 def _arrays(raster: DataArray | DataTree) -> list[DataArray]:
     if isinstance(raster, DataArray):
         return [raster]
-    return [next(iter(level.data_vars.values())) for level in raster.children.values()]
+    return [next(iter(node.data_vars.values())) for node in raster.children.values()]
 
 
 def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
@@ -55,7 +58,7 @@ def _scale(full: DataArray, level: DataArray) -> tuple[float, float]:
     the scale is still 2 and 4. So the level's transform is taken, unless it belongs to another level: some writers
     repeat that of the finest.
     """
-    ratio = full.sizes["y"] / level.sizes["y"], full.sizes["x"] / level.sizes["x"]
+    ratio = (full.sizes["y"] / level.sizes["y"], full.sizes["x"] / level.sizes["x"])
     ours, theirs = (get_transformation(array, get_all=True) for array in (full, level))
     shared = [name for name in ours if name in theirs]
     if not shared:
@@ -87,12 +90,11 @@ def channel_names(image: DataArray | DataTree) -> list[str]:
 
 
 def is_gene_map(image: DataArray | DataTree) -> bool:
-    """Whether an image is a gene map: its last channel is ``__total__``."""
-    names = channel_names(image)
-    return bool(names) and names[-1] == TOTAL
+    """Whether an image is a gene map: one of its channels is a total, such as ``__total__``."""
+    return any(is_total(name) for name in channel_names(image))
 
 
-def pyramid(array: np.ndarray | da.Array) -> tuple[list[Any], list[tuple[float, float]]]:
+def pyramid(array: Array) -> tuple[list[Array], list[Scales]]:
     """Make the levels of an image by halving: finest first, with the exact scale of each in level-0 pixels (y, x).
 
     There are at least two: SpatialData reads a stored pyramid of one level as no pyramid.
@@ -100,10 +102,9 @@ def pyramid(array: np.ndarray | da.Array) -> tuple[list[Any], list[tuple[float, 
     return extend([array], [(1.0, 1.0)], SMALLEST)
 
 
-def extend(
-    levels: list[Any], scales: list[tuple[float, float]], smallest: int
-) -> tuple[list[Any], list[tuple[float, float]]]:
+def extend(levels: Sequence[Array], scales: Sequence[Scales], smallest: int) -> tuple[list[Array], list[Scales]]:
     """Add levels until the longer side is at most ``smallest`` and there are two."""
+    levels, scales = list(levels), list(scales)
     while (max(levels[-1].shape[-2:]) > smallest or len(levels) < 2) and min(levels[-1].shape[-2:]) >= 2:
         levels.append(halve(levels[-1]))
         scales.append((scales[-1][0] * 2, scales[-1][1] * 2))
@@ -111,8 +112,8 @@ def extend(
 
 
 def raster_element(
-    levels: Sequence[np.ndarray | da.Array],
-    scales: Sequence[tuple[float, float]],
+    levels: Sequence[Array],
+    scales: Sequence[Scales],
     *,
     transformations: Mapping[str, BaseTransformation] | None = None,
     channels: Sequence[str] | None = ("r", "g", "b"),

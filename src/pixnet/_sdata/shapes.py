@@ -14,7 +14,7 @@ from xarray import DataArray, DataTree
 
 from pixnet._core.coverage import ShapeArrays
 from pixnet._sdata.rasters import full_resolution
-from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.store.bound import bound
 from pixnet._sdata.transforms import affine_to_pixels
 
 
@@ -74,8 +74,8 @@ def read_shapes(
     if isinstance(element, GeoDataFrame):
         return PixelShapes(pack_element(element, shapes_key).transform(matrix), element.index)
     check_element(sdata, shapes_key)
-    geometries, ids = _label_rectangles(full_resolution(element))
-    check_bound(element, f"labels {shapes_key!r}")
+    with bound(element, f"labels {shapes_key!r}"):
+        geometries, ids = _label_rectangles(full_resolution(element))
     return PixelShapes(geometries.transform(matrix), pd.Index(ids))
 
 

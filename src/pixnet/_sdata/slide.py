@@ -40,9 +40,7 @@ class Slide:
     mask_key: str | Literal[False] | None
 
     @classmethod
-    def open(
-        cls, sdata: SpatialData, image_key: str | None = None, mask_key: str | Literal[False] | None = None
-    ) -> Slide:
+    def open(cls, sdata: SpatialData, image_key: str | None = None, mask_key: str | bool | None = None) -> Slide:
         """Resolve an image and its mask, and check them; reads no pixel.
 
         Raises
@@ -72,7 +70,7 @@ class Slide:
 
     @property
     def transformations(self) -> dict[str, Any]:
-        """Transformations of the full-resolution level to each of its coordinate systems."""
+        """Transformations of the full-resolution level to each of its coordinate systems, the pixel size among them."""
         return dict(get_transformation(self.image, get_all=True))
 
     def grid(self, mpp: float, stride: int) -> ModelGrid:

@@ -102,7 +102,8 @@ def synthetic_tissue(
     from spatialdata.transformations import Identity, Scale
     from spatialdata.transformations import Sequence as TransformSequence
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.record import note
 
     _check(size_um, mpp, n_genes, seed=seed, stain_seed=stain_seed, panel_seed=panel_seed)
     if isinstance(shapes, str):
@@ -126,16 +127,15 @@ def synthetic_tissue(
         channels=[*made.panel.names, TOTAL],
     )
     sdata = SpatialData(images={"he": raster_element(levels, scales, transformations=transformations), "truth": truth})
-    entry = record(sdata)
-    entry["mpp"].update({"he": float(mpp), "truth": TRUTH_UM})
-    entry["defaults"]["image_key"] = "he"
+    write_mpp(sdata, "he", float(mpp))
+    write_mpp(sdata, "truth", TRUTH_UM)
+    note(sdata, "defaults", "image_key", "he")
     if "spots" in shapes:
-        entry["defaults"]["shapes"] = "spots"
+        note(sdata, "defaults", "shapes", "spots")
 
     places = {name: _places(name, made) for name in dict.fromkeys(shapes)}
     for name, (keep, sums) in _aggregate(made, places).items():
         _add(sdata, made, name, places[name], keep, sums, transformations)
-        entry["tables"][f"{name}_counts"] = {"kind": "counts", "shapes": name}
     return sdata
 
 
@@ -163,8 +163,8 @@ def _places(name: str, made: World) -> NDArray[np.object_]:
     platform, size = PLATFORMS[name], made.size
     if platform.edge:
         n = int(size / platform.edge + 1e-9)
-        row, col = (index.ravel() * platform.edge for index in np.indices((n, n)))
-        return shapely.box(col, row, col + platform.edge, row + platform.edge)
+        y, x = (index.ravel() * platform.edge for index in np.indices((n, n)))
+        return shapely.box(x, y, x + platform.edge, y + platform.edge)
     # Legacy arrays are square; Visium's are hexagonal. Both start half a pitch from the corner.
     hexagonal = name == "spots"
     rise = platform.pitch * (np.sqrt(3) / 2 if hexagonal else 1)

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from pixnet._logging import logger
 from pixnet._sdata.rasters import pyramid, raster_element
-from pixnet.io._raster import read_picture
+from pixnet.io._picture import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -74,8 +74,8 @@ def legacy_st(
     ...     {"x": [1, 2, 1, 2], "y": [1, 1, 2, 2], "pixel_x": [100, 300, 100, 300], "pixel_y": [100, 100, 300, 300]}
     ... )
     >>> sdata = px.io.legacy_st(counts, spots, np.full((400, 400, 3), 255, dtype=np.uint8))
-    >>> round(sdata.attrs["pixnet"]["mpp"]["he"], 6)
-    1.0
+    >>> sdata["spots"].radius.tolist()  # px: spots are 100 um across, and 1 um/px is found
+    [50.0, 50.0, 50.0, 50.0]
     """
     import geopandas
     import shapely
@@ -83,7 +83,8 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.record import note
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)
@@ -142,10 +143,9 @@ def legacy_st(
         shapes={shapes_key: ShapesModel.parse(circles, transformations=dict(transformations))},
         tables={table_key: TableModel.parse(adata, region=shapes_key, region_key="region", instance_key="instance_id")},
     )
-    entry = record(sdata)
-    entry["mpp"][image_key] = float(mpp)
-    entry["defaults"].update({"image_key": image_key, "shapes": shapes_key})
-    entry["tables"][table_key] = {"kind": "counts", "shapes": shapes_key}
+    write_mpp(sdata, image_key, float(mpp))
+    note(sdata, "defaults", "image_key", image_key)
+    note(sdata, "defaults", "shapes", shapes_key)
     return sdata
 
 

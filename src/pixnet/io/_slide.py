@@ -8,13 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import dask.array as da
 import numpy as np
 
 from pixnet._logging import logger
-from pixnet._sdata.rasters import extend, pyramid, raster_element
+from pixnet._sdata.rasters import Array, Scales, extend, pyramid, raster_element
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
-from pixnet.io._raster import MAX_WHOLE_PIXELS, open_picture, read_picture
+from pixnet.io._picture import MAX_WHOLE_PIXELS, open_picture, read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -74,7 +75,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.record import note
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -92,10 +94,9 @@ def slide(
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    entry = record(sdata)
-    entry["defaults"]["image_key"] = image_key
+    note(sdata, "defaults", "image_key", image_key)
     if value is not None:
-        entry["mpp"][image_key] = value
+        write_mpp(sdata, image_key, value)
     return sdata
 
 
@@ -120,7 +121,8 @@ def _resolution(path: Path, mpp: float | Literal[False] | None, stated: tuple[fl
     return float((x + y) / 2)
 
 
-Levels = tuple[Sequence[Array], Sequence[Scales], tuple[float, float] | None]
+Array = np.ndarray | da.Array
+Levels = tuple[Sequence[Array], Sequence[tuple[float, float]], tuple[float, float] | None]
 
 
 def _read(path: Path) -> Levels:
@@ -168,7 +170,8 @@ def _read_openslide(path: Path) -> Levels:
             properties = dict(file.properties)
     except openslide.OpenSlideError as error:
         raise ValueError(f"{path} is damaged, or lacks the files that belong to it: {error}") from error
-    levels, scales = [], []
+    levels: list[Array] = []
+    scales = []
     for i, ((width, height), down) in enumerate(zip(dimensions, downsamples)):
         rows, columns = (int(properties.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("height", "width"))
         levels.append(OpenSlideLevel(path, i, (height, width), down).lazy((rows, columns)))
@@ -193,7 +196,7 @@ def _read_tiff(path: Path) -> Levels:
         whole = TiffLevel(path, content.series, 0, content.axes, content.levels[0])[:]
         return *pyramid(whole), content.mpp
     y, x = content.axes.index("Y"), content.axes.index("X")
-    levels = [
+    levels: list[Array] = [
         TiffLevel(path, content.series, i, content.axes, sizes).lazy(content.tile)
         for i, sizes in enumerate(content.levels)
     ]

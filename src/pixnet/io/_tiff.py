@@ -89,7 +89,7 @@ def open_tiff(path: Path) -> TiffFile:
     try:
         tiff = tifffile.TiffFile(path)
         pages = [level.keyframe for series in tiff.series for level in series.levels]
-        tiff.filehandle.seek(tiff.pages.next_page_offset)
+        tiff.filehandle.seek(tiff.pages.next_page_offset or 0)
         next_page = int.from_bytes(
             tiff.filehandle.read(tiff.tiff.offsetsize), "little" if tiff.byteorder == "<" else "big"
         )

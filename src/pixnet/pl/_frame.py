@@ -15,9 +15,9 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from pixnet._logging import logger
-from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, levels
-from pixnet._sdata.record import recorded
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
@@ -102,8 +102,7 @@ def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = No
 
 def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
     """Return the box that holds what a gene map predicts, in frame units, with a margin: slides are mostly glass."""
-    last = full_resolution(frame.sdata[key]).sizes["c"] - 1
-    pixels = read_pixels(frame, key, 400, [last])
+    pixels = read_pixels(frame, key, 400, [GeneMap.open(frame.sdata, key).total])
     known = np.isfinite(pixels.values[0])
     if not known.any():
         return frame.box
@@ -118,17 +117,19 @@ def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
 
 
 def _anchor_mpp(sdata: SpatialData, anchor: str) -> float | None:
-    """Return the pixel size (µm/px) of a raster: as recorded, or by way of an image whose pixel size is recorded."""
-    known = map_mpp(sdata, anchor)
+    """Return the pixel size of a raster (µm/px): its own, or by way of an image whose pixel size is known."""
+    known = find_mpp(sdata, anchor)
     if known is not None:
         return known
-    for other, mpp in recorded(sdata, "mpp").items():
-        if other in sdata:
-            try:
-                matrix = affine_to_pixels(sdata, anchor, other)
-            except ValueError:  # no shared coordinate system
-                continue
-            return float(mpp) * math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    for other in sdata.images:
+        mpp = find_mpp(sdata, other)
+        if mpp is None:
+            continue
+        try:
+            matrix = affine_to_pixels(sdata, anchor, other)
+        except ValueError:  # no shared coordinate system
+            continue
+        return mpp * math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
     return None
 
 

@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL, check_genes
+from pixnet._names import check_genes, is_total
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.rasters import channel_names, is_gene_map
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import map_quantity, to_cp10k
+from pixnet.pl._values import to_cp10k
 
 _UNITS = {"density": "density of transcripts", "cp10k": "CP10k", "log_sum": "log1p CP10k / µm²"}
 
@@ -124,15 +124,11 @@ def gene_map(
     """
     check_sdata(sdata, "pl.gene_map")
     image_key = resolve_any_image(sdata, image_key)
-    names = channel_names(sdata[image_key])
-    if not is_gene_map(sdata[image_key]):
-        raise ValueError(
-            f"image {image_key!r} is not a gene map (its last channel is not {TOTAL!r}); make one with pixnet.tl.predict"
-        )
-    genes = check_genes(genes, among=names, where=f"gene map {image_key!r}")
+    gene_map = GeneMap.open(sdata, image_key)
+    genes = check_genes(genes, among=gene_map.channels, where=f"gene map {image_key!r}")
     if show not in ("density", "cp10k"):
         raise ValueError(f"show is {show!r}; valid: 'density', 'cp10k'")
-    held = map_quantity(sdata, image_key)
+    held = gene_map.quantity
     if show == "cp10k" and held != "density":
         raise ValueError(
             f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave show='density' to "
@@ -158,11 +154,12 @@ def gene_map(
         if beside:
             draw_he(axes[0], frame, beside)
             axes[0].set_title("H&E")
-        values, affine = _read(frame, image_key, genes, names, show, panel_pixels(axes[-1]))
+        values, affine = _read(frame, gene_map, genes, show, panel_pixels(axes[-1]))
         shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
         # The unit of the genes is written once, beside the last of them.
-        last = next((g for g in reversed(genes) if g != TOTAL), None)
-        units = {last: _UNITS.get(show if held == "density" else held, held), TOTAL: "density of all transcripts"}
+        last = next((g for g in reversed(genes) if not is_total(g)), None)
+        units = {last: _UNITS[show if held == "density" else held]}
+        units[gene_map.channels[gene_map.total]] = "density of all transcripts"
         for panel, gene, picture in zip(axes[bool(beside) :], genes, values, strict=True):
             if under:
                 draw_he(panel, frame, under)
@@ -170,7 +167,7 @@ def gene_map(
             # Over H&E, low values let the tissue through.
             alpha = np.nan_to_num(np.clip(0.25 + 0.6 * norm(picture).filled(0), 0, 0.85)) if under else None
             image = draw_image(panel, np.ma.masked_invalid(picture), affine, cmap=chosen, norm=norm, alpha=alpha)
-            if gene == TOTAL:
+            if is_total(gene):
                 panel.set_title("all transcripts")
             else:
                 panel.set_title(gene, style="italic")
@@ -190,16 +187,14 @@ def gene_map(
     return returned(axes)
 
 
-def _read(
-    frame: Frame, image_key: str, genes: list[str], names: list[str], show: str, width: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _read(frame: Frame, gene_map: GeneMap, genes: list[str], show: str, width: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the values ``(gene, y, x)`` and the matrix that places them."""
-    where = [names.index(gene) for gene in genes]
+    where = [gene_map.channels.index(gene) for gene in genes]
     if show == "density":
-        pixels = read_pixels(frame, image_key, width, where)
+        pixels = read_pixels(frame, gene_map.key, width, where)
         return pixels.values, pixels.affine
-    pixels = read_pixels(frame, image_key, width, [*where, len(names) - 1])
+    pixels = read_pixels(frame, gene_map.key, width, [*where, gene_map.total])
     cp10k = to_cp10k(pixels.values[:-1], pixels.values[-1])
-    if TOTAL in genes:  # its part of itself says nothing
-        cp10k[genes.index(TOTAL)] = pixels.values[-1]
+    if gene_map.total in where:  # its part of itself says nothing
+        cp10k[where.index(gene_map.total)] = pixels.values[-1]
     return cp10k, pixels.affine

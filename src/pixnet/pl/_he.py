@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from pixnet._sdata.keys import resolve_image
-from pixnet._sdata.record import recorded
+from pixnet._sdata.record import find_entry
 from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels
 from pixnet.pl._style import bare
 
@@ -20,7 +20,7 @@ def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[Fals
         return None
     if he_key is not None:
         return resolve_image(sdata, he_key)
-    source = recorded(sdata, "images").get(map_key, {}).get("image_key") if map_key else None
+    source = (find_entry(sdata, "images", map_key) or {}).get("image_key") if map_key else None
     if source in sdata.images:
         return source
     try:

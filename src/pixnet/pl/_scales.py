@@ -10,17 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL, check_genes, listed
+from pixnet._names import check_genes, listed
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.pixel_size import map_mpp
-from pixnet._sdata.rasters import channel_names, is_gene_map
-from pixnet._sdata.record import recorded
+from pixnet._sdata.rasters import is_gene_map
+from pixnet._sdata.record import find_entry
 from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import map_quantity, table_values, to_cp10k
+from pixnet.pl._values import table_values, to_cp10k
 
 
 def scales(
@@ -126,8 +126,9 @@ def scales(
             axes[0].set_title("H&E")
         everything = [values.to_numpy() for values in columns]
         if map_key is not None:
-            channels = channel_names(sdata[map_key])
-            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), [channels.index(gene), channels.index(TOTAL)])
+            gene_map = GeneMap.open(sdata, map_key)
+            channels = [gene_map.channels.index(gene), gene_map.total]
+            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), channels)
             picture = to_cp10k(pixels.values[0], pixels.values[1])
             picture = np.log1p(picture) if log else picture
             everything.append(picture.ravel())
@@ -141,8 +142,7 @@ def scales(
             panel = axes[first - 1]
             norm = shared or own[-1]
             drawn = draw_image(panel, np.ma.masked_invalid(picture), pixels.affine, cmap=chosen, norm=norm)
-            mpp = map_mpp(sdata, map_key)
-            panel.set_title(f"{gene}, map" + (f" ({mpp:.2g} µm/px)" if mpp else ""))
+            panel.set_title(f"{gene}, map" + (f" ({gene_map.mpp:.2g} µm/px)" if gene_map.mpp else ""))
             if shared is None:
                 colour_bar(panel, drawn, picture, label)
             frame.show(panel)
@@ -192,22 +192,15 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
     if image_key is False:
         return None
     if image_key is None:
-        maps = [
-            key
-            for key in sdata.images
-            if is_gene_map(sdata[key]) and gene in channel_names(sdata[key]) and map_quantity(sdata, key) == "density"
-        ]
-        maps = [key for key in maps if key in recorded(sdata, "images")] or maps  # predicted ones, where there are any
+        maps = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
+        maps = [found.key for found in maps if gene in found.genes and found.quantity == "density"]
+        maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
-    key = resolve_any_image(sdata, image_key)
-    if not is_gene_map(sdata[key]):
+    found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+    check_genes(gene, among=found.channels, where=f"gene map {found.key!r}")
+    if found.quantity != "density":
         raise ValueError(
-            f"image {key!r} is not a gene map (its last channel is not {TOTAL!r}); pass False to show none"
-        )
-    check_genes([gene], among=channel_names(sdata[key]), where=f"gene map {key!r}")
-    if map_quantity(sdata, key) != "density":
-        raise ValueError(
-            f"gene map {key!r} holds {map_quantity(sdata, key)!r}, which is CP10k only when summed over shapes; pass "
+            f"gene map {found.key!r} holds {found.quantity!r}, which is CP10k only when summed over shapes; pass "
             "image_key=False to draw the tables alone"
         )
-    return key
+    return found.key

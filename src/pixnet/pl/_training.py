@@ -106,8 +106,15 @@ def _mark(panel: Axes, kept: int, validation: pd.Series | None, label: str, *, b
     panel.axvline(kept, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1, label=label, gid="kept")
     if validation is None or kept not in validation.index:
         return
-    ring = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "markeredgecolor": SECOND}
-    panel.plot(kept, validation[kept], gid="best-epoch", **ring)
+    panel.plot(
+        kept,
+        validation[kept],
+        marker="o",
+        markersize=7,
+        markerfacecolor="none",
+        markeredgecolor=SECOND,
+        gid="best-epoch",
+    )
     panel.annotate(
         f"{validation[kept]:.3g}",
         (kept, validation[kept]),

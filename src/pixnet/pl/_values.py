@@ -10,12 +10,7 @@ from spatialdata import SpatialData
 from pixnet._names import check_genes, listed
 from pixnet._sdata.counts import counts_matrix, gene_positions, totals
 from pixnet._sdata.keys import annotated_regions
-from pixnet._sdata.record import is_predicted_table, recorded
-
-
-def map_quantity(sdata: SpatialData, image_key: str) -> str:
-    """Return the recorded quantity of a gene map: "density", or "log_sum" (the published model's)."""
-    return recorded(sdata, "images").get(image_key, {}).get("quantity", "density")
+from pixnet._sdata.record import is_predicted_table
 
 
 def to_cp10k(density: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -65,7 +60,7 @@ def table_values(
     regions = annotated_regions(table)
     if len(regions) != 1:
         raise ValueError(f"table {table_key!r} annotates {listed(regions)}; a table of one shapes element is needed")
-    predicted = is_predicted_table(sdata, table_key)
+    predicted = is_predicted_table(table)
     matrix = table.X if predicted else counts_matrix(table, table_key, layer)
     column = matrix[:, gene_positions(table, table_key, [gene])]
     values = np.asarray(column.todense() if sparse.issparse(column) else column, dtype=np.float64).ravel()

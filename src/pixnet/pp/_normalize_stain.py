@@ -10,6 +10,7 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
+from pixnet._sdata.record import identity_of
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -128,6 +129,6 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    masks = {key_added: tissue} if isinstance(tissue, str) else {}
-    put(sdata, key_added, element, overwrite=overwrite, entries={"mpp": {key_added: slide.mpp}, "masks": masks})
+    mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {key_added: mask}})
     return None

@@ -1,4 +1,4 @@
-"""The genes a model is trained on."""
+"""Choice of the genes that a model is trained on."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def select_genes(
     table_key
         Table of raw counts in each object, or several; ``None``: the recorded one, else the only one.
     n_top
-        Number of genes; ``None`` is all that qualify, ordered.
+        Number of genes; ``None`` takes all that qualify, in order.
     total_key
         Column of ``obs`` with all transcripts of the spot; ``None`` takes the sum over all columns of the table.
     exclude_prefixes
-        Genes whose names begin so are left out.
+        Beginnings of the names of genes to leave out.
     min_fraction
         Least share of spots in which the gene is detected.
     layer
@@ -59,8 +59,8 @@ def select_genes(
     KeyError
         If a table, layer or ``obs`` column is missing.
     ValueError
-        If no gene qualifies, names are repeated, values are no raw counts, or totals
-        without ``total_key`` would be sums over very different numbers of genes.
+        If no gene qualifies, names are repeated, values are not raw counts, or totals without ``total_key`` would be sums
+        over very different numbers of genes.
 
     Examples
     --------

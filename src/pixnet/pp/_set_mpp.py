@@ -10,7 +10,7 @@ import numpy as np
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.store.element_store import record_entries
+from pixnet._sdata.pixel_size import write_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -56,4 +56,4 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
         raise ValueError(f"mpp is {mpp!r}; a positive, finite number of um per pixel is needed, for instance 0.5")
     if not 0.05 <= mpp <= 50:
         logger.warning("%g um per pixel is unusual for a slide (0.2 to 10): is it um, and of the finest level?", mpp)
-    record_entries(sdata, {"mpp": {image_key: mpp}})
+    write_mpp(sdata, image_key, mpp)

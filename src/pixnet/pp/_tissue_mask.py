@@ -9,14 +9,14 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import raster_element
-from pixnet._sdata.record import recorded
+from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-    from xarray import DataArray
+    from xarray import DataArray, DataTree
 
 
 def tissue_mask(
@@ -26,7 +26,7 @@ def tissue_mask(
     key_added: str | None = None,
     overwrite: bool = False,
     inplace: bool = True,
-) -> DataArray | None:
+) -> DataArray | DataTree | None:
     """Find tissue on an H&E image.
 
     Tissue is what has texture or absorbs clearly more than the glass around it. The glass is estimated locally, so
@@ -77,6 +77,8 @@ def tissue_mask(
     element = raster_element([mask.astype(np.uint8)], [scale], transformations=slide.transformations, channels=None)
     if not inplace:
         return element
-    known = key_added == f"{image_key}_tissue" or image_key not in recorded(sdata, "masks")
-    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: key_added}} if known else {})
+    entry = find_entry(sdata, "masks", image_key)
+    if entry is None or key_added == f"{image_key}_tissue":
+        entry = {"mask_key": key_added, "identity": identity_of(slide.image)}
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: entry}})
     return None

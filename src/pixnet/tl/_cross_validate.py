@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,6 @@ from pixnet._core.train.split import longer_axis
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
 from pixnet._sdata.inputs import SpatialDatas, named_objects
-from pixnet._sdata.record import record
 from pixnet._sdata.sections import MeasuredSlide, open_measured
 from pixnet._sdata.shapes import pixel_shapes
 from pixnet.tl._aggregate import aggregate
@@ -161,14 +159,9 @@ def _test(
 ) -> dict[str, pd.DataFrame]:
     """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
     work = SpatialData.init_from_elements(
-        {name: element for _, name, element in sdata.gen_elements()}, attrs=copy.deepcopy(dict(sdata.attrs))
+        {name: element for _, name, element in sdata.gen_elements()}, attrs=sdata.attrs
     )
-    source = open_measured({"0": work}, image_key, list(pairs), list(pairs.values()), total_key)[0]
-    grid = source.slide.grid(model.mpp, model.stride)
     map_key = _free(work, "map")
-    # A lazy map carries no record of what it holds: it stands here, where aggregate looks.
-    held = {"kind": "gene_map", "quantity": model.quantity, "mpp": grid.mpp * grid.stride}
-    record(work)["images"][map_key] = held
     work.images[map_key] = predict(work, model, image_key=image_key, mask_key=mask_key, device=device, inplace=False)
     tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
     out = {}

@@ -17,9 +17,10 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import TOTAL, check_genes, listed
+from pixnet._names import TOTALS, check_genes, listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, fingerprint
@@ -170,7 +171,7 @@ def predict(
         "kind": "gene_map",
         "model": request.model_name,
         "unit": request.model.unit,
-        "quantity": request.quantity,
+        "identity": identity(request.names, request.grid.shape),
         **asked,
     }
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
@@ -194,14 +195,9 @@ class _Request:
     threads: int | None
 
     @property
-    def quantity(self) -> str:
-        """The quantity that the map's channels hold."""
-        return self.model.quantity
-
-    @property
     def names(self) -> list[str]:
         """Names of the map's channels."""
-        return [*self.genes, TOTAL]
+        return [*self.genes, TOTALS[self.model.quantity]]
 
     @property
     def transformations(self) -> dict[str, Any]:
@@ -301,12 +297,6 @@ def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
     """Return the map as a lazy image element."""
     from pixnet._core.predict.tile_runner import lazy_map
 
-    if request.quantity != "density":
-        logger.warning(
-            "the model's map holds %r, not densities. A lazy map carries no record of that and pixnet.tl.aggregate would "
-            "take it for densities: store the map (inplace=True) to aggregate it",
-            request.quantity,
-        )
     return Image2DModel.parse(
         lazy_map(runner, uuid.uuid4().hex),
         dims=("c", "y", "x"),

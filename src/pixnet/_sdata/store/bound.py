@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from xarray import DataArray, DataTree
@@ -47,6 +49,14 @@ def check_bound(element: DataArray | DataTree, what: str) -> None:
                     f"{what} lacks {missing} of the {entry['chunks']} chunks that were written to {path}; "  # type: ignore[index, call-overload]
                     "they would read as missing values. Copy the store again, or make the element again with overwrite=True"
                 )
+
+
+@contextmanager
+def bound(element: DataArray | DataTree, what: str) -> Iterator[None]:
+    """Check an element before and after its pixels are read (see `check_bound`)."""
+    check_bound(element, what)
+    yield
+    check_bound(element, what)
 
 
 def _check_channels(data: DataArray, group: Path, what: str) -> None:

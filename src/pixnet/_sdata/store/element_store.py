@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
 from pixnet._sdata.keys import check_key_free
+from pixnet._sdata.legacy import write_brought_over
+from pixnet._sdata.record import Entries, merged
 from pixnet._sdata.store import metadata
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.workspace import (
@@ -50,9 +52,6 @@ from pixnet._sdata.store.workspace import (
     work_folders,
     write_json,
 )
-
-Entries = Mapping[str, Mapping[str, Any]]
-"""Entries of pixnet's record, by role and name: ``{"masks": {"he": "he_tissue"}}``."""
 
 
 class CommittedError(OSError):
@@ -103,6 +102,7 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, 
     if root is None:
         set_element(sdata, key, element, entries)
         return
+    write_earlier(sdata)
     with work_folder(root, key) as work:
         kind = _write_single(work.path / NEW, key, element)
         if isinstance(element, DataArray | DataTree):
@@ -146,6 +146,13 @@ def heal(sdata: SpatialData) -> list[str]:
     return [journal["key"] for journal in done if journal["kind"] is not None]
 
 
+def write_earlier(sdata: SpatialData) -> None:
+    """Bring the store of an earlier version over, before its old record goes with the next change."""
+    entries = write_brought_over(sdata)
+    if entries:
+        record_entries(sdata, entries)
+
+
 def record_entries(sdata: SpatialData, entries: Entries) -> None:
     """Merge entries into what is recorded of an object, and into its store; other entries on disk stay as they are."""
     root = local_store(sdata)
@@ -153,7 +160,7 @@ def record_entries(sdata: SpatialData, entries: Entries) -> None:
         with work_folder(root, "") as work, store_lock(root):
             _finish(root, work)
             metadata.write_entries(root, work, None, entries)
-    sdata.attrs = metadata.merge_entries(sdata.attrs, None, entries)
+    sdata.attrs = merged(sdata.attrs, None, entries)
 
 
 def update_element_attrs(
@@ -368,4 +375,4 @@ def set_element(sdata: SpatialData, key: str, element: Any, entries: Entries | N
     if key in sdata:
         del sdata[key]
     sdata[key] = element
-    sdata.attrs = metadata.merge_entries(sdata.attrs, key, entries or {})
+    sdata.attrs = merged(sdata.attrs, key, entries or {})

@@ -19,14 +19,15 @@ from zarr.codecs import BloscCodec
 
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
+from pixnet._sdata.record import Entries
 from pixnet._sdata.store.element_store import (
-    Entries,
     check_free_on_disk,
     commit,
     heal,
     local_store,
     read_element,
     set_element,
+    write_earlier,
 )
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch, scratch_root
@@ -153,6 +154,7 @@ class MapWriter:
         store = local_store(sdata)
         if store is not None:
             heal(sdata)
+            write_earlier(sdata)
             check_free_on_disk(store, key, overwrite)
         root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}

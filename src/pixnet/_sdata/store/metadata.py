@@ -9,27 +9,31 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import zarr
 
+from pixnet._sdata.record import Entries, merged
 from pixnet._sdata.store.workspace import NEW, Workspace, read_json, write_json
 
 TYPES = ("images", "labels", "points", "shapes", "tables")
 METADATA = "zarr.json"
-_ROLES = ("images", "tables", "masks", "mpp")  # of the record, by name of the element
 
 
 def stored_elements(root: Path, key: str) -> dict[str, str]:
-    """Return the types under which a store holds an element of a name, each with a hash of its metadata."""
-    found = {}
-    for kind in TYPES:
-        if (root / kind / key).is_dir():
-            path = root / kind / key / METADATA
-            found[kind] = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    return found
+    """Return the types under which a store holds an element of a name, each with what tells it from others."""
+    return {kind: _hash(root / kind / key) for kind in TYPES if (root / kind / key).is_dir()}
+
+
+def _hash(element: Path) -> str:
+    """Return a hash of an element's metadata, that of its arrays, and the sizes of other files."""
+    digest = hashlib.sha256()
+    for path in sorted(element.iterdir()):
+        inner = path / METADATA
+        if path.name == METADATA or inner.exists():
+            digest.update((path if path.name == METADATA else inner).read_bytes())
+        digest.update(f"{path.name} {path.stat().st_size if path.is_file() else ''}".encode())
+    return digest.hexdigest()
 
 
 def is_consolidated(root: Path) -> bool:
@@ -73,23 +77,10 @@ def list_label(root: Path, work: Workspace, key: str) -> None:
         write_json(root / "labels" / METADATA, content, through=work.path)
 
 
-def merge_entries(
-    attrs: Mapping[str, Any], key: str | None, entries: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return attributes with entries of pixnet's record added, and without those of an earlier element named ``key``."""
-    record = dict(attrs.get("pixnet", {}))
-    for role in {*_ROLES, *entries} & {*record, *entries}:
-        old = record.get(role)
-        old = old if isinstance(old, Mapping) else {}  # edited by hand
-        kept = {name: entry for name, entry in old.items() if name != key} if role in _ROLES else old
-        record[role] = {**kept, **entries.get(role, {})}
-    return {**attrs, "pixnet": record} if record else dict(attrs)
-
-
-def write_entries(root: Path, work: Workspace, key: str | None, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def write_entries(root: Path, work: Workspace, key: str | None, entries: Entries) -> None:
     """Merge entries into the record of a store; whatever else is in its attributes stays."""
     content = read_json(root / METADATA)
-    attrs = merge_entries(content["attributes"], key, entries)
+    attrs = merged(content["attributes"], key, entries)
     if attrs != content["attributes"]:
         write_json(root / METADATA, {**content, "attributes": attrs}, through=work.path)
 
