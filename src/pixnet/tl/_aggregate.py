@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.coverage import WEIGHTS, ShapeArrays
+from pixnet._core.coverage import WEIGHTS, ShapeArrays, Weights
 from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
@@ -35,7 +35,7 @@ def aggregate(
     image_key: str | None = None,
     genes: str | Sequence[str] | None = None,
     agg_func: str | Sequence[str] = "mean",
-    weights: Literal["area", "center"] = "area",
+    weights: Weights = "area",
     min_coverage: float = 0.0,
     coordinate_system: str | None = None,
     key_added: str | Mapping[str, str] | None = None,
@@ -185,7 +185,7 @@ def _check(
     names: list[str],
     genes: str | Sequence[str] | None,
     agg_func: Any,
-    weights: str,
+    weights: Weights,
     min_coverage: float,
     coordinate_system: str | None,
 ) -> Plan:
