@@ -66,7 +66,8 @@ def work(path, who):
             table = px.tl.aggregate(sdata, "spots", image_key="map", inplace=False)
             np.testing.assert_array_equal(table.X, right)
         except RuntimeError as error:
-            assert "another process is writing" in str(error), error
+            if "another process is writing" not in str(error):
+                raise
     print("done")
 
 
