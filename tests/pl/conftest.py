@@ -17,7 +17,7 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
-from pixnet._sdata.pixel_size import write_mpp
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet._sdata.record import identity_of, note
 
 GENES = ["EPCAM", "COL1A1", "CD3E"]

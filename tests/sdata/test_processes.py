@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spatialdata as sd
+import torch
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 
 import pixnet as px
+from pixnet._sdata.pixel_size import get_mpp
 from pixnet._sdata.store.workspace import WORK, store_lock
 
 ROUNDS = 20
@@ -29,11 +31,19 @@ def make_slide():
     return SpatialData(images=images, shapes={"spots": ShapesModel.parse(xy, geometry=0, radius=9.0)})
 
 
-def make_model(genes=("A", "B")):
-    import torch
+class MeanColour(torch.nn.Module):
+    """An encoder of mean colours: quick."""
 
+    strides, channels = (4, 8), (3, 3)
+
+    def forward(self, image):
+        fine = torch.nn.functional.avg_pool2d(image, 4)
+        return [fine, torch.nn.functional.avg_pool2d(fine, 2)]
+
+
+def make_model():
     torch.manual_seed(0)
-    return px.models.PixNet(list(genes), mpp=0.5, pretrained=False, window=64, halo=64)
+    return px.models.PixNet(["A", "B"], encoder=MeanColour(), mpp=0.5, window=64, halo=8)
 
 
 def expected():
@@ -47,8 +57,6 @@ def expected():
 
 def work(path, who):
     """Mixed calls on one object that was read at the start; each process has names of its own, and one they share."""
-    import torch
-
     torch.set_num_threads(1)
     px.settings.progress = False
     sdata, model, right = sd.read_zarr(path), make_model(), np.load(Path(path).parent / "right.npy")
@@ -90,8 +98,6 @@ def test_twenty_rounds_of_mixed_calls(tmp_path):
     assert set(sdata.tables) == {f"{who}_table_{n}" for who in "ab" for n in range(ROUNDS)}
     for table in sdata.tables.values():
         np.testing.assert_array_equal(table.X, right)
-    from pixnet._sdata.pixel_size import get_mpp
-
     assert [get_mpp(sdata, key) for key in ("he", "a", "b")] == [0.5, *[0.5 + (ROUNDS - 1) / 100] * 2]
     record = sdata.attrs["pixnet"]
     assert set(record["images"]) >= {"a_map", "b_map", "map"}

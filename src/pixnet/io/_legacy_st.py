@@ -83,8 +83,8 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.pixel_size import write_mpp
     from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)

@@ -74,7 +74,7 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.pixel_size import write_mpp
+    from pixnet._sdata.store.element_store import write_mpp
     from pixnet._sdata.record import note
 
     path = Path(path).expanduser()
