@@ -311,15 +311,6 @@ class TestUntrainedModels:
         assert found["mse"].max() < 0.3
         assert slide["spots_genes"].uns["pixnet"]["quantity"] == "log_sum"
 
-    def test_a_log_mean_is_averaged(self, slide):
-        model = px.models.PixNet(QUICK["genes"], encoder="patch-test", quantity="log_mean", window=256, halo=64)
-        model.set_baseline(torch.tensor([7.0, 6.0, 5.0]))
-        px.tl.predict(slide, model, mask_key=False)
-        px.tl.aggregate(slide, "spots")
-        table = slide["spots_genes"]
-        np.testing.assert_allclose(np.log1p(table.X), table.layers["density"], rtol=1e-5)
-        np.testing.assert_allclose(table.layers["density"].mean(axis=0), [7, 6, 5], atol=0.5)
-
     def test_genes_without_counts_are_kept_out(self, slide):
         slide["spots_counts"].X[:, 2] = 0
         model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
@@ -439,6 +430,7 @@ class TestLeftOut:
     def test_an_all_background_slide(self, slide):
         white = np.full((3, 768, 768), 255, np.uint8)
         slide["he"] = Image2DModel.parse(white, dims=("c", "y", "x"))
+        px.pp.set_mpp(slide, "he", 0.5)
         with pytest.raises(ValueError, match="no shapes are left to train on"):
             train(slide, mask_key=None, validation=coloured_slide(2))
 

@@ -147,7 +147,7 @@ def _usable(
     keep = np.flatnonzero(~outside & ~empty)
     depth = total[keep]
     cp10k = 1e4 * counts[keep] / depth[:, None].astype(np.float32)
-    return Targets(key, geometries.take(keep), cp10k.astype(np.float32), depth)
+    return Targets(key, geometries.take(keep), cp10k.astype(np.float32, copy=False), depth)
 
 
 def split_block(section: Section, share: float = 0.2) -> tuple[Section, Section]:

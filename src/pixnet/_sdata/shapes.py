@@ -16,6 +16,8 @@ from pixnet._core.coverage.shapes import RECTANGLE, ShapeArrays, pack_checked, p
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.transforms import affine_to_pixels
 
+_MAX_ID = np.iinfo(np.int64).max
+
 
 @dataclass(frozen=True)
 class PixelShapes:
@@ -57,7 +59,7 @@ def pixel_shapes(
     Raises
     ------
     TypeError
-        If the index is neither text nor integers, or a geometry is no polygon, multipolygon or circle.
+        If the index is neither text nor integers, or a geometry is not a polygon, multipolygon or circle.
     ValueError
         If ids repeat, or a geometry is missing, empty, invalid or three-dimensional (the first few are named by id).
     """
@@ -74,7 +76,7 @@ def read_shapes(
         return PixelShapes(pack_element(element, shapes_key).transform(matrix), element.index)
     check_element(sdata, shapes_key)
     geometries, ids = _label_rectangles(full_resolution(element))
-    return PixelShapes(geometries.transform(matrix), pd.Index(ids))
+    return PixelShapes(geometries.transform(matrix), pd.Index(label_ids(ids, shapes_key)))
 
 
 def check_element(sdata: SpatialData, key: str) -> None:
@@ -99,6 +101,10 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     ids = element.index
     if not (pd.api.types.is_integer_dtype(ids.dtype) or pd.api.types.is_string_dtype(ids.dtype)):
         raise TypeError(f"the index of {key!r} is {ids.dtype}; ids of shapes must be integers or text")
+    if ids.dtype.kind == "u" and len(ids) and ids.max() > _MAX_ID:
+        raise ValueError(
+            f"the index of {key!r} goes up to {ids.max()}, beyond int64; number the shapes anew, from 1 on"
+        )
     if not ids.is_unique:
         raise ValueError(
             f"the index of {key!r} has duplicate ids: {_some(ids, ids.duplicated())}; make them unique, for instance "
@@ -114,7 +120,7 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
             raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {mend}")
 
     refuse(types < 0, "are missing", "drop those rows")
-    refuse(~(point | polygon), "are no polygon, multipolygon or circle", "drop or buffer them", TypeError)
+    refuse(~(point | polygon), "are not polygons, multipolygons or circles", "drop or buffer them", TypeError)
     refuse(shapely.is_empty(geometries), "are empty", "drop those rows")
     flatten = f"flatten them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.force_2d()"
     refuse(shapely.has_z(geometries), "have z coordinates", flatten)
@@ -143,8 +149,15 @@ def check_labels(element: DataArray | DataTree, key: str) -> None:
     data = full_resolution(element)
     if data.dims != ("y", "x"):
         raise ValueError(f"labels {key!r} have dimensions {data.dims}; pixnet works on 2D labels (y, x)")
-    if data.dtype.kind not in "iu":
+    if data.dtype.kind not in "iub":
         raise TypeError(f"labels {key!r} are {data.dtype}; integers are needed")
+
+
+def label_ids(labels: NDArray, key: str) -> NDArray[np.int64]:
+    """Return label numbers as int64, which tables hold as ids."""
+    if labels.dtype.kind == "u" and labels.size and labels.max() > _MAX_ID:
+        raise ValueError(f"labels {key!r} go up to {labels.max()}, beyond int64; number the objects anew, from 1 on")
+    return labels.astype(np.int64)
 
 
 def _some(ids: pd.Index, wrong: NDArray[np.bool_], n: int = 5) -> str:
