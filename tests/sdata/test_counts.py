@@ -281,9 +281,12 @@ def test_labels_of_any_integer_type(dtype, numbers):
 
 
 def test_labels_beyond_the_ids_of_tables_are_refused():
-    sdata = labelled("uint64", [5, 2**63 + 1])
-    for call in (lambda: element_ids(sdata, "cells"), lambda: px.tl.aggregate(sdata, "cells", image_key="im")):
-        with pytest.raises(ValueError, match="'cells' go up to 9223372036854775809, beyond int64"):
+    from spatialdata.models import Labels2DModel
+
+    sdata = labelled("uint64", [5, 6])
+    sdata["far"] = Labels2DModel.parse(np.full((8, 8), 2**63 + 1, np.uint64), dims=("y", "x"))
+    for call in (lambda: element_ids(sdata, "far"), lambda: px.tl.aggregate(sdata, "far", image_key="im")):
+        with pytest.raises(ValueError, match="'far' go up to 9223372036854775809, beyond int64"):
             call()
 
 

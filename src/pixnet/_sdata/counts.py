@@ -14,7 +14,6 @@ from spatialdata import SpatialData
 
 from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
-from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.shapes import label_ids
 
@@ -42,6 +41,14 @@ class Counts:
     rows: np.ndarray
     counts: np.ndarray
     total: np.ndarray
+
+
+def annotated_regions(table: Any) -> list[str]:
+    """Return the elements that a table annotates (SpatialData's ``region``)."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    if region is None:
+        return []
+    return [region] if isinstance(region, str) else [str(r) for r in region]
 
 
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:

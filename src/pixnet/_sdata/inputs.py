@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from pixnet._sdata.legacy import bring_over
 
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
-"""What functions take that work on one or several objects."""
+"""One or several objects, as functions take them."""
 
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:

@@ -14,8 +14,8 @@ from pixnet._core.slide.grid import ModelGrid
 from pixnet._core.train.crops import Section, Targets
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import check_totals_alike, read_counts
-from pixnet._sdata.keys import annotated_regions, resolve_shapes, resolve_table
+from pixnet._sdata.counts import annotated_regions, check_totals_alike, read_counts
+from pixnet._sdata.keys import resolve_shapes, resolve_table
 from pixnet._sdata.shapes import pixel_shapes
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import open_mask
@@ -60,7 +60,7 @@ def resolve_sources(
     KeyError
         If an image, or every one of the shapes or tables named, is missing in an object.
     ValueError
-        If um/px is unknown, a name is ambiguous, or totals could not be compared.
+        If a pixel size is unknown, a name is ambiguous, or totals could not be compared.
     """
     shapes = [shapes] if isinstance(shapes, str) else shapes
     table_key = [table_key] if isinstance(table_key, str) else table_key

@@ -115,9 +115,9 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     point = types == shapely.GeometryType.POINT
     polygon = (types == shapely.GeometryType.POLYGON) | (types == shapely.GeometryType.MULTIPOLYGON)
 
-    def refuse(wrong: NDArray[np.bool_], fault: str, mend: str, error: type[Exception] = ValueError) -> None:
+    def refuse(wrong: NDArray[np.bool_], fault: str, fix: str, error: type[Exception] = ValueError) -> None:
         if wrong.any():
-            raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {mend}")
+            raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {fix}")
 
     refuse(types < 0, "are missing", "drop those rows")
     refuse(~(point | polygon), "are not polygons, multipolygons or circles", "drop or buffer them", TypeError)
@@ -139,8 +139,8 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     wrong[suspects] = ~shapely.is_valid(geometries[suspects])
     if wrong.any():
         reason = shapely.is_valid_reason(geometries[np.flatnonzero(wrong)[0]])
-        mend = f"mend them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
-        refuse(wrong, f"are invalid (the first: {reason})", mend)
+        fix = f"fix them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
+        refuse(wrong, f"are invalid (the first: {reason})", fix)
     return packed
 
 
@@ -168,7 +168,7 @@ def _some(ids: pd.Index, wrong: NDArray[np.bool_], n: int = 5) -> str:
 
 
 def _label_rectangles(labels: DataArray) -> tuple[ShapeArrays, NDArray]:
-    """Every label but 0 as a union of rectangles: runs of equal pixels, joined down the rows where they line up."""
+    """Return each label but 0 as a union of rectangles: runs of equal pixels, joined down the rows where they line up."""
     data = labels.data
     heights = getattr(data, "chunks", ((labels.shape[0],),))[0]
     found = []
