@@ -65,7 +65,7 @@ def slide(shape=SHAPE, mpp=0.5, tissue=True):
     image = Image2DModel.parse(
         pixels,
         dims=("c", "y", "x"),
-        scale_factors=(2,),
+        scale_factors=(2,) if min(shape) > 1 else None,
         chunks=(3, 128, 128),
         transformations={"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))},
     )
@@ -398,6 +398,45 @@ def test_no_tissue(sdata, model):
     )
     with pytest.raises(ValueError, match="no tissue.*outside"):
         px.tl.predict(away, model)
+
+
+def test_no_tissue_found_names_the_rule_and_the_pixel_size(model):
+    glass = slide(tissue=False)
+    glass["he"] = Image2DModel.parse(np.full((3, 64, 64), 240, np.uint8), dims=("c", "y", "x"))
+    px.pp.set_mpp(glass, "he", 0.5)
+    with pytest.raises(ValueError, match=r"32 x 32 µm at 0.5 µm/px: pieces smaller than 30,000 µm².*mask_key=False"):
+        px.tl.predict(glass, model)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 150), (150, 3)])
+@pytest.mark.parametrize("arguments", [{}, {"tile_size": 1}, {"scale_factors": (3, 2)}, {"inplace": False}])
+def test_slides_of_few_pixels(model, shape, arguments):
+    sdata = slide(shape, tissue=False)
+    lazy = px.tl.predict(sdata, model, mask_key=False, **arguments)
+    found = full(sdata).values if lazy is None else lazy.values
+    assert found.shape == (4, *(-(-n // 4) for n in shape))
+    # a pixel at the edge has a value when at least half of it lies on the slide
+    inside = np.multiply.outer(*(np.clip(n - 4 * np.arange(-(-n // 4)), 0, 4) for n in shape)) >= 8
+    np.testing.assert_array_equal(~np.isnan(found), np.broadcast_to(inside, found.shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1)])
+@pytest.mark.parametrize("out_mpp", [None, 10])
+def test_slides_thinner_than_half_a_map_pixel_are_refused(model, shape, out_mpp):
+    with pytest.raises(ValueError, match=rf"no map pixel .* {out_mpp or 2} µm wide, at least half is tissue.*out_mpp"):
+        px.tl.predict(slide(shape, tissue=False), model, mask_key=False, out_mpp=out_mpp)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 31)])
+def test_masks_of_few_pixels(sdata, model, shape):
+    mask = np.zeros(shape, np.uint8)
+    mask[0, 0] = 1
+    system = Scale([620 / shape[1], 500 / shape[0]], axes=("x", "y"))
+    sdata["m"] = Labels2DModel.parse(mask, dims=("y", "x"), transformations={"global": system})
+    px.tl.predict(sdata, model, mask_key="m")
+    found = ~np.isnan(full(sdata).values[0])
+    assert found[: 125 // shape[0], : 155 // shape[1]].all()
+    assert found.mean() == pytest.approx(1 / np.prod(shape), rel=0.02)
 
 
 def test_wrong_channels(model):

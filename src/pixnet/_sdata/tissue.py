@@ -63,11 +63,11 @@ def no_tissue(slide: Slide) -> str:
     """Return the sentence that says that a slide has no tissue, and by which rule."""
     if slide.mask_key:
         return f"the mask {slide.mask_key!r} of image {slide.key!r} has no tissue"
-    height, width = (slide.mpp * slide.image.sizes[axis] for axis in ("y", "x"))
+    width, height = (slide.mpp * slide.image.sizes[axis] for axis in ("x", "y"))
     return (
-        f"no tissue found on image {slide.key!r}, {width:,.0f} x {height:,.0f} µm at {slide.mpp:g} µm/px: pieces smaller than "
-        f"{ISLAND_UM2:,.0f} µm² or {ISLAND_SHARE:.0%} of the image count as debris. If the pixel size is wrong, fix it with "
-        "pixnet.pp.set_mpp"
+        f"no tissue found on image {slide.key!r} of {width:.4g} x {height:.4g} µm at {slide.mpp:g} µm/px: pieces smaller than "
+        f"{ISLAND_UM2:,.0f} µm², or {ISLAND_SHARE:.0%} of a small image, count as debris. If the pixel size is wrong, fix it "
+        "with pixnet.pp.set_mpp"
     )
 
 

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import dask.array as da
 import numpy as np
 
 from pixnet._logging import logger
@@ -75,8 +74,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.store.element_store import write_mpp
     from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -121,8 +120,7 @@ def _resolution(path: Path, mpp: float | Literal[False] | None, stated: tuple[fl
     return float((x + y) / 2)
 
 
-Array = np.ndarray | da.Array
-Levels = tuple[Sequence[Array], Sequence[tuple[float, float]], tuple[float, float] | None]
+Levels = tuple[Sequence[Array], Sequence[Scales], tuple[float, float] | None]
 
 
 def _read(path: Path) -> Levels:

@@ -192,8 +192,8 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
     if image_key is False:
         return None
     if image_key is None:
-        maps = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
-        maps = [found.key for found in maps if gene in found.genes and found.quantity == "density"]
+        opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
+        maps = [found.key for found in opened if gene in found.genes and found.quantity == "density"]
         maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
     found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))

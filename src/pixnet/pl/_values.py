@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import check_genes, listed
-from pixnet._sdata.counts import counts_matrix, gene_positions, totals
-from pixnet._sdata.keys import annotated_regions
+from pixnet._sdata.counts import annotated_regions, counts_matrix, gene_positions, totals
 from pixnet._sdata.record import is_predicted_table
 
 
@@ -62,8 +63,8 @@ def table_values(
         raise ValueError(f"table {table_key!r} annotates {listed(regions)}; a table of one shapes element is needed")
     predicted = is_predicted_table(table)
     matrix = table.X if predicted else counts_matrix(table, table_key, layer)
-    column = matrix[:, gene_positions(table, table_key, [gene])]
-    values = np.asarray(column.todense() if sparse.issparse(column) else column, dtype=np.float64).ravel()
+    column: Any = matrix[:, gene_positions(table, table_key, [gene])]
+    values = np.asarray(column.toarray() if sparse.issparse(column) else column, dtype=np.float64).ravel()
     if not predicted:
         values = to_cp10k(values, totals(table, table_key, matrix, total_key))
     instances = table.obs[table.uns["spatialdata_attrs"]["instance_key"]].to_numpy()

@@ -241,18 +241,24 @@ def _resolve(
 
 
 def _open_tissue(request: _Request) -> TissueMask:
-    """Read or compute the tissue mask; refuse a slide without tissue."""
+    """Read or compute the tissue mask; refuse a slide of which no map pixel is tissue."""
     slide, grid = request.slide, request.grid
     mask = open_mask(slide, grid.model_grid.out_px)
     if not mask.any():
         raise ValueError(
             f"{no_tissue(slide)}. Name another mask with mask_key=, or pass mask_key=False to predict everywhere"
         )
-    height, width = grid.model_grid.out_shape
-    if not mask.near(0, 0, height, width):
+    if not mask.near(0, 0, *grid.model_grid.out_shape):
         raise ValueError(
             f"no tissue on image {slide.key!r}: the tissue of its mask lies outside of it; check the transformation of the "
             "mask"
+        )
+    map_mask = mask.coarser(grid.ratio)
+    boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
+    if not any(map_mask.near(*box.bounds) and map_mask.window(*box.bounds).any() for box in boxes):
+        raise ValueError(
+            f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
+            "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
         )
     return mask
 

@@ -22,6 +22,11 @@ class Box:
     width: int
 
     @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """``(y, x, height, width)``."""
+        return self.y, self.x, self.height, self.width
+
+    @property
     def slices(self) -> tuple[slice, slice]:
         """Its rows and columns."""
         return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)

@@ -54,7 +54,7 @@ class Tile:
     def __init__(self, grid: MapGrid, mask: TissueMask, n_channels: int, i: int, j: int) -> None:
         self.grid, self.n_channels, self.i, self.j = grid, n_channels, i, j
         self.box = self.out = grid.box(i, j)
-        self.tissue = self.out_tissue = mask.window(self.box.y, self.box.x, self.box.height, self.box.width)
+        self.tissue = self.out_tissue = mask.window(*self.box.bounds)
         self.values: np.ndarray | None = None
         self.cost = TileCost()
 
@@ -90,7 +90,7 @@ class ReducedTile(Tile):
     def __init__(self, grid: MapGrid, mask: TissueMask, out_mask: TissueMask, n_channels: int, i: int, j: int) -> None:
         super().__init__(grid, mask, n_channels, i, j)
         self.out = grid.out_box(self.box)
-        self.out_tissue = out_mask.window(self.out.y, self.out.x, self.out.height, self.out.width)
+        self.out_tissue = out_mask.window(*self.out.bounds)
         self.area = np.zeros((self.box.height, self.box.width), np.float32)
 
     def add(self, part: Box, values: np.ndarray) -> None:

@@ -121,8 +121,7 @@ class TileRunner:
                 yield tile
 
     def _may_have_tissue(self, i: int, j: int) -> bool:
-        box = self.grid.box(i, j)
-        return self.mask.near(box.y, box.x, box.height, box.width)
+        return self.mask.near(*self.grid.box(i, j).bounds)
 
     def _batches(self, tiles: Iterable[TilePlace]) -> Iterator[WindowBatch]:
         """Return the windows to run, at least one batch a tile."""
