@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 CASES = [
@@ -50,7 +51,7 @@ DEFAULT = {
     "workers": 0,
     "keep": 0,
     "tile": None,
-    "decoder": "none",
+    "decoder": "pixel_mlp",
     "halo": None,
 }
 NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
@@ -150,7 +151,7 @@ def make_model(case: dict):
         torch.manual_seed(0)
         model = px.models.PixNet([f"gene{i}" for i in range(case["genes"])], mpp=0.5, decoder=case["decoder"])
     if case["halo"] is not None:
-        model.config["halo"] = case["halo"]
+        model.config = replace(model.config, halo=case["halo"])
     return model.eval()
 
 
@@ -279,7 +280,7 @@ def seams() -> None:
     seam = near[:, None] | near[None, :]
 
     def predict(halo: int, tile: int):
-        model.config["halo"] = halo
+        model.config = replace(model.config, halo=halo)
         px.tl.predict(
             sdata, model, mask_key=False, precision="float32", tile_size=tile, key_added="map", overwrite=True
         )

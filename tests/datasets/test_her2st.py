@@ -131,9 +131,9 @@ def test_path_and_data_dir(mirror, tmp_path, monkeypatch):
     (tmp_path / "data" / "her2st").symlink_to(mirror)
     monkeypatch.setenv("PIXNET_DATA_DIR", str(tmp_path / "data"))
     assert len(her2st("A1")["spots"]) == 3
-    with pytest.raises(FileNotFoundError, match="'B1' is not whole.*whole sections there: A1"):
+    with pytest.raises(FileNotFoundError, match="'B1' is not complete.*complete sections there: A1"):
         her2st("B1")
-    with pytest.raises(FileNotFoundError, match="holds no ST-cnts"):
+    with pytest.raises(FileNotFoundError, match="has no folder ST-cnts"):
         her2st("A1", path=tmp_path)
 
 

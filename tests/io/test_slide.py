@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+import spatialdata
 from PIL import Image
 
 from pixnet._sdata.pixel_size import find_mpp
@@ -127,7 +128,7 @@ def test_anisotropic_pixels_are_refused(tmp_path, pixels):
     tifffile.imwrite(
         tmp_path / "a.tif", pixels, photometric="rgb", resolution=(2e4, 1e4), resolutionunit="CENTIMETER", metadata=None
     )
-    with pytest.raises(ValueError, match="0.5 um per pixel in x and 1 in y"):
+    with pytest.raises(ValueError, match="0.5 µm/px in x and 1 µm/px in y"):
         slide(tmp_path / "a.tif")
 
 
@@ -150,7 +151,7 @@ def test_anisotropic_pixels_are_refused(tmp_path, pixels):
 )
 def test_not_he(tmp_path, array, options, message):
     tifffile.imwrite(tmp_path / "a.ome.tif", array, ome=True, **options)
-    with pytest.raises(ValueError, match=f"no H&E picture: .*{message}"):
+    with pytest.raises(ValueError, match=f"not an H&E picture: .*{message}"):
         slide(tmp_path / "a.ome.tif", mpp=0.5)
 
 
@@ -180,7 +181,7 @@ def test_wrong_mpp(tmp_path, mpp):
         slide(tmp_path / "a.png", mpp=mpp)
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.2, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("share", [0.0005, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["tif", "ome.tif", "jpg"])
 def test_truncated(tmp_path, pixels, share, kind):
     path = tmp_path / f"whole.{kind}"
@@ -190,10 +191,47 @@ def test_truncated(tmp_path, pixels, share, kind):
         write_pyramid(path, pixels, ome=kind.startswith("ome"), compression="jpeg")
     content = path.read_bytes()
     cut = tmp_path / f"cut.{kind}"
-    # Pillow forgives a JPEG whose last bytes are lost; all its pixels are there
-    cut.write_bytes(content[: int(len(content) * min(share, 0.95 if kind == "jpg" else 1))])
+    cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ValueError, match="truncated|damaged|readable"):
         slide(cut, mpp=0.5)
+
+
+def test_a_file_that_lost_its_metadata_only(tmp_path, pixels):
+    """OME-XML lies behind the pixels: without it the pixels are whole, and the pixel size is asked for."""
+    write_pyramid(tmp_path / "whole.ome.tif", pixels, ome=True)
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes((tmp_path / "whole.ome.tif").read_bytes()[:-100])
+    with tifffile.TiffFile(cut) as tiff:
+        assert tiff.pages[0].description == ""
+    found = full_resolution(slide(cut, mpp=0.5)["he"]).values
+    np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
+
+
+def test_a_lost_page_is_noticed(tmp_path, pixels):
+    """A file whose slide is cut off must not open as its thumbnail."""
+    with tifffile.TiffWriter(tmp_path / "whole.tif") as tiff:
+        for picture in (pixels[::16, ::16], pixels):
+            tiff.write(picture, photometric="rgb", metadata=None)
+    with tifffile.TiffFile(tmp_path / "whole.tif") as tiff:
+        second = tiff.pages[1].offset
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "whole.tif").read_bytes()[:second])
+    with pytest.raises(ValueError, match="truncated: its next page"):
+        slide(tmp_path / "cut.tif", mpp=0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (37, 1), (2, 2), (3, 5), (1, 5000)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_tiny_slides(tmp_path, shape, suffix):
+    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "png":
+        Image.fromarray(picture).save(path)
+    else:
+        tifffile.imwrite(path, picture, photometric="rgb", tile=(16, 16), metadata=None)
+    sdata = slide(path, mpp=0.5)
+    sdata.write(tmp_path / "a.zarr")
+    for found in (sdata, spatialdata.read_zarr(tmp_path / "a.zarr")):
+        np.testing.assert_array_equal(full_resolution(found["he"]).values, picture.transpose(2, 0, 1))
 
 
 def bomb(path, width, height, tile=None):
@@ -209,10 +247,17 @@ def bomb(path, width, height, tile=None):
     )
 
 
-@pytest.mark.parametrize(("size", "tile"), [(200_000, None), (20_000, None), (2_000_000, 256), (60_000, 65_536)])
-def test_bomb_tiff(tmp_path, size, tile):
+@pytest.mark.parametrize(
+    ("size", "tile", "message"),
+    [
+        (200_000, None, "200,000 x 200,000 px in one piece"),
+        (2_000_000, 256, "lists 1 of 61,042,969 tiles"),
+        (60_000, 65_536, "60,000 x 60,000 px in one piece"),
+    ],
+)
+def test_bomb_tiff(tmp_path, size, tile, message):
     bomb(tmp_path / "bomb.tif", size, size, tile)
-    with pytest.raises(ValueError, match="declares .* px"):
+    with pytest.raises(ValueError, match=message):
         slide(tmp_path / "bomb.tif", mpp=0.5)
 
 
@@ -230,8 +275,6 @@ def test_bomb_png(tmp_path):
 
 
 def test_round_trip_through_zarr(tmp_path, pixels):
-    import spatialdata
-
     write_pyramid(tmp_path / "a.ome.tif", pixels, ome=True, compression="deflate")
     sdata = slide(tmp_path / "a.ome.tif")
     sdata.write(tmp_path / "a.zarr")

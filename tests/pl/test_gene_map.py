@@ -3,6 +3,7 @@ from __future__ import annotations
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 import xarray as xr
@@ -76,11 +77,28 @@ def test_default_box_is_where_there_are_predictions(slide):
 
 
 def test_cp10k_is_the_share_of_all_transcripts(slide):
-    _, ax, total = px.pl.gene_map(slide, ["EPCAM", "__total__"], quantity="cp10k", box="slide")
+    _, ax, total = px.pl.gene_map(slide, ["EPCAM", "__total__"], show="cp10k", box="slide")
     density = gene_map_array()
     np.testing.assert_allclose(images(ax)[0].get_array().filled(np.nan), 1e4 * density[0] / density[3], rtol=1e-6)
     np.testing.assert_allclose(images(total)[0].get_array().filled(np.nan), density[3])
     assert total.get_title() == "all transcripts"
+
+
+@pytest.mark.parametrize("container", [list, tuple, np.array, pd.Index])
+def test_genes_in_any_container(slide, container):
+    axes = px.pl.gene_map(slide, container(["EPCAM", "CD3E"]))
+    assert [ax.get_title() for ax in axes] == ["H&E", "EPCAM", "CD3E"]
+
+
+def test_colour_bars_say_what_is_shown(slide):
+    def labels(axes):
+        return [ax.child_axes[0].get_ylabel() for ax in axes[1:]]
+
+    genes = ["EPCAM", "CD3E", "__total__"]
+    assert labels(px.pl.gene_map(slide, genes)) == ["", "density of transcripts", "density of all transcripts"]
+    assert labels(px.pl.gene_map(slide, genes, show="cp10k")) == ["", "CP10k", "density of all transcripts"]
+    slide.attrs["pixnet"]["images"]["he_genes"]["quantity"] = "log_sum"
+    assert labels(px.pl.gene_map(slide, genes)) == ["", "log1p CP10k / µm²", "density of all transcripts"]
 
 
 def test_he_under_lets_low_values_through(slide):
@@ -267,15 +285,16 @@ def test_map_without_predictions_still_shows(slide):
     [
         ({"genes": "EPCAMM"}, KeyError, "did you mean 'EPCAM'"),
         ({"genes": []}, ValueError, "genes is empty"),
-        ({"genes": ["EPCAM", "EPCAM"]}, ValueError, "twice"),
-        ({"genes": 3}, TypeError, "gene name"),
+        ({"genes": ["EPCAM", "EPCAM"]}, ValueError, "more than once"),
+        ({"genes": 3}, TypeError, "a list of names is needed"),
+        ({"genes": [3]}, TypeError, "not a name"),
         ({"image_key": "nope"}, KeyError, "he_genes"),
         ({"image_key": "he"}, ValueError, "not a gene map"),
         ({"he_key": "he_genes"}, ValueError, "H&E"),
         ({"shapes": "nope"}, KeyError, "spots"),
         ({"cmap": "jett"}, ValueError, "magma"),
         ({"he": "over"}, ValueError, "beside"),
-        ({"quantity": "log"}, ValueError, "cp10k"),
+        ({"show": "log"}, ValueError, "cp10k"),
         ({"box": (0, 0, 10)}, ValueError, "four numbers"),
         ({"box": (10, 0, 0, 10)}, ValueError, "x0 < x1"),
         ({"box": (500, 0, 600, 10)}, ValueError, "outside"),

@@ -151,7 +151,7 @@ def test_a_map_of_log_sums_is_not_taken_for_densities(slide):
     with pytest.raises(ValueError, match="image_key=False"):
         px.pl.scales(slide, "EPCAM", "spots", image_key="he_genes")
     with pytest.raises(ValueError, match="log_sum"):
-        px.pl.gene_map(slide, "EPCAM", quantity="cp10k")
+        px.pl.gene_map(slide, "EPCAM", show="cp10k")
     _, ax = px.pl.gene_map(slide, "EPCAM")
     assert ax.child_axes[0].get_ylabel() == "log1p CP10k / µm²"
 

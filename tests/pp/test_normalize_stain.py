@@ -26,7 +26,7 @@ def density(sdata, key):
 @pytest.fixture
 def model():
     net = px.models.PixNet(["A", "B"], mpp=0.5, pretrained=False)
-    net.config["stain"] = [
+    net.stain = [
         {"od_mean": [0.30, 0.34, 0.19], "od_sd": [0.20, 0.15, 0.10], "detail": 0.5, "masked": True},
         {"od_mean": [0.32, 0.36, 0.21], "od_sd": [0.22, 0.17, 0.12], "detail": 0.5, "masked": True},
     ]
@@ -86,7 +86,7 @@ def test_channels_in_chunks_of_their_own(slide, model):
 
 
 def test_a_mask_that_is_no_longer_used_is_forgotten(slide, model):
-    model.config["stain"] += [s | {"masked": False} for s in model.config["stain"]]
+    model.stain += [s | {"masked": False} for s in model.stain]
     px.pp.normalize_stain(slide, model)
     px.pp.normalize_stain(slide, model, mask_key=False, overwrite=True)
     assert find_entry(slide, "masks", "he_normalized") is None

@@ -15,11 +15,10 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Image3DModel, Labels2DModel, Labels3DModel, PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, remove_transformation, set_transformation
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
-from pixnet._sdata.pixel_size import write_mpp
 from pixnet._sdata.record import identity_of, is_predicted_table, note
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 
 H, W, MPP = 64, 80, 2.0
@@ -80,7 +79,7 @@ def sdata():
 def weights_of(sdata, name):
     element = sdata[name]
     radius = element["radius"].to_numpy() if "radius" in element else None
-    return coverage(pack(element.geometry.to_numpy(), radius), (0, 0, H, W)).toarray(), element
+    return coverage(ShapeArrays.from_geometries(element.geometry.to_numpy(), radius), (0, 0, H, W)).toarray(), element
 
 
 def test_a_gene_map_gives_cp10k_by_the_ratio_of_sums(sdata):

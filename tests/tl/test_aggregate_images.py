@@ -15,11 +15,10 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import Scale
 
-from pixnet._core.coverage.coverage import coverage
-from pixnet._core.coverage.shapes import pack
+from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.zonal import reader as pixels
 from pixnet._names import TOTAL, TOTALS
-from pixnet._sdata.pixel_size import write_mpp
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 
 H, W = 60, 70
@@ -44,7 +43,7 @@ def holding(element, labels=None):
 
 def means(data, geometries=CELLS):
     """The means, the slow way."""
-    cover = coverage(pack(geometries), (0, 0, *data.shape[1:])).toarray()
+    cover = coverage(ShapeArrays.from_geometries(geometries), (0, 0, *data.shape[1:])).toarray()
     with np.errstate(invalid="ignore"):
         return cover @ data.reshape(len(data), -1).T.astype(float) / cover.sum(axis=1, keepdims=True)
 
@@ -109,7 +108,7 @@ def test_missing_pixels_of_one_channel_do_not_touch_the_others():
     data[1, 20:40] = np.nan
     table = aggregate(holding(image(data)), "cells", image_key="im", inplace=False)
     np.testing.assert_allclose(table.X[:, [0, 2]], means(COUNTS)[:, [0, 2]], rtol=1e-6)
-    cover = coverage(pack(CELLS), (0, 0, H, W)).toarray()
+    cover = coverage(ShapeArrays.from_geometries(CELLS), (0, 0, H, W)).toarray()
     valid = ~np.isnan(data[1].ravel())
     with np.errstate(invalid="ignore"):
         expected = cover[:, valid] @ data[1].ravel()[valid].astype(float) / cover[:, valid].sum(axis=1)
@@ -188,7 +187,7 @@ def test_a_map_of_the_paper_s_quantity_is_summed_up_before_the_logarithm_is_undo
     made = holding(image(data, c_coords=["A", "B", TOTALS["log_sum"]]))
     write_mpp(made, "im", 2.0)
     table = aggregate(made, "cells", agg_func=["mean", "sum", "max"], inplace=False)
-    cover = coverage(pack(CELLS), (0, 0, H, W)).toarray()
+    cover = coverage(ShapeArrays.from_geometries(CELLS), (0, 0, H, W)).toarray()
     flat, valid = data.reshape(3, -1).astype(float), ~np.isnan(data[-1].ravel())
     sums, seen = cover[:, valid] @ flat[:, valid].T, cover[:, valid].sum(axis=1)
     there = seen > 0
@@ -232,12 +231,12 @@ def test_other_shapes_and_tiles_change_nothing(seed):
     alone = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
     assert together["cells"].X.tobytes() == alone.X.tobytes()
     np.testing.assert_array_equal(together["boxes"].X, alone.X[len(CELLS) :])
-    side = pixels._TILE_SIDE
+    side = pixels.TILE_PX
     try:
-        pixels._TILE_SIDE = 16
+        pixels.TILE_PX = 16
         small = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
     finally:
-        pixels._TILE_SIDE = side
+        pixels.TILE_PX = side
     np.testing.assert_allclose(small.X, alone.X, rtol=1e-6)
     np.testing.assert_allclose(small.layers["std"], alone.layers["std"], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(small.layers["min"], alone.layers["min"])
@@ -248,7 +247,7 @@ def test_other_shapes_and_tiles_change_nothing(seed):
 
 def test_worker_processes_give_the_same(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr(pixels, "_TILE_SIDE", 32)
+    monkeypatch.setattr(pixels, "TILE_PX", 32)
     made, _, _ = gene_map(5, 0.3)
     made["cells"] = polygons(CELLS)
     made.write(tmp_path / "s.zarr")

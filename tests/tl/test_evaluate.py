@@ -150,7 +150,7 @@ class TestCrossValidate:
     def test_blocks_keep_their_distance(self, gap_um):
         """What trains and what chooses the epoch lies a gap away from what is tested; every shape is tested once."""
         slide = coloured_slide(1)
-        sources = px.tl._cross_validate.resolve_sources({"0": slide}, None, None, None, None)
+        sources = px.tl._cross_validate.open_measured({"0": slide})
         folds = px.tl._cross_validate._blocks(sources, 3, gap_um)
         places = slide["spots"].geometry.get_coordinates()
         axis = next(a for a in "xy" if places.loc[folds[0].test["0"]["spots"].index, a].max() < 400)

@@ -75,9 +75,9 @@ def locally(sdata, model, **kwargs):
 
 
 def _loaded():
-    from pixnet._core.predict import portable_model
+    from pixnet._core.predict.portable_model import n_cached
 
-    return os.getpid(), len(portable_model._READY)
+    return os.getpid(), n_cached()
 
 
 def test_workers_write_the_same_bytes(client, backed, model):

@@ -16,6 +16,7 @@ from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.shapes import label_ids
+from pixnet._sdata.store.bound import bound
 
 EXACT = {np.float32: 2**24, np.float64: 2**53}
 """Up to which every whole number is exact."""
@@ -165,7 +166,9 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     """Return the ids of a shapes element, or the labels (without 0) of a labels element, in order."""
     if shapes_key in sdata.shapes:
         return sdata.shapes[shapes_key].index
-    labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
+    element = sdata.labels[shapes_key]
+    with bound(element, f"labels {shapes_key!r}"):
+        labels = np.unique(np.asarray(full_resolution(element).data))
     return pd.Index(label_ids(labels[labels != 0], shapes_key))
 
 

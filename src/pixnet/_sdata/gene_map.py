@@ -77,6 +77,11 @@ class GeneMap:
         )
 
     @property
+    def pixel_um2(self) -> float:
+        """Area of a pixel (µm²); NaN if it is unknown."""
+        return float("nan") if self.mpp is None else self.mpp**2
+
+    @property
     def genes(self) -> list[str]:
         """Names of the genes, in order."""
         return [name for i, name in enumerate(self.channels) if i != self.total]

@@ -8,6 +8,7 @@ from typing import Any
 from spatialdata import SpatialData
 
 from pixnet._sdata.legacy import bring_over
+from pixnet._sdata.store.element_store import heal
 
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
 """One or several objects, as functions take them."""
@@ -15,6 +16,8 @@ SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:
     """Return objects by name: a single one and those of a list are called "0", "1", ...
+
+    What a crash left undone in their stores is completed.
 
     Raises
     ------
@@ -41,12 +44,14 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
     if len({id(one) for one in objects.values()}) < len(objects):
         raise ValueError(f"{argument} holds the same object twice")
     for one in objects.values():
+        heal(one)
         bring_over(one)
     return objects
 
 
 def check_sdata(sdata: Any, function: str) -> None:
-    """Refuse anything but a SpatialData object; one of an earlier version is brought over."""
+    """Refuse anything but a SpatialData object; complete what a crash left undone, bring over earlier versions."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")
+    heal(sdata)
     bring_over(sdata)

@@ -12,7 +12,7 @@ from pixnet._logging import logger
 from pixnet._names import TOTAL, listed
 from pixnet._sdata.pixel_size import find_mpp, set_pixel_size
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import FORMAT, KEY, identity_of, recorded
+from pixnet._sdata.record import FORMAT, KEY, Entries, identity_of, recorded
 
 UNWRITTEN = "brought_over"
 """Part of the record: elements that were brought over in memory and not in the store yet."""
@@ -53,16 +53,17 @@ def bring_over(sdata: SpatialData) -> None:
     sdata.attrs = {**sdata.attrs, KEY: new}
 
 
-def write_brought_over(sdata: SpatialData) -> None:
-    """Write what was brought over to the store of a backed object, before its old record goes with the next change."""
+def write_brought_over(sdata: SpatialData) -> Entries:
+    """Write the elements that were brought over to the store of a backed object; return what is to be recorded there."""
     record = sdata.attrs.get(KEY)
     if not isinstance(record, Mapping) or UNWRITTEN not in record:
-        return
+        return {}
     for key in record[UNWRITTEN]:
         if key in sdata.images and find_mpp(sdata, key) is not None:
             sdata.write_transformations(key)
             sdata.write_channel_names(key)
     sdata.attrs = {**sdata.attrs, KEY: {name: part for name, part in record.items() if name != UNWRITTEN}}
+    return {role: recorded(sdata, role) for role in ("images", "masks")}
 
 
 def _set_mpp(sdata: SpatialData, key: str, mpp: Any) -> bool:

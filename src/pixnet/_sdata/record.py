@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anndata import AnnData
@@ -18,6 +17,9 @@ from spatialdata import SpatialData
 from xarray import DataArray, DataTree
 
 from pixnet._sdata.rasters import channel_names, full_resolution
+
+Entries = Mapping[str, Mapping[str, Any]]
+"""Entries of the record, by role and name: ``{"masks": {"he": {...}}}``; None removes one."""
 
 KEY = "pixnet"
 FORMAT = 2
@@ -38,27 +40,25 @@ def find_entry(sdata: SpatialData, role: str, image_key: str | None) -> dict[str
 
 
 def note(sdata: SpatialData, role: str, key: str, value: Any) -> None:
-    """Record a value, or remove it (None); entries of elements that are gone go too."""
-    record = sdata.attrs.get(KEY)
-    record = {**(record if isinstance(record, Mapping) else {}), "format": FORMAT, role: recorded(sdata, role)}
-    for name in {"images", "masks"} & set(record):
-        record[name] = {k: entry for k, entry in recorded(sdata, name).items() if _applies(sdata, k, entry)}
-    record[role].pop(key, None)
-    if value is not None:
-        record[role][key] = value
-    sdata.attrs = {**sdata.attrs, KEY: record}
+    """Record a value in memory, or remove it (None)."""
+    sdata.attrs = merged(sdata.attrs, None, {role: {key: value}})
 
 
-@contextmanager
-def recording(sdata: SpatialData, role: str, key: str, value: Any) -> Iterator[None]:
-    """Record a value while the element that it is about is stored, so that both are written; undo it if that fails."""
-    before = recorded(sdata, role).get(key)
-    note(sdata, role, key, value)
-    try:
-        yield
-    except BaseException:
-        note(sdata, role, key, before)
-        raise
+def merged(attrs: Mapping[str, Any], key: str | None, entries: Entries) -> dict[str, Any]:
+    """Return attributes with entries added to the record (None removes one), and without those of an older ``key``.
+
+    What an earlier version recorded goes, but for the defaults: `pixnet._sdata.legacy` has brought it over.
+    """
+    old = attrs.get(KEY)
+    old = old if isinstance(old, Mapping) else {}
+    roles = old if "format" in old else {"defaults": old.get("defaults")}
+    record: dict[str, Any] = {"format": FORMAT}
+    for role in {*roles, *entries} - {"format"}:
+        part = roles.get(role)
+        part = part if isinstance(part, Mapping) else {}  # edited by hand
+        kept = {name: entry for name, entry in part.items() if role == "defaults" or name != key}
+        record[role] = {name: e for name, e in {**kept, **entries.get(role, {})}.items() if e is not None}
+    return {**attrs, KEY: record} if old or entries else dict(attrs)
 
 
 def identity(channels: Sequence[str], shape: Sequence[int]) -> str:

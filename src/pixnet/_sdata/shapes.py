@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 from xarray import DataArray, DataTree
 
-from pixnet._core.coverage.shapes import RECTANGLE, ShapeArrays, pack_checked, pack_rectangles
+from pixnet._core.coverage import ShapeArrays
 from pixnet._sdata.rasters import full_resolution
+from pixnet._sdata.store.bound import bound
 from pixnet._sdata.transforms import affine_to_pixels
 
 _MAX_ID = np.iinfo(np.int64).max
@@ -75,7 +76,8 @@ def read_shapes(
     if isinstance(element, GeoDataFrame):
         return PixelShapes(pack_element(element, shapes_key).transform(matrix), element.index)
     check_element(sdata, shapes_key)
-    geometries, ids = _label_rectangles(full_resolution(element))
+    with bound(element, f"labels {shapes_key!r}"):
+        geometries, ids = _label_rectangles(full_resolution(element))
     return PixelShapes(geometries.transform(matrix), pd.Index(label_ids(ids, shapes_key)))
 
 
@@ -131,17 +133,19 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
         radius = element["radius"].to_numpy(dtype=float)
         refuse(point & ~((radius > 0) & np.isfinite(radius)), "have no positive radius", "correct the 'radius' column")
     with np.errstate(invalid="ignore"):  # of coordinates that are not finite
-        packed = pack_checked(geometries, point, radius)
-        refuse(~np.asarray(np.isfinite(packed.bounds).all(axis=1)), "have coordinates that are not finite", "drop them")
-    # Rectangles need no test; grids of millions of bins then cost nothing here.
-    suspects = np.flatnonzero(polygon & ~((packed.kinds == RECTANGLE) & (packed.area > 0)))
+        arrays = ShapeArrays.from_geometries(geometries, radius)
+        refuse(np.asarray(~np.isfinite(arrays.bounds).all(axis=1)), "have coordinates that are not finite", "drop them")
+    # A ring of four corners as large as its bounding box is a rectangle, and valid: testing a million bins takes a second.
+    box_area = np.prod(arrays.bounds[:, 2:] - arrays.bounds[:, :2], axis=1)
+    is_box = (shapely.get_num_coordinates(geometries) == 5) & (arrays.area == box_area) & (box_area > 0)
+    suspects = np.flatnonzero(polygon & ~is_box)
     wrong = np.zeros(len(ids), dtype=bool)
     wrong[suspects] = ~shapely.is_valid(geometries[suspects])
     if wrong.any():
         reason = shapely.is_valid_reason(geometries[np.flatnonzero(wrong)[0]])
         fix = f"fix them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
         refuse(wrong, f"are invalid (the first: {reason})", fix)
-    return packed
+    return arrays
 
 
 def check_labels(element: DataArray | DataTree, key: str) -> None:
@@ -185,7 +189,7 @@ def _label_rectangles(labels: DataArray) -> tuple[ShapeArrays, NDArray]:
         top += height
     value, start, stop, row = (np.concatenate(part) for part in zip(*found))
     if not value.size:
-        return pack_rectangles(np.zeros((0, 4)), np.zeros(0, dtype=np.int64), 0), value
+        return ShapeArrays.from_rectangles(np.zeros((0, 4)), np.zeros(0, dtype=np.int64), 0), value
     order = np.lexsort([row, stop, start, value])
     value, start, stop, row = value[order], start[order], stop[order], row[order]
     new = np.ones(len(value), dtype=bool)
@@ -196,4 +200,4 @@ def _label_rectangles(labels: DataArray) -> tuple[ShapeArrays, NDArray]:
     last = np.append(first[1:], len(value)) - 1
     ids, owners = np.unique(value[first], return_inverse=True)
     bounds = np.column_stack([start[first], row[first], stop[first], row[last] + 1])
-    return pack_rectangles(bounds, owners, len(ids)), ids
+    return ShapeArrays.from_rectangles(bounds, owners, len(ids)), ids

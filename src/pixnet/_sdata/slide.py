@@ -14,6 +14,7 @@ from pixnet._core.slide.reader import SlideReader
 from pixnet._sdata.keys import resolve_image, tissue_key
 from pixnet._sdata.pixel_size import get_mpp
 from pixnet._sdata.rasters import Level, levels
+from pixnet._sdata.store.bound import check_bound
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,23 @@ class Slide:
 
         Raises
         ------
+        FileNotFoundError
+            If the store of the pixels is gone.
         KeyError
             If there is no such image or labels element.
+        RuntimeError
+            If another image was written in its place.
         TypeError
             If the pixels are not uint8.
         ValueError
             If the image is not RGB, several could be meant, or its pixel size is unknown.
         """
         key = resolve_image(sdata, image_key)
-        return cls(sdata, key, get_mpp(sdata, key), levels(sdata.images[key]), tissue_key(sdata, key, mask_key))
+        slide = cls(sdata, key, get_mpp(sdata, key), levels(sdata.images[key]), tissue_key(sdata, key, mask_key))
+        check_bound(sdata.images[key], f"image {key!r}")
+        if isinstance(slide.mask_key, str):
+            check_bound(sdata.labels[slide.mask_key], f"mask {slide.mask_key!r}")
+        return slide
 
     @property
     def image(self) -> DataArray:

@@ -13,17 +13,15 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from xarray import DataArray
 
-from pixnet._core.zonal.zonal import Sums
+from pixnet._core.coverage import Weights
+from pixnet._core.zonal import Mean, Statistic, Sum, ZonalStatistics
 from pixnet._logging import logger
 from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 
-UNITS = {
-    "density": ("density", "density x um^2"),
-    "log_sum": ("log1p CP10k / um^2", "log1p CP10k"),
-}
-"""Unit of the values of a gene map, and of their sum times µm², by quantity."""
+UNITS = {"density": "density", "log_sum": "log1p CP10k / um^2"}
+"""Unit of the values of a gene map, by quantity."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,10 @@ class Plan:
         The image as a gene map; None if it is not one.
     names, channels
         Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
-    agg_func, weights, min_coverage
-        As given to :func:`pixnet.tl.aggregate`; ``agg_func`` is a list.
+    statistics
+        The statistics that ``agg_func`` names.
+    weights, min_coverage
+        As given to :func:`pixnet.tl.aggregate`.
     systems
         Coordinate system of each shapes element.
     mpp
@@ -53,12 +53,20 @@ class Plan:
     gene_map: GeneMap | None
     names: list[str]
     channels: list[int]
-    agg_func: list[str]
-    weights: str
+    statistics: list[Statistic]
+    weights: Weights
     min_coverage: float
     systems: dict[str, str]
     mpp: float | None
     model: str | None
+
+    @property
+    def computed(self) -> list[Statistic]:
+        """The statistics to compute: those asked for, and those that the CP10k of a gene map is made of."""
+        needed: list[Statistic] = [] if self.gene_map is None else [Mean()]
+        if self.gene_map is not None and self.gene_map.quantity == "log_sum":
+            needed.append(Sum())
+        return list({s.name: s for s in [*needed, *self.statistics]}.values())
 
 
 class Rows(NamedTuple):
@@ -79,10 +87,10 @@ def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) 
     return Rows(obs, element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2])
 
 
-def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sums) -> AnnData:
+def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: ZonalStatistics) -> AnnData:
     """Return the table of one shapes element; ``rows`` and ``sums`` are used up."""
     obs = rows.obs
-    seen = sums.weight.max(axis=1)  # a pixel that any channel has counts as seen
+    seen = sums.area
     with np.errstate(invalid="ignore", divide="ignore"):
         coverage = np.nan_to_num(seen * (plan.mpp or 1.0) ** 2 / obs["area"].to_numpy())
     # Rounding aside, a shape that is all there has coverage 1; whole pixels (center) may cover more than the shape.
@@ -108,7 +116,7 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
         "kind": "aggregate",
         "shapes": name,
         "image_key": plan.image_key,
-        "agg_func": plan.agg_func,
+        "agg_func": [s.name for s in plan.statistics],
         "weights": plan.weights,
         "min_coverage": plan.min_coverage,
         "coordinate_system": plan.systems[name],
@@ -132,47 +140,34 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Sum
 
 
 def _map_values(
-    plan: Plan, gene_map: GeneMap, sums: Sums, obs: pd.DataFrame
+    plan: Plan, gene_map: GeneMap, sums: ZonalStatistics, obs: pd.DataFrame
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Return CP10k of a gene map, and statistics of its values."""
-    density = np.ascontiguousarray(sums.mean[:, :-1])
-    total = sums.mean[:, -1].astype(np.float64) / 1e4
-    sums.mean = density[:0]  # it is as large as the table, and copied now
+    mean = sums.values.pop(Mean.name)
+    density, total = np.ascontiguousarray(mean[:, :-1]), mean[:, -1].astype(np.float64) / 1e4
+    del mean  # it is as large as the table
     obs["total"] = total
-    value_unit, sum_unit = UNITS[gene_map.quantity]
-    layers, units = {"density": density}, {"density": value_unit}
-    summed = density[:0]
-    if gene_map.quantity == "log_sum" or "sum" in plan.agg_func:
-        pixel_um2 = np.nan if gene_map.mpp is None else gene_map.mpp**2
-        summed = density * (sums.weight * pixel_um2).astype(np.float32)
+    unit = UNITS[gene_map.quantity]
+    layers, units = {"density": density}, {"density": unit}
+    for statistic in plan.computed:
+        if statistic.name in sums.values:
+            area = gene_map.pixel_um2 if statistic.extensive else 1.0
+            layers[statistic.name] = sums.values.pop(statistic.name)[:, :-1] * np.float32(area)
+            units[statistic.name] = statistic.unit(unit, "um^2")
     if gene_map.quantity == "log_sum":
-        values = np.expm1(summed)
+        values = np.expm1(layers[Sum.name])
     else:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
-    for function in plan.agg_func:
-        if function == "sum":
-            layers["sum"], units["sum"] = summed, sum_unit
-        elif function != "mean":
-            layers[function] = np.ascontiguousarray(getattr(sums, function)[:, :-1])
-            units[function] = value_unit
+    asked = {"density", *(s.name for s in plan.statistics)}
+    layers = {name: layer for name, layer in layers.items() if name in asked}
+    units = {name: unit for name, unit in units.items() if name in asked}
     return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
 
 
-def _image_values(plan: Plan, sums: Sums) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+def _image_values(plan: Plan, sums: ZonalStatistics) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
     """Return plain statistics, the first of them as X."""
-    values, units = {}, {}
-    for function in plan.agg_func:
-        if function == "sum":
-            values["sum"] = np.where(sums.weight > 0, sums.mean * sums.weight, np.nan).astype(np.float32)
-            units["sum"] = "value x pixel"
-        else:
-            values[function] = getattr(sums, function)
-            units[function] = "value"
-    first = plan.agg_func[0]
-    layers = {function: value for function, value in values.items() if function != first}
-    return (
-        values[first],
-        layers,
-        {"unit": units[first], "layer_units": {function: units[function] for function in layers}},
-    )
+    first, *further = plan.statistics
+    units = {s.name: s.unit("value", "pixel") for s in plan.statistics}
+    layers = {s.name: sums.values[s.name] for s in further}
+    return sums.values[first.name], layers, {"unit": units.pop(first.name), "layer_units": units}

@@ -10,7 +10,7 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import identity_of, recording
+from pixnet._sdata.record import identity_of
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def normalize_stain(
     import dask.array as da
 
     from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._sdata.rasters import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
-    from pixnet.io._raster import raster_element
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
@@ -105,7 +105,7 @@ def normalize_stain(
             raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
         local_store(sdata)
     model, name = resolve_model(model)
-    training = model.config.get("stain")
+    training = model.stain
     if not comparable({"masked": tissue is not False}, training):
         raise ValueError(
             f"model {name!r} does not know the stain of its training slides"
@@ -130,6 +130,5 @@ def normalize_stain(
     if not inplace:
         return element
     mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
-    with recording(sdata, "masks", key_added, mask):
-        put(sdata, key_added, element, overwrite=overwrite)
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {key_added: mask}})
     return None

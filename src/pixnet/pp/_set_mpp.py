@@ -10,7 +10,7 @@ import numpy as np
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.pixel_size import write_mpp
+from pixnet._sdata.store.element_store import write_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

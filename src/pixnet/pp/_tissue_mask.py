@@ -8,11 +8,11 @@ import numpy as np
 
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.record import find_entry, identity_of, recording
+from pixnet._sdata.rasters import raster_element
+from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
-from pixnet.io._raster import raster_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -80,6 +80,5 @@ def tissue_mask(
     entry = find_entry(sdata, "masks", image_key)
     if entry is None or key_added == f"{image_key}_tissue":
         entry = {"mask_key": key_added, "identity": identity_of(slide.image)}
-    with recording(sdata, "masks", image_key, entry):
-        put(sdata, key_added, element, overwrite=overwrite)
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: entry}})
     return None

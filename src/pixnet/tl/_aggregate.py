@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.coverage.coverage import WEIGHTS
-from pixnet._core.coverage.shapes import ShapeArrays
-from pixnet._core.zonal.zonal import STATISTICS, Sums, zonal_statistics
+from pixnet._core.coverage import WEIGHTS, ShapeArrays, Weights
+from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
 from pixnet._sdata.gene_map import GeneMap
@@ -25,10 +23,9 @@ from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.tables import Plan, build_table, table_rows
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
-
-AggFunc = Literal["mean", "sum", "std", "min", "max"]
 
 
 def aggregate(
@@ -37,8 +34,8 @@ def aggregate(
     *,
     image_key: str | None = None,
     genes: str | Sequence[str] | None = None,
-    agg_func: AggFunc | Sequence[AggFunc] = "mean",
-    weights: Literal["area", "center"] = "area",
+    agg_func: str | Sequence[str] = "mean",
+    weights: Weights = "area",
     min_coverage: float = 0.0,
     coordinate_system: str | None = None,
     key_added: str | Mapping[str, str] | None = None,
@@ -64,9 +61,10 @@ def aggregate(
     genes
         Channels to aggregate, one name or several; None: all.
     agg_func
-        Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``. The mean, sum and
-        standard deviation weight pixels by their coverage; min and max are over all pixels with any. ``"mean"`` is for
-        what has a level (intensity), ``"sum"`` for what adds up (counts per pixel).
+        Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``, ``"median"``, and ``"q"``
+        with a percentage for any quantile, such as ``"q90"`` or ``"q2.5"``. All weight pixels by the part of their area
+        inside the shape, but min and max, which are over all pixels with any. ``"mean"`` is for what has a level
+        (intensity), ``"sum"`` for what adds up (counts per pixel).
     weights
         ``"area"``: the exact share of each pixel. ``"center"``: whole pixels, those whose centre is inside; quicker,
         and wrong by some percent for shapes a few pixels across.
@@ -117,6 +115,12 @@ def aggregate(
 
     Notes
     -----
+    A quantile is the value below which that share of a shape's area lies; where a range of values does it, its middle,
+    so that the median of whole pixels is numpy's. Quantiles are exact. For this the pixels of shapes that reach over
+    several tiles of the image (512 px, or its chunks if larger) are kept until the last tile of the shape, which may take
+    2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
+    its densities, pixel by pixel.
+
     If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the pixel size of
     the image is unknown, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
 
@@ -152,10 +156,11 @@ def aggregate(
             ShapeArrays.concatenate([element.geometries for element in found.values()]),
             channels=plan.channels,
             validity=len(plan.channels) - 1 if plan.gene_map else None,
-            statistics=plan.agg_func,
+            statistics=plan.computed,
             weights=weights,
             description=f"aggregate {image_key}",
         )
+    check_bound(plan.data, f"image {image_key!r}")  # as what was read is nothing if its store went meanwhile
 
     parts, start = {}, 0
     for name, element in found.items():
@@ -180,7 +185,7 @@ def _check(
     names: list[str],
     genes: str | Sequence[str] | None,
     agg_func: Any,
-    weights: str,
+    weights: Weights,
     min_coverage: float,
     coordinate_system: str | None,
 ) -> Plan:
@@ -197,12 +202,14 @@ def _check(
     functions = [agg_func] if isinstance(agg_func, str) else agg_func
     if not isinstance(functions, Sequence) or not all(isinstance(function, str) for function in functions):
         raise TypeError(f"agg_func is {agg_func!r}; a name or a list of names is needed")
-    valid = ", ".join(map(repr, STATISTICS))
+    statistics = []
     for function in functions:
-        if function not in STATISTICS:
-            raise ValueError(f"agg_func has {function!r}; valid: {valid}")
+        found = find_statistic(function)
+        if found is None:
+            raise ValueError(f"agg_func has {function!r}; valid: {VALID_NAMES}")
+        statistics.append(found)
     if not functions or len(set(functions)) != len(functions):
-        raise ValueError(f"agg_func is {agg_func!r}; one or several different ones of {valid} are needed")
+        raise ValueError(f"agg_func is {agg_func!r}; one or several different ones of {VALID_NAMES} are needed")
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r}; valid: {', '.join(map(repr, WEIGHTS))}")
     if isinstance(min_coverage, bool) or not isinstance(min_coverage, int | float | np.number):
@@ -210,6 +217,7 @@ def _check(
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
 
+    check_bound(data, f"image {image_key!r}")
     gene_map = GeneMap.open(sdata, image_key) if is_gene_map(image) else None
     chosen, channels = _channels(image_key, channel_names(image), None if gene_map is None else gene_map.total, genes)
     systems = {}
@@ -219,7 +227,7 @@ def _check(
             to_coordinate_system(sdata, key, systems[name])
     mpp = find_mpp(sdata, image_key)
     if mpp is None:
-        if gene_map is not None and ("sum" in functions or gene_map.quantity == "log_sum"):
+        if gene_map is not None and (any(s.extensive for s in statistics) or gene_map.quantity == "log_sum"):
             raise ValueError(
                 f"sums of the gene map {image_key!r} are per µm², but its pixel size is unknown: it was resampled, or its slide's "
                 f"was unknown; state it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
@@ -235,7 +243,7 @@ def _check(
         gene_map=gene_map,
         names=chosen,
         channels=channels,
-        agg_func=list(functions),
+        statistics=statistics,
         weights=weights,
         min_coverage=float(min_coverage),
         systems=systems,
@@ -283,5 +291,5 @@ def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None, pla
     return keys
 
 
-def _take(sums: Sums, rows: slice) -> Sums:
-    return replace(sums, **{name: value[rows] for name, value in vars(sums).items() if value is not None})
+def _take(sums: ZonalStatistics, rows: slice) -> ZonalStatistics:
+    return ZonalStatistics(sums.area[rows], {name: values[rows] for name, values in sums.values.items()})

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 from spatialdata.transformations import Sequence as Chain
 
+from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
+from pixnet._core.slide.mask import TissueMask
+from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
 from pixnet._names import TOTALS, check_genes, listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.record import identity
+from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
-from pixnet._sdata.store.write_map import store_map
+from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.write_map import write_map
+from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
+    import torch
     from spatialdata import SpatialData
     from xarray import DataArray
 
+    from pixnet._core.predict.tile_runner import TileRunner
     from pixnet.models import PixNet
-
-DTYPES = ("float32", "float16")
 
 
 def predict(
@@ -37,12 +43,11 @@ def predict(
     *,
     image_key: str | None = None,
     genes: Sequence[str] | None = None,
-    mask_key: str | bool | None = None,
+    mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
     precision: str | None = None,
     key_added: str | None = None,
-    dtype: str = "float32",
     scale_factors: Sequence[int] = (2, 2),
     device: str | None = None,
     overwrite: bool = False,
@@ -80,9 +85,6 @@ def predict(
         the device computes in it natively, else float32.
     key_added
         Name of the map; ``None`` is ``"{image_key}_genes"``.
-    dtype
-        Of the stored map: ``"float32"``, or ``"float16"``, which halves it but overflows where ``__total__`` exceeds
-        65,504 and is refused by some of SpatialData's operations.
     scale_factors
         How much coarser each level of the map's pyramid is than the one before.
     device
@@ -135,120 +137,181 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    from pixnet._core.predict.device import resolve_device, resolve_precision
-    from pixnet._core.predict.map_grid import choose_map_grid
-    from pixnet._core.predict.portable_model import PortableModel
-    from pixnet._core.predict.tile_runner import TileRunner
-    from pixnet._core.slide.mask import TissueMask
-    from pixnet._core.slide.stain import differences, sample, statistics
-    from pixnet._sdata.slide import Slide
-    from pixnet._sdata.tissue import open_mask
-    from pixnet.models._checkpoint import resolve_model
-
-    # what is meant, and whether it can be done
     check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
-    image_key, mpp = slide.key, slide.mpp
-    key = f"{image_key}_genes" if key_added is None else key_added
+    key = f"{slide.key}_genes" if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key, overwrite)
-        check_replaces(sdata, key, "images")
-        if key == image_key:
-            raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
-        local_store(sdata)
-    _check_arguments(dtype, scale_factors, tile_size, out_mpp, resume, inplace)
-    device = resolve_device(settings.device if device is None else device)
-    precision = resolve_precision(settings.precision if precision is None else precision, device)
-    model, model_name = resolve_model(model)
-    genes, channels = _resolve_genes(model, genes)
-    grid = slide.grid(model.mpp, model.stride)
-    gpu = device.type == "cuda"
-    layout = choose_map_grid(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
+        _check_target(slide, key, overwrite)
+    _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
+    request = _resolve(slide, model, genes, out_mpp, tile_size, precision, device)
+    mask = _open_tissue(request)
+    runner = _make_runner(request, mask)
+    samples = sample(runner.reader, mask)
+    _warn_if_foreign(request, statistics(samples, mask.masked))
+    if not inplace:
+        return _lazy_element(request, runner)
+
+    factors = [int(factor) for factor in scale_factors]
+    asked = {
+        "image_key": slide.key,
+        "image_mpp": slide.mpp,
+        "mask_key": slide.mask_key,
+        "genes": request.genes,
+        "model_hash": runner.model.hash,
+        "model_mpp": request.model.mpp,
+        "mpp": request.grid.mpp,
+        "shape": list(request.grid.shape),
+        "tile_size": request.grid.tile_size,
+        "scale_factors": factors,
+        "precision": request.precision,
+        "device": request.device.type,
+        "torch_threads": request.threads,
+    }
+    entry = {
+        "kind": "gene_map",
+        "model": request.model_name,
+        "unit": request.model.unit,
+        "identity": identity(request.names, request.grid.shape),
+        **asked,
+    }
+    job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
+    spec = MapSpec(request.names, request.grid.shape, "float32", request.grid.chunk, factors, request.transformations)
+    write_map(sdata, key, runner, spec, job, entry, resume=resume, overwrite=overwrite)
+    return None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is predicted: all names resolved, all arguments checked."""
+
+    slide: Slide
+    model: PixNet
+    model_name: str | None
+    genes: list[str]
+    channels: list[int] | None
+    grid: MapGrid
+    device: torch.device
+    precision: str
+    threads: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the map's channels."""
+        return [*self.genes, TOTALS[self.model.quantity]]
+
+    @property
+    def transformations(self) -> dict[str, Any]:
+        """Transformations of the map to each coordinate system of the image."""
+        y, x = self.grid.slide_px
+        to_image = Scale([x, y], axes=("x", "y"))
+        return {name: Chain([to_image, system]) for name, system in self.slide.transformations.items()}
+
+
+def _resolve(
+    slide: Slide,
+    model: PixNet | str | Path | None,
+    genes: Sequence[str] | None,
+    out_mpp: float | None,
+    tile_size: int | None,
+    precision: str | None,
+    device: str | None,
+) -> _Request:
+    """Resolve and check the model, the genes, the grid and where to run."""
+    import torch
+
+    from pixnet._core.predict.device import resolve_device, resolve_precision
+    from pixnet.models._load import resolve_model
+
+    on = resolve_device(settings.device if device is None else device)
+    precision = resolve_precision(settings.precision if precision is None else precision, on)
+    resolved, model_name = resolve_model(model)
+    genes, channels = _resolve_genes(resolved, genes)
+    grid = slide.grid(resolved.mpp, resolved.stride)
+    tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide=on.type == "cuda")
     if grid.enlarged:
         logger.warning(
-            "image %r has %.3g um/px, coarser than the %.3g um/px of the model: it is enlarged, and detail that the model "
+            "image %r has %.3g µm/px, coarser than the %.3g µm/px of the model: it is enlarged, and detail that the model "
             "was trained on is missing; expect worse maps",
-            image_key,
-            mpp,
-            model.mpp,
+            slide.key,
+            slide.mpp,
+            resolved.mpp,
         )
+    threads = torch.get_num_threads() if on.type == "cpu" else None
+    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision, threads)
 
-    # the tissue, and the runner
-    mask = open_mask(slide, grid.out_px)
-    if not getattr(mask, "mask", np.True_).any():
+
+def _open_tissue(request: _Request) -> TissueMask:
+    """Read or compute the tissue mask; refuse a slide of which no map pixel is tissue."""
+    slide, grid = request.slide, request.grid
+    mask = open_mask(slide, grid.model_grid.out_px)
+    if not mask.any():
         raise ValueError(
-            f"the mask of image {image_key!r} has no tissue; check it, name another with mask_key=, or pass mask_key=False to "
-            "predict everywhere"
+            f"{no_tissue(slide)}. Name another mask with mask_key=, or pass mask_key=False to predict everywhere"
         )
-    packed = PortableModel(model)
-    runner = TileRunner(
-        slide.reader(grid),
+    if not mask.near(0, 0, *grid.model_grid.out_shape):
+        raise ValueError(
+            f"no tissue on image {slide.key!r}: the tissue of its mask lies outside of it; check the transformation of the "
+            "mask"
+        )
+    map_mask = mask.coarser(grid.ratio)
+    boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
+    if not any(map_mask.near(*box.bounds) and map_mask.window(*box.bounds).any() for box in boxes):
+        raise ValueError(
+            f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
+            "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
+        )
+    return mask
+
+
+def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
+    """Return the runner that predicts the tiles."""
+    from pixnet._core.predict.portable_model import PortableModel
+    from pixnet._core.predict.tile_runner import TileRunner
+
+    return TileRunner(
+        request.slide.reader(request.grid.model_grid),
         mask,
-        packed,
-        layout,
-        channels=channels,
-        n_channels=len(genes) + 1,
-        dtype=dtype,
-        device=str(device),
-        precision=precision,
-        batch=4 if gpu else 1,
+        PortableModel(request.model),
+        request.grid,
+        channels=request.channels,
+        n_channels=len(request.names),
+        device=str(request.device),
+        precision=request.precision,
+        batch=4 if request.device.type == "cuda" else 1,
     )
-    if not runner.tiles():
-        raise ValueError(
-            f"no tissue on image {image_key!r}: its mask lies outside of it; check the transformation of the mask"
-        )
-    samples = sample(runner.reader, mask)
-    differs = differences(statistics(samples, isinstance(mask, TissueMask)), model.config.get("stain"))
+
+
+def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
+    """Warn if the slide looks unlike those that the model was trained on."""
+    differs = differences(found, request.model.stain)
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
             "without checking it against measured genes; pixnet.pp.normalize_stain may help",
-            image_key,
+            request.slide.key,
             "; ".join(differs),
         )
-    to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
-    transformations = {name: Chain([to_image, system]) for name, system in slide.transformations.items()}
-    names = [*genes, TOTALS[model.quantity]]
-    if not inplace:
-        from pixnet._core.predict.tile_runner import lazy_map
 
-        array = lazy_map(runner, uuid.uuid4().hex)
-        return Image2DModel.parse(array, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
 
-    # the map, and what is known of it
-    entry = {
-        "kind": "gene_map",
-        "image_key": image_key,
-        "model": model_name,
-        "genes": list(genes),
-        "unit": model.config.get("unit"),
-        "identity": identity(names, layout.shape),
-        "params": {
-            "model_hash": packed.hash,
-            "model_mpp": model.mpp,
-            "image_mpp": mpp,
-            "mask_key": mask_key,
-            "out_mpp": None if out_mpp is None else float(out_mpp),
-            "precision": precision,
-            "device": device.type,
-            "dtype": dtype,
-            "scale_factors": [int(f) for f in scale_factors],
-            "tile_size": layout.window * max(1, round(layout.tile * layout.ratio / layout.core)),
-        },
-    }
-    spec = MapSpec(names, layout.shape, dtype, layout.chunk, tuple(int(f) for f in scale_factors), transformations)
-    job = {
-        "image_key": image_key,
-        "genes": list(genes),
-        "mpp": layout.mpp,
-        **entry["params"],
-        "mask": fingerprint([np.packbits(mask.mask), mask.to_mask] if hasattr(mask, "mask") else []),
-        "image": fingerprint([pixels for pixels, _ in samples]),
-        "shape": list(layout.shape),
-    }
-    stream = MapWriter.open(sdata, key, spec, job, resume)
-    store_map(runner, stream, sdata, key, entry)
-    return None
+def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
+    """Return the map as a lazy image element."""
+    from pixnet._core.predict.tile_runner import lazy_map
+
+    return Image2DModel.parse(
+        lazy_map(runner, uuid.uuid4().hex),
+        dims=("c", "y", "x"),
+        c_coords=request.names,
+        transformations=request.transformations,
+    )
+
+
+def _check_target(slide: Slide, key: str, overwrite: bool) -> None:
+    """Check that the map can be stored under a name."""
+    check_key_free(slide.sdata, key, overwrite)
+    check_replaces(slide.sdata, key, "images")
+    if key == slide.key:
+        raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
+    local_store(slide.sdata)
 
 
 def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str], list[int] | None]:
@@ -269,9 +332,8 @@ def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str
     return genes, [*(position[gene] for gene in genes), len(model.genes)]
 
 
-def _check_arguments(dtype: Any, scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; valid: {', '.join(map(repr, DTYPES))}")
+def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
+    """Check the arguments that need no other to be judged."""
     try:
         factors = list(scale_factors)
     except TypeError:

@@ -10,8 +10,9 @@ TEXTURE_UM = 14.0
 # Tissue has at least one of these pairs: texture (local standard deviation of optical density), and mean density above
 # the glass. Measured: glass and smears of eosin stay below 0.009 of texture, pale and even brain is at 0.012 and more.
 SIGNS = ((0.025, 0.02), (0.011, 0.05), (0.0, 0.16))
-# um^2; islands smaller than this are debris or fiducial marks, holes smaller than this lumina and fat.
-ISLAND_UM2 = 30_000.0
+# Islands smaller than this (µm²), or than a share of a small picture, are debris or fiducial marks; holes smaller than
+# this (µm²) are lumina and fat.
+ISLAND_UM2, ISLAND_SHARE = 30_000.0, 0.02
 HOLE_UM2 = 60_000.0
 
 
@@ -55,7 +56,7 @@ def compute_mask(level_array: np.ndarray, mpp_level: float) -> np.ndarray:
     mask &= ndimage.distance_transform_edt(~dark) * mpp_level <= 6
     mask = _closing(mask, max(1, round(20 / mpp_level)))
     pixel = mpp_level**2
-    island = min(ISLAND_UM2 / pixel, 0.02 * mask.size)
+    island = min(ISLAND_UM2 / pixel, ISLAND_SHARE * mask.size)
     mask = remove_small_objects(mask, max_size=int(island))
     # A gap that reaches the border of the picture is open glass, not a hole.
     framed = np.pad(~mask, 1, constant_values=True)
