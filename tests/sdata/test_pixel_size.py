@@ -12,10 +12,10 @@ from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, Scale, get_transformation, set_transformation
 
 import pixnet as px
-from pixnet._sdata.pixel_size import PIXNET_UM, find_mpp, get_mpp, write_mpp
-from pixnet._sdata.rasters import levels
+from pixnet._sdata.pixel_size import PIXNET_UM, find_mpp, get_mpp
+from pixnet._sdata.rasters import levels, pyramid, raster_element
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet._sdata.transforms import shared_coordinate_system
-from pixnet.io._raster import pyramid, raster_element
 
 
 def slide(side: int = 64) -> SpatialData:

@@ -18,7 +18,6 @@ import pixnet as px
 from pixnet._sdata.pixel_size import get_mpp
 from pixnet._sdata.store.workspace import WORK, store_lock
 
-ROUNDS = 20
 SIZE = 128
 
 
@@ -43,7 +42,7 @@ class MeanColour(torch.nn.Module):
 
 def make_model():
     torch.manual_seed(0)
-    return px.models.PixNet(["A", "B"], encoder=MeanColour(), mpp=0.5, window=64, halo=8)
+    return px.models.PixNet(["A", "B"], encoder=MeanColour(), mpp=0.5, window=64, halo=64)
 
 
 def expected():
@@ -55,13 +54,13 @@ def expected():
     return sdata["spots_genes"].X
 
 
-def work(path, who):
+def work(path, who, rounds):
     """Mixed calls on one object that was read at the start; each process has names of its own, and one they share."""
     torch.set_num_threads(1)
     px.settings.progress = False
     sdata, model, right = sd.read_zarr(path), make_model(), np.load(Path(path).parent / "right.npy")
     px.pp.set_mpp(sdata, "he", 0.5)
-    for n in range(ROUNDS):
+    for n in range(int(rounds)):
         px.pp.set_mpp(sdata, who, 0.5 + n / 100)
         if n % 2 == 0:
             px.tl.predict(sdata, model, image_key="he", mask_key=False, key_added=f"{who}_map", overwrite=True)
@@ -79,14 +78,17 @@ def work(path, who):
     print("done")
 
 
-def test_twenty_rounds_of_mixed_calls(tmp_path):
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_rounds_of_mixed_calls(tmp_path, rounds):
     path = tmp_path / "s.zarr"
     make_slide().write(path)
     np.save(tmp_path / "right.npy", expected())
     env = os.environ | {"OMP_NUM_THREADS": "1", "PIXNET_SCRATCH_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", __file__, str(path)]
     both = [
-        subprocess.Popen([*command, who], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        subprocess.Popen(
+            [*command, who, str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
         for who in ("a", "b")
     ]
     for process in both:
@@ -95,10 +97,10 @@ def test_twenty_rounds_of_mixed_calls(tmp_path):
     sdata, right = sd.read_zarr(path), np.load(tmp_path / "right.npy")
     assert set(sdata.images) == {"he", "a", "b", "a_map", "b_map", "map"}
     assert set(sdata.labels) == {"a_mask", "b_mask"}
-    assert set(sdata.tables) == {f"{who}_table_{n}" for who in "ab" for n in range(ROUNDS)}
+    assert set(sdata.tables) == {f"{who}_table_{n}" for who in "ab" for n in range(rounds)}
     for table in sdata.tables.values():
         np.testing.assert_array_equal(table.X, right)
-    assert [get_mpp(sdata, key) for key in ("he", "a", "b")] == [0.5, *[0.5 + (ROUNDS - 1) / 100] * 2]
+    assert [get_mpp(sdata, key) for key in ("he", "a", "b")] == [0.5, *[0.5 + (rounds - 1) / 100] * 2]
     record = sdata.attrs["pixnet"]
     assert set(record["images"]) >= {"a_map", "b_map", "map"}
     px.tl.aggregate(sdata, "spots", image_key="map", key_added="last")

@@ -328,10 +328,10 @@ def _provenance(
     seed: int,
 ) -> dict[str, Any]:
     """Return how the model came about, JSON-plain."""
-    from pixnet import __version__
+    from importlib.metadata import version
 
     return {
-        "pixnet": __version__,
+        "pixnet": version("pixnet"),
         "training": {s.name: {t.name: len(t.shapes) for t in s.targets} for s in training},
         "validation": {s.name: {t.name: len(t.shapes) for t in s.targets} for s in valid},
         "mpp": {s.name: s.grid.mpp for s in training},
