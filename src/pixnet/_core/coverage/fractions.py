@@ -80,7 +80,7 @@ def coverage(shapes: ShapeArrays, window: tuple[int, int, int, int], weights: We
     )
     fill_coverage(
         # numba compiles again for arrays that are read-only (from another process) or not contiguous.
-        *(np.require(array, requirements="CW") for array in arrays),
+        *(np.require(array, requirements=["C", "W"]) for array in arrays),
         boxes - np.array([x0, y0, x0, y0]),
         np.array([x0, y0], dtype=np.float64),
         w,

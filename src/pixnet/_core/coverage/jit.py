@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import numba
 
-Function = TypeVar("Function", bound=Callable)
 
-
-def jit(function: Function) -> Function:
+def jit(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, without the GIL, when it is called first.
 
     numba keeps what it compiled beside the source file or in the user's cache folder (``NUMBA_CACHE_DIR`` names

@@ -131,7 +131,7 @@ class ShapeArrays:
             ring_signs=np.ones(len(x0)),
             shape_offsets=_offsets(np.bincount(owners, minlength=n)),
             is_ellipse=np.zeros(n, dtype=bool),
-            area=area,
+            area=area.astype(np.float64),
             centroids=centroids,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import dask.array as da
 import numpy as np
@@ -80,7 +80,7 @@ class ImageReader:
     def pixels(self, window: Window) -> Any:
         """Return the pixels of a window to hand to a task: an array, maybe a lazy one; None if the task reads them."""
         rows, columns = slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3])
-        return None if self.reads else self.source[:, rows, columns][_as_slice(self.channels)]
+        return None if self.reads else cast(Any, self.source)[:, rows, columns][_as_slice(self.channels)]
 
     def blocks(self, window: Window, first: int | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
         """Read a window, some channels at a time.
@@ -115,7 +115,7 @@ class ImageReader:
         low, high = int(channels.min()), int(channels.max()) + 1
         rows, columns = slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3])
         data = self._memory((high - low, window[2], window[3]))
-        self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(data))
+        self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(cast(Any, data)))
         return data[_as_slice(channels - low)]
 
     def _memory(self, shape: tuple[int, int, int]) -> NDArray:
