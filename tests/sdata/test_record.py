@@ -241,6 +241,15 @@ def test_a_store_is_brought_over_with_the_first_change(tmp_path):
     assert find_entry(again, "images", "he_genes")["model"] == "m"
 
 
+def test_a_store_is_brought_over_though_a_subset_came_first(tmp_path):
+    old().write(tmp_path / "old.zarr")
+    sdata = sd.read_zarr(tmp_path / "old.zarr")
+    use(sdata.subset(["he", "he_genes"]))  # which shares the slide with its parent
+    px.pp.tissue_mask(sdata)
+    again = sd.read_zarr(tmp_path / "old.zarr")
+    assert (find_mpp(again, "he"), find_mpp(again, "he_genes")) == (0.5, 2.0)
+
+
 def test_the_next_to_be_resampled_has_no_pixel_size():
     sdata = old()
     use(sdata)

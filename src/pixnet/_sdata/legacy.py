@@ -27,14 +27,14 @@ def bring_over(sdata: SpatialData) -> None:
     record = sdata.attrs.get(KEY)
     if not isinstance(record, Mapping) or "format" in record:
         return
-    changed = {key for key, mpp in recorded(sdata, "mpp").items() if _set_mpp(sdata, key, mpp)}
+    told = {key for key, mpp in recorded(sdata, "mpp").items() if _set_mpp(sdata, key, mpp)}
     images = {}
     for key, entry in recorded(sdata, "images").items():
         if not isinstance(entry, Mapping) or not _about(sdata, key, entry):
             continue
-        named = _set_quantity(sdata, key, entry.get("quantity", "density"))
-        if _set_mpp(sdata, key, entry.get("mpp")) or named:
-            changed.add(key)
+        _set_mpp(sdata, key, entry.get("mpp"))
+        _set_quantity(sdata, key, entry.get("quantity", "density"))
+        told.add(key)
         kept = {name: value for name, value in entry.items() if name not in {"mpp", "quantity"}}
         images[key] = {**kept, "identity": identity_of(sdata.images[key])}
     masks = {
@@ -43,13 +43,13 @@ def bring_over(sdata: SpatialData) -> None:
         if key in sdata.images and isinstance(mask, str)
     }
     new = {"format": FORMAT, "defaults": recorded(sdata, "defaults"), "images": images, "masks": masks}
-    if changed:
+    if told:
         logger.info(
-            "an earlier version of pixnet recorded the pixel sizes and quantities of %s: they hold them now",
-            listed(sorted(changed)),
+            "an earlier version of pixnet recorded the pixel sizes and quantities of %s: the images tell them now",
+            listed(sorted(told)),
         )
         if sdata.is_backed():
-            new[UNWRITTEN] = sorted(changed)
+            new[UNWRITTEN] = sorted(told)
     sdata.attrs = {**sdata.attrs, KEY: new}
 
 
@@ -59,7 +59,7 @@ def write_brought_over(sdata: SpatialData) -> Entries:
     if not isinstance(record, Mapping) or UNWRITTEN not in record:
         return {}
     for key in record[UNWRITTEN]:
-        if key in sdata.images:
+        if key in sdata.images and find_mpp(sdata, key) is not None:
             sdata.write_transformations(key)
             sdata.write_channel_names(key)
     sdata.attrs = {**sdata.attrs, KEY: {name: part for name, part in record.items() if name != UNWRITTEN}}
@@ -67,10 +67,12 @@ def write_brought_over(sdata: SpatialData) -> Entries:
 
 
 def _set_mpp(sdata: SpatialData, key: str, mpp: Any) -> bool:
-    stated = isinstance(mpp, int | float) and not isinstance(mpp, bool) and 0 < mpp < float("inf")
-    if not stated or key not in sdata.images or find_mpp(sdata, key) is not None:
+    """Set a pixel size, unless one was stated since; return whether there is such an image and a number for it."""
+    number = isinstance(mpp, int | float) and not isinstance(mpp, bool) and 0 < mpp < float("inf")
+    if not number or key not in sdata.images:
         return False
-    set_pixel_size(sdata.images[key], float(mpp))
+    if find_mpp(sdata, key) is None:
+        set_pixel_size(sdata.images[key], float(mpp))
     return True
 
 
@@ -82,14 +84,13 @@ def _about(sdata: SpatialData, key: str, entry: Mapping[str, Any]) -> bool:
     return names[-1:] == [TOTAL] and entry.get("genes", names[:-1]) == names[:-1]
 
 
-def _set_quantity(sdata: SpatialData, key: str, quantity: str) -> bool:
+def _set_quantity(sdata: SpatialData, key: str, quantity: str) -> None:
     """Name the total of a map after what was recorded to be in it."""
     if quantity == "density":
-        return False
+        return
     image = sdata.images[key]
     del sdata.images[key]
     sdata.images[key] = _renamed(image, [*channel_names(image)[:-1], f"__total_{quantity}__"])
-    return True
 
 
 def _renamed(image: DataArray | DataTree, channels: list[str]) -> DataArray | DataTree:

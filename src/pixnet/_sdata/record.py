@@ -41,7 +41,17 @@ def find_entry(sdata: SpatialData, role: str, image_key: str | None) -> dict[str
 
 def note(sdata: SpatialData, role: str, key: str, value: Any) -> None:
     """Record a value in memory, or remove it (None)."""
-    sdata.attrs = merged(sdata.attrs, None, {role: {key: value}})
+    update(sdata, None, {role: {key: value}})
+
+
+def update(sdata: SpatialData, key: str | None, entries: Entries) -> None:
+    """Merge entries into the record in memory as `merged` does; those of images that are gone go, lest they come back."""
+    gone = {
+        role: {name: None for name, entry in recorded(sdata, role).items() if not _applies(sdata, name, entry)}
+        for role in ("images", "masks")
+    }
+    attrs = merged(sdata.attrs, None, gone) if any(gone.values()) else sdata.attrs
+    sdata.attrs = merged(attrs, key, entries)
 
 
 def merged(attrs: Mapping[str, Any], key: str | None, entries: Entries) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pixnet._logging import logger
 from pixnet._sdata.keys import check_key_free
 from pixnet._sdata.legacy import write_brought_over
 from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
-from pixnet._sdata.record import Entries, merged
+from pixnet._sdata.record import Entries, update
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.commit import CommittedError, commit, committed, complete, finish_interrupted
 from pixnet._sdata.store.metadata import (
@@ -143,7 +143,7 @@ def record_entries(sdata: SpatialData, entries: Entries) -> None:
         with work_folder(root, "") as work, store_lock(root):
             finish_interrupted(root, work)
             write_entries(root, work, None, entries)
-    sdata.attrs = merged(sdata.attrs, None, entries)
+    update(sdata, None, entries)
 
 
 def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
@@ -266,4 +266,4 @@ def set_element(sdata: SpatialData, key: str, element: Any, entries: Entries | N
     if key in sdata:
         del sdata[key]
     sdata[key] = element
-    sdata.attrs = merged(sdata.attrs, key, entries or {})
+    update(sdata, key, entries or {})
