@@ -17,8 +17,8 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
-from pixnet._sdata.pixel_size import write_mpp
 from pixnet._sdata.record import identity_of, note
+from pixnet._sdata.store.element_store import write_mpp
 
 GENES = ["EPCAM", "COL1A1", "CD3E"]
 MPP = 0.5  # H&E: 240 x 320 px = 120 x 160 um; map: 60 x 80 px of 2 um

@@ -75,7 +75,7 @@ def test_training_further_counts_epochs_on():
         np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2, 3, 4, 5, 6])
         assert [list(line.get_xdata()) for line in lines(ax, "further")] == [[3.5, 3.5], [5.5, 5.5]]
         assert lines(ax, "best-epoch")[0].get_xdata() == [6]
-    assert legend(axes[0]) == ["training", "validation", "trained further", "kept: epoch 1; then all data, 1 epoch"]
+    assert legend(axes[0]) == ["training", "validation", "trained further", "kept: epoch 6; then all data, 1 epoch"]
 
 
 def test_training_of_a_model_that_was_trained_further():

@@ -1,4 +1,4 @@
-"""um per pixel: stated, and measured on arrays of spots and bins."""
+"""The pixel size: stated, and measured on arrays of spots and bins."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_refusals():
     with pytest.raises(KeyError, match="'cells'.*'spots'"):
         px.pp.infer_mpp(sdata, "cells", pitch_um=100)
     scattered = make(shapely.points(np.random.default_rng(0).random((200, 2)) * 500), 3.0)
-    with pytest.raises(ValueError, match="no regular array"):
+    with pytest.raises(ValueError, match="do not form a regular array"):
         px.pp.infer_mpp(scattered, "spots", pitch_um=100)
     mixed = make(shapely.points(*hexagonal(50.0)), np.random.default_rng(0).uniform(3, 20, 144))
     with pytest.raises(ValueError, match="differ in size"):

@@ -16,17 +16,22 @@ import spatialdata as sd
 import zarr
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Scale, set_transformation
 
+import pixnet as px
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.store import element_store as store
+from pixnet._sdata.pixel_size import PIXNET_UM, get_mpp
+from pixnet._sdata.record import FORMAT
+from pixnet._sdata.store import commit as commits
 from pixnet._sdata.store import workspace as work
+from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import (
-    CommittedError,
     heal,
     local_store,
     put,
     record_entries,
     update_element_attrs,
+    write_mpp,
 )
 from pixnet._sdata.store.workspace import WORK, write_json
 
@@ -65,12 +70,12 @@ def leftovers(sdata):
 @pytest.mark.parametrize(("key", "make"), [("mask", labels), ("spots", spots), ("counts", table)])
 def test_put_sets_and_stores(memory, backed, key, make):
     for sdata in (memory, backed):
-        put(sdata, key, make(), entries={"mpp": {"he": 0.5}})
+        put(sdata, key, make(), entries={"masks": {"he": {"n": 1}}})
         assert key in sdata
-        assert sdata.attrs["pixnet"] == {"mpp": {"he": 0.5}}
+        assert sdata.attrs["pixnet"] == {"format": FORMAT, "masks": {"he": {"n": 1}}}
     again = sd.read_zarr(backed.path)
     assert {name for _, name, _ in again.gen_elements()} == {"he", key}
-    assert again.attrs["pixnet"] == {"mpp": {"he": 0.5}}
+    assert again.attrs["pixnet"] == {"format": FORMAT, "masks": {"he": {"n": 1}}}
     assert backed.has_consolidated_metadata()
     assert backed.elements_paths_on_disk() == again.elements_paths_in_memory()
     assert leftovers(backed) == []
@@ -206,7 +211,7 @@ def test_the_journal_is_json(backed, monkeypatch):
         seen[path.name] = json.loads(json.dumps(content))
         return write_json(path, content, through)
 
-    monkeypatch.setattr(store, "write_json", spy)
+    monkeypatch.setattr(commits, "write_json", spy)
     put(backed, "mask", labels(), entries={"masks": {"he": "mask"}})
     journal = seen["commit.json"]
     assert set(journal) == {"kind", "key", "entries", "consolidated", "replaces", "new"}
@@ -220,7 +225,7 @@ def test_the_journal_is_json(backed, monkeypatch):
 def test_what_another_object_recorded_stays(backed):
     other = sd.read_zarr(backed.path)
     put(backed, "a", labels(), entries={"masks": {"he": "a"}})
-    record_entries(other, {"mpp": {"he": 0.25}})
+    record_entries(other, {"images": {"a": {"n": 2}}})
     other.attrs["user's"] = 1
     other.write_attrs()  # SpatialData's own way loses what it does not know; what comes after is merged
     put(backed, "b", labels(), entries={"images": {"b": {"n": 1}}})
@@ -229,7 +234,10 @@ def test_what_another_object_recorded_stays(backed):
     assert set(again.labels) == {"a", "b"}
     assert again.attrs["user's"] == 1
     assert again.attrs["pixnet"] == {
-        "mpp": {"he": 0.25}, "images": {"b": {"n": 1}}, "defaults": {"image_key": "he"}
+        "format": FORMAT,
+        "masks": {"he": "a"},
+        "images": {"a": {"n": 2}, "b": {"n": 1}},
+        "defaults": {"image_key": "he"},
     }  # fmt: skip
 
 
@@ -237,7 +245,7 @@ def test_entries_go_with_the_element(backed):
     put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}, "defaults": {"mask": "a name"}})
     put(backed, "mask", labels(2), overwrite=True)
     for sdata in (backed, sd.read_zarr(backed.path)):
-        assert sdata.attrs["pixnet"] == {"images": {}, "defaults": {"mask": "a name"}}
+        assert sdata.attrs["pixnet"] == {"format": FORMAT, "images": {}, "defaults": {"mask": "a name"}}
 
 
 def test_a_crop_keeps_its_own_record(backed):
@@ -260,9 +268,9 @@ def test_an_element_that_another_object_wrote_is_not_replaced_unasked(backed):
 def interrupted(backed, monkeypatch):
     """A store in which the new mask (2) was committed and is not in its place; the old one is 1."""
     put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}})
-    record_entries(backed, {"mpp": {"he": 0.5}})
+    write_mpp(backed, "he", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_complete", lambda root, work: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        patch.setattr(commits, "complete", lambda root, work: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         with pytest.raises(CommittedError, match="the new 'mask' is whole.*completes it"):
             put(backed, "mask", labels(2), overwrite=True, entries={"images": {"mask": {"n": 2}}})
     assert len(work.work_folders(backed.path)) == 1
@@ -271,25 +279,31 @@ def interrupted(backed, monkeypatch):
 
 def found(path):
     sdata = sd.read_zarr(path)
-    return sdata["mask"].values.max() if "mask" in sdata else None, sdata.attrs["pixnet"]
+    return sdata["mask"].values.max(), sdata.attrs["pixnet"]["images"]["mask"]["n"], get_mpp(sdata, "he")
 
 
 def test_it_is_completed_by_whoever_looks_first(interrupted):
     assert (interrupted["mask"].values == 1).all()
     check_sdata(interrupted, "pl.gene_map")
     assert (interrupted["mask"].values == 2).all()
-    assert interrupted.attrs["pixnet"] == found(interrupted.path)[1]
-    assert found(interrupted.path) == (2, {"images": {"mask": {"n": 2}}, "mpp": {"he": 0.5}})
+    assert interrupted.attrs == sd.read_zarr(interrupted.path).attrs
+    assert found(interrupted.path) == (2, 2, 0.5)
     assert leftovers(interrupted) == []
 
 
-def test_healing_does_not_undo_a_corrected_pixel_size(interrupted):
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_healing_does_not_undo_a_corrected_pixel_size(interrupted, by_hand):
     other = sd.read_zarr(interrupted.path)
-    other.attrs["pixnet"]["mpp"]["he"] = 0.25
-    other.write_attrs()  # by hand, before anything is healed
-    assert heal(interrupted) == ["mask"]
-    assert found(interrupted.path) == (2, {"images": {"mask": {"n": 2}}, "mpp": {"he": 0.25}})
+    other.attrs["user's"] = 1
+    other.write_attrs()
+    if by_hand:  # before anything is healed
+        set_transformation(other["he"], Scale([0.25, 0.25], ("x", "y")), PIXNET_UM, write_to_sdata=other)
+        assert heal(interrupted) == ["mask"]
+    else:
+        px.pp.set_mpp(other, "he", 0.25)
     assert heal(interrupted) == []
+    assert found(interrupted.path) == (2, 2, 0.25)
+    assert sd.read_zarr(interrupted.path).attrs["user's"] == 1
 
 
 def test_healing_does_not_undo_what_replaced_the_element_meanwhile(interrupted):
@@ -298,7 +312,7 @@ def test_healing_does_not_undo_what_replaced_the_element_meanwhile(interrupted):
     interrupted["mask"] = labels(3, n=4)
     interrupted.write_element("mask")
     assert heal(interrupted) == []
-    assert found(interrupted.path) == (3, {"images": {"mask": {"n": 1}}, "mpp": {"he": 0.5}})
+    assert found(interrupted.path) == (3, 1, 0.5)
     assert leftovers(interrupted) == []
     assert interrupted.has_consolidated_metadata()
 
@@ -306,7 +320,7 @@ def test_healing_does_not_undo_what_replaced_the_element_meanwhile(interrupted):
 def test_an_interrupted_change_is_completed_before_the_next_of_that_name(interrupted):
     put(interrupted, "mask", labels(4), overwrite=True, entries={"images": {"mask": {"n": 4}}})
     heal(interrupted)
-    assert found(interrupted.path) == (4, {"images": {"mask": {"n": 4}}, "mpp": {"he": 0.5}})
+    assert found(interrupted.path) == (4, 4, 0.5)
 
 
 def test_what_must_be_completed_and_cannot_be_is_refused(interrupted, monkeypatch):
@@ -340,6 +354,6 @@ def test_a_store_that_is_not_consolidated_stays_so(memory, tmp_path):
     memory.write(tmp_path / "s.zarr", consolidate_metadata=False)
     put(memory, "mask", labels())
     update_element_attrs(memory, "images", "he", lambda attrs: {**attrs, "a": 1})
-    record_entries(memory, {"mpp": {"he": 1.0}})
+    record_entries(memory, {"images": {"he": {"n": 1}}})
     assert not memory.has_consolidated_metadata()
     assert set(sd.read_zarr(memory.path).labels) == {"mask"}

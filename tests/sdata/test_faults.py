@@ -28,8 +28,10 @@ from spatialdata.models import Image2DModel, Labels2DModel, TableModel
 from spatialdata.transformations import Identity
 
 from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution
-from pixnet._sdata.store.element_store import CommittedError, put, record_entries, update_element_attrs
+from pixnet._sdata.store.commit import CommittedError
+from pixnet._sdata.store.element_store import put, record_entries, write_mpp
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 from pixnet._sdata.store.workspace import DONE, JOURNAL, WORK
 
@@ -159,14 +161,11 @@ def write_map(sdata, value):
 
 
 def write_pixel_size(sdata, value):
-    def update(attrs):
-        return {**attrs, "size": value}
-
-    update_element_attrs(sdata, "images", "he", update)
+    write_mpp(sdata, "he", value / 10)
 
 
 def write_record(sdata, value):
-    record_entries(sdata, {"mpp": {"he": value}})
+    record_entries(sdata, {"images": {"he": {"value": value}}})
 
 
 IDENTITY = {"global": Identity()}
@@ -182,7 +181,7 @@ WRITERS = {
 def state(sdata, key):
     """What an object holds of an element, and what is recorded of it."""
     record = sdata.attrs.get("pixnet", {})
-    recorded = [record.get(role, {}).get(key or "he") for role in ("tables", "images", "mpp")]
+    recorded = [record.get(role, {}).get(key or "he") for role in ("tables", "images")]
     if key is None or key not in sdata:
         return (None, *recorded)
     element = sdata[key]
@@ -199,12 +198,12 @@ def stored_state(path, key):
     sdata = sd.read_zarr(path)
     assert sdata.attrs["mine"] == 1
     assert set(sdata.images) == {"he", key} & {"he", "map"}
-    sizes = [
-        group.attrs.get("size") for group in (zarr.open_group(path)["images/he"], zarr.open_group(path / "images/he"))
-    ]
-    assert sizes[0] == sizes[1]  # by way of the consolidated metadata, and straight
+    ome, repeated = (
+        group.attrs.get("ome") for group in (zarr.open_group(path / "images/he"), zarr.open_group(path)["images/he"])
+    )
+    assert ome == repeated  # the consolidated metadata
     assert zarr.open_group(path).metadata.consolidated_metadata is not None
-    return (*state(sdata, key), sizes[0])
+    return (*state(sdata, key), find_mpp(sdata, "he"))
 
 
 def leftovers(path):

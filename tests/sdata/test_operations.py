@@ -315,6 +315,19 @@ def test_predict(name, store, tmp_path, model, predicted):
         np.testing.assert_array_equal(found.values, predicted)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_object_resampled_to_pixels_of_1_um(model):
+    """Pixels of the coordinate system that tells pixel sizes: known, and no way to place shapes on them."""
+    sdata = build("density").transform_to_coordinate_system("pixnet_um")
+    assert [find_mpp(sdata, key) for key in ("he", "he_genes")] == [1.0, 1.0]
+    found = px.tl.predict(sdata, model, mask_key=False, inplace=False)
+    assert find_mpp(SpatialData(images={"map": found}), "map") == MPP * STRIDE
+    assert "bins" not in sdata
+    sdata["bins"] = build("density")["bins"]
+    with pytest.raises(ValueError, match="share no coordinate system"):
+        px.tl.aggregate(sdata, "bins")
+
+
 def table() -> str:
     """Return the page's table."""
     rows = ["| operation | `aggregate`, densities | `aggregate`, log sums | `predict` |", "|---|---|---|---|"]

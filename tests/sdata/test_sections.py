@@ -20,13 +20,12 @@ def slides():
 
 @pytest.mark.parametrize("one_table", [False, True])
 def test_slides_in_one_object_are_told_apart_by_coordinate_system(one_table):
-    # As spatialdata concatenates: attrs are lost, and names of elements and coordinate systems have the slide's added.
+    # As spatialdata concatenates: attrs are lost, names of elements and coordinate systems have the slide's added, and
+    # each image keeps its pixel size.
     both = sd.concatenate(slides(), concatenate_tables=one_table)
     alone = slides()
     with pytest.raises(ValueError, match=r"several elements may be the H&E image: 'he-a', 'he-b'.*image_key="):
         px.pp.tissue_mask(both)
-    for name in SEEDS:
-        px.pp.set_mpp(both, f"he-{name}", 1.0)
     apart = {name: both.filter_by_coordinate_system(f"global-{name}") for name in SEEDS}
     tables = {name: "spots_counts" if one_table else f"spots_counts-{name}" for name in SEEDS}
     sources = open_measured(apart, mask_key=False)

@@ -17,8 +17,8 @@ from spatialdata.transformations import Affine, Identity, Scale, remove_transfor
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
-from pixnet._sdata.pixel_size import write_mpp
 from pixnet._sdata.record import identity_of, is_predicted_table, note
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 
 H, W, MPP = 64, 80, 2.0

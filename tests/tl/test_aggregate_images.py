@@ -18,7 +18,7 @@ from spatialdata.transformations import Scale
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.zonal import reader as pixels
 from pixnet._names import TOTAL, TOTALS
-from pixnet._sdata.pixel_size import write_mpp
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 
 H, W = 60, 70

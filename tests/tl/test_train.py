@@ -386,6 +386,7 @@ class TestLeftOut:
     def test_an_all_background_slide(self, slide):
         white = np.full((3, 768, 768), 255, np.uint8)
         slide["he"] = Image2DModel.parse(white, dims=("c", "y", "x"))
+        px.pp.set_mpp(slide, "he", 0.5)
         with pytest.raises(ValueError, match="no shapes are left to train on"):
             train(slide, mask_key=None, validation=coloured_slide(2))
 

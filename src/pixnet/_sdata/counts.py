@@ -14,9 +14,12 @@ from spatialdata import SpatialData
 
 from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
-from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
+from pixnet._sdata.shapes import label_ids
 from pixnet._sdata.store.bound import bound
+
+EXACT = {np.float32: 2**24, np.float64: 2**53}
+"""Up to which every whole number is exact."""
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -31,7 +34,7 @@ class Counts:
     rows
         Position in the shapes element of each observation, ``(n,)``.
     counts
-        Raw counts of the chosen genes, ``(n, genes)`` float32.
+        Raw counts of the chosen genes, ``(n, genes)`` float32 or float64.
     total
         All UMI of each observation, ``(n,)`` float64.
     """
@@ -41,15 +44,27 @@ class Counts:
     total: np.ndarray
 
 
+def annotated_regions(table: Any) -> list[str]:
+    """Return the elements that a table annotates (SpatialData's ``region``)."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    if region is None:
+        return []
+    return [region] if isinstance(region, str) else [str(r) for r in region]
+
+
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
     """Return the matrix of raw counts of a table, observations by genes, sparse or dense, in memory.
+
+    Whatever type they are stored in, counts are float32 here, or float64 where one is too large for that.
 
     Raises
     ------
     KeyError
         If there is no such layer.
+    TypeError
+        If it does not hold numbers.
     ValueError
-        If it holds NaN, negative or fractional values: no raw counts.
+        If it holds NaN, negative or fractional values, or values that are too large to be exact.
     """
     if layer is not None and layer not in table.layers:
         raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {listed(table.layers)}")
@@ -72,18 +87,29 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> s
         raise TypeError(f"{where} is {values.dtype}; counts are numbers")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(
-            f"{where} holds NaN or infinite values; counts are whole numbers from 0: mend or drop those rows"
+            f"{where} holds NaN or infinite values; counts are whole numbers from 0: fix or drop those rows"
         )
     if values.size and values.min() < 0:
         raise ValueError(
-            f"{where} holds negative values: these are no raw counts; name the layer that has them with layer="
+            f"{where} holds negative values: these are not raw counts; name the layer that has them with layer="
         )
     if values.dtype.kind == "f" and values.size and (values != np.rint(values)).any():
         raise ValueError(
             f"{where} holds fractions such as {float(values[values != np.rint(values)][0]):g}: it looks normalised. "
             f"Raw counts are needed; name the layer that has them with layer= ({listed(table.layers)})"
         )
-    return matrix
+    most = int(values.max()) if values.size else 0
+    if most > EXACT[np.float64]:
+        raise ValueError(
+            f"{where} holds a count of {most:.3g}, which is too large to be added exactly; is it a hash or an id?"
+        )
+    return matrix.astype(np.float32 if most <= EXACT[np.float32] else np.float64, copy=False)
+
+
+def _row_sums(matrix: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+    if sparse.issparse(matrix):  # which sums in its own precision, whatever it is asked for
+        return np.asarray(matrix.astype(np.float64).sum(axis=1)).ravel()
+    return matrix.sum(axis=1, dtype=np.float64)
 
 
 def totals(
@@ -98,7 +124,7 @@ def totals(
     ValueError
         If it holds NaN or negative values, or less than the counts of the table's own genes.
     """
-    sums = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+    sums = _row_sums(matrix)
     if total_key is None:
         return sums
     if total_key not in table.obs:
@@ -143,7 +169,7 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     element = sdata.labels[shapes_key]
     with bound(element, f"labels {shapes_key!r}"):
         labels = np.unique(np.asarray(full_resolution(element).data))
-    return pd.Index(labels[labels != 0])
+    return pd.Index(label_ids(labels[labels != 0], shapes_key))
 
 
 def read_counts(
@@ -171,7 +197,7 @@ def read_counts(
     total = totals(table, table_key, matrix, total_key)
     counts = dense(matrix[:, positions])
     here = rows >= 0
-    return Counts(rows[here], counts[here].astype(np.float32), total[here])
+    return Counts(rows[here], counts[here], total[here])
 
 
 def dense(matrix: Any) -> np.ndarray:

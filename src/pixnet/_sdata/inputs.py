@@ -11,7 +11,7 @@ from pixnet._sdata.legacy import bring_over
 from pixnet._sdata.store.element_store import heal
 
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
-"""What functions take that work on one or several objects."""
+"""One or several objects, as functions take them."""
 
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:

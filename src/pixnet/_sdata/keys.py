@@ -10,6 +10,7 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._names import listed
+from pixnet._sdata.counts import annotated_regions
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry, is_predicted_table, recorded
@@ -40,9 +41,9 @@ def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
     KeyError
         If the object has no image of that name.
     TypeError
-        If its pixels are no uint8.
+        If its pixels are not uint8.
     ValueError
-        If it is no RGB image, is a gene map, or if none is named and none or several could be meant.
+        If it is not an RGB image, is a gene map, or if none is named and none or several could be meant.
     """
     if image_key is not None:
         _check_known(image_key, sdata.images, "image", "image_key")
@@ -72,8 +73,8 @@ def _check_he(sdata: SpatialData, key: str) -> None:
         raise ValueError(f"image {key!r} is three-dimensional; pixnet works on 2D images")
     if n != 3:
         kind = {1: " (greyscale)", 4: " (RGBA?)"}.get(n, "")
-        mend = "drop the alpha channel: image.isel(c=slice(0, 3))" if n == 4 else "pass an RGB image"
-        raise ValueError(f"image {key!r} has {n} channels{kind}; an H&E image has 3 (R, G, B): {mend}")
+        fix = "drop the alpha channel: image.isel(c=slice(0, 3))" if n == 4 else "pass an RGB image"
+        raise ValueError(f"image {key!r} has {n} channels{kind}; an H&E image has 3 (R, G, B): {fix}")
     if data.dtype != np.uint8:
         raise TypeError(
             f"image {key!r} is {data.dtype}; H&E must be uint8 (0 to 255): rescale it, for instance "
@@ -121,14 +122,6 @@ def resolve_shapes(
     if len(set(names)) != len(names):
         raise ValueError(f"{argument} names an element twice: {listed(names)}")
     return list(names)
-
-
-def annotated_regions(table: Any) -> list[str]:
-    """Return the elements that a table annotates (SpatialData's ``region``)."""
-    region = table.uns.get("spatialdata_attrs", {}).get("region")
-    if region is None:
-        return []
-    return [region] if isinstance(region, str) else [str(r) for r in region]
 
 
 def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str | None = None) -> str:

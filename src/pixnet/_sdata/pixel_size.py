@@ -119,13 +119,3 @@ def _down(transformations: dict[str, BaseTransformation], scale: tuple[float, fl
         if isinstance(transformation, Chain) and isinstance(transformation.transformations[0], Scale):
             return transformation.transformations[0]
     return Scale(list(scale), axes=("y", "x"))
-
-
-def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
-    """Set the pixel size of an image (µm/px, full-resolution level), in its store too where the object is backed."""
-    set_pixel_size(sdata.images[image_key], mpp)
-    if sdata.is_backed():
-        consolidated = sdata.has_consolidated_metadata()
-        sdata.write_transformations(image_key)
-        if consolidated:
-            sdata.write_consolidated_metadata()

@@ -63,7 +63,7 @@ def merged(attrs: Mapping[str, Any], key: str | None, entries: Entries) -> dict[
 
 def identity(channels: Sequence[str], shape: Sequence[int]) -> str:
     """Return what an image is recognised by: a hash of the names of its channels and of its size ``(y, x)``."""
-    return hashlib.sha256(json.dumps([list(channels), list(shape)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([list(channels), [int(n) for n in shape]]).encode()).hexdigest()[:16]
 
 
 def identity_of(image: DataArray | DataTree) -> str:

@@ -13,8 +13,8 @@ from spatialdata import SpatialData
 from pixnet._core.train.crops import Section, Targets
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import check_totals_alike, match_rows
-from pixnet._sdata.keys import annotated_regions, resolve_shapes, resolve_table
+from pixnet._sdata.counts import annotated_regions, check_totals_alike, match_rows
+from pixnet._sdata.keys import resolve_shapes, resolve_table
 from pixnet._sdata.measured import MeasuredTable
 from pixnet._sdata.shapes import pixel_shapes
 from pixnet._sdata.slide import Slide

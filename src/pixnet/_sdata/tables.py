@@ -1,4 +1,4 @@
-"""What was summed over shapes, as a table that annotates them."""
+"""Make a table of what was summed over shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNITS = {"density": "density", "log_sum": "log1p CP10k / um^2"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, resolved and checked.
+    """A request, resolved and checked.
 
     Attributes
     ----------
@@ -70,14 +70,14 @@ class Plan:
 
 
 class Rows(NamedTuple):
-    """What a table says of its shapes whatever the pixels are."""
+    """The part of a table that needs no pixels."""
 
     obs: pd.DataFrame
     centroids: NDArray[np.float64]
 
 
 def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) -> Rows:
-    """Return ids, areas (um^2 or pixels) and centroids (in the coordinate system) of the shapes of one element."""
+    """Return ids, areas (µm² or pixels) and centroids (in the coordinate system) of the shapes of one element."""
     obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
     obs["region"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), categories=[name])
     integer = pd.api.types.is_integer_dtype(element.ids.dtype)

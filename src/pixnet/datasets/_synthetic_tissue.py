@@ -102,8 +102,8 @@ def synthetic_tissue(
     from spatialdata.transformations import Identity, Scale
     from spatialdata.transformations import Sequence as TransformSequence
 
-    from pixnet._sdata.pixel_size import write_mpp
     from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     _check(size_um, mpp, n_genes, seed=seed, stain_seed=stain_seed, panel_seed=panel_seed)
     if isinstance(shapes, str):

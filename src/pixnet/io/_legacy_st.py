@@ -74,7 +74,7 @@ def legacy_st(
     ...     {"x": [1, 2, 1, 2], "y": [1, 1, 2, 2], "pixel_x": [100, 300, 100, 300], "pixel_y": [100, 100, 300, 300]}
     ... )
     >>> sdata = px.io.legacy_st(counts, spots, np.full((400, 400, 3), 255, dtype=np.uint8))
-    >>> sdata["spots"].radius.tolist()  # px: spots are 100 um across, and 1 um/px is found
+    >>> sdata["spots"].radius.round(6).tolist()  # px: spots are 100 µm across, and 1 µm/px is found
     [50.0, 50.0, 50.0, 50.0]
     """
     import geopandas
@@ -83,8 +83,8 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.pixel_size import write_mpp
     from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)

@@ -74,8 +74,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.pixel_size import write_mpp
     from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
     if path.is_dir():

@@ -51,7 +51,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
     >>> axes = px.pl.training(px.models.load("her2st"))
     """
     frame, starts = _history(model)
-    kept = _kept(model, starts[-1])
+    kept, label_kept = _kept(model, starts[-1])
     metrics = [name for name in _METRICS if any(f"{part}_{name}" in frame for part in _PARTS)]
     with style():
         axes = panels(len(metrics), ax, ncols=3, aspect=1.35, bar_inches=0.7)
@@ -62,7 +62,7 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
             for start in starts[1:]:
                 panel.axvline(start + 0.5, color=MUTED, linewidth=0.9, zorder=1, label="trained further", gid="further")
             if kept is not None:
-                _mark(panel, kept, frame.get(f"val_{metric}"), _label(model), below=metric == "pcc")
+                _mark(panel, kept, frame.get(f"val_{metric}"), label_kept, below=metric == "pcc")
             panel.set_xlabel("epoch")
             panel.set_ylabel(_METRICS[metric])
             panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -88,17 +88,14 @@ def _history(model: PixNet) -> tuple[pd.DataFrame, list[int]]:
     return frame, [0, *(int(number) - 1 for number in frame.index[begins])]
 
 
-def _kept(model: PixNet, start: int) -> int | None:
-    """Return the epoch whose weights were kept, of the last run."""
+def _kept(model: PixNet, start: int) -> tuple[int | None, str]:
+    """Return the epoch of the last run whose weights were kept, and its label in the legend."""
     epochs = model.provenance.get("epochs")
-    return None if epochs is None else start + int(epochs)
-
-
-def _label(model: PixNet) -> str:
-    """Return how the legend names the epoch that was kept."""
-    epochs = model.provenance["epochs"]
+    if epochs is None:
+        return None, ""
     again = model.provenance.get("options", {}).get("refit", False)
-    return f"kept: epoch {epochs}" + (f"; then all data, {epochs} epoch{'s' * (epochs > 1)}" if again else "")
+    more = f"; then all data, {epochs} epoch{'s' * (epochs > 1)}" if again else ""
+    return start + int(epochs), f"kept: epoch {start + int(epochs)}{more}"
 
 
 def _mark(panel: Axes, kept: int, validation: pd.Series | None, label: str, *, below: bool) -> None:

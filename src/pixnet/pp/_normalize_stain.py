@@ -1,4 +1,4 @@
-"""The stain of a slide brought to that of the slides a model was trained on."""
+"""Bring the stain of a slide to that of the slides a model was trained on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def normalize_stain(
     Parameters
     ----------
     sdata
-        Object that holds the image; its um/px must be known.
+        Object that holds the image; the pixel size must be known.
     model
         The model that will predict, its path or its name; ``None`` is the one that `pixnet.tl.predict` takes.
     image_key
@@ -56,7 +56,7 @@ def normalize_stain(
     Returns
     -------
     DataArray, DataTree or None
-        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its um/px and its
+        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its pixel size and its
         tissue mask, if it has one, are those of the image.
 
     Raises
@@ -66,7 +66,7 @@ def normalize_stain(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If um/px is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
+        If the pixel size is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
         slides.
 
     Notes

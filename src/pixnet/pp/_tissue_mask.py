@@ -1,4 +1,4 @@
-"""Where tissue is on a slide: a labels element at a coarse resolution."""
+"""Find tissue on a slide: a labels element at a coarse resolution."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tissue_mask(
     sdata
         Object that holds the image.
     image_key
-        The H&E image; its um/px must be known. ``None``: the recorded one, else the only one.
+        The H&E image; its pixel size must be known. ``None``: the recorded one, else the only one.
     key_added
         Name of the labels element; ``None`` is ``"{image_key}_tissue"``, which ``tl`` functions find by themselves.
     overwrite
@@ -48,7 +48,7 @@ def tissue_mask(
     Returns
     -------
     DataArray or None
-        Labels ``uint8 (y, x)``, 1 tissue and 0 background, at 4 to 8 um/px (a coarser image's own), in the coordinate
+        Labels ``uint8 (y, x)``, 1 tissue and 0 background, at 4 to 8 µm/px (a coarser image's own), in the coordinate
         systems of the image.
 
     Raises
@@ -56,7 +56,7 @@ def tissue_mask(
     KeyError
         If there is no such image.
     ValueError
-        If um/px is unknown, the image is no 8-bit RGB, or ``key_added`` exists.
+        If the pixel size is unknown, the image is not 8-bit RGB, or ``key_added`` exists.
 
     Examples
     --------

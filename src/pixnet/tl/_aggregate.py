@@ -56,7 +56,7 @@ def aggregate(
         Name of a shapes element (polygons, multipolygons, circles; overlaps and holes count as they are) or of a labels
         element (one row for each label but 0), or a list of names: one table is made for each.
     image_key
-        Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet recorded, or
+        Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet made, or
         the only one.
     genes
         Channels to aggregate, one name or several; None: all.
@@ -93,9 +93,9 @@ def aggregate(
             µm². From any other image: the (first) statistic of each channel.
         ``layers``
             From a gene map: ``"density"``, the area mean of its values; statistics other than the mean are layers of
-            these values (``"sum"`` times um^2). From any other image: the further statistics; ``"sum"`` is over pixels.
+            these values (``"sum"`` times µm²). From any other image: the further statistics; ``"sum"`` is over pixels.
         ``obs``
-            ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in um^2;
+            ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in µm²;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
             over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities.
         ``obsm["spatial"]``
@@ -111,7 +111,7 @@ def aggregate(
         If an argument or a geometry is of the wrong type.
     ValueError
         If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, the name
-        of a table is taken, or sums need the um per pixel and it is not known. All of this is checked before any pixel is read.
+        of a table is taken, or sums need the pixel size and it is not known. All of this is checked before any pixel is read.
 
     Notes
     -----
@@ -121,8 +121,8 @@ def aggregate(
     2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
     its densities, pixel by pixel.
 
-    If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the um per pixel of
-    the image is not recorded, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
+    If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the pixel size of
+    the image is unknown, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
 
     Examples
     --------

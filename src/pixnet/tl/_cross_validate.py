@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 GAP_UM = 100.0
-"""Between blocks: about what training sees around its crops at 0.5 um/px."""
+"""Distance between blocks: about what training sees around its crops at 0.5 µm/px."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def cross_validate(
         A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
         in space into which its shapes are cut across the longer axis.
     gap_um
-        With blocks: shapes closer than this (um) to a shape of the block that is tested train nothing. Their surroundings may still
-        overlap: training looks 192 of the model's pixels beyond its crops (96 um at 0.5 um/px), prediction up to 320; give more, such as
-        400, to exclude that.
+        With blocks: shapes closer than this (µm) to a shape of the block that is tested are left out of training. Their
+        surroundings may still overlap: training looks 192 of the model's pixels beyond its crops (96 µm at 0.5 µm/px),
+        prediction up to 320; give more, such as 400, to exclude that.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
     image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device
@@ -110,7 +110,7 @@ def cross_validate(
             "model= was trained before, perhaps on what is tested here; give one that was never trained, or leave it out"
         )
     if not gap_um >= 0:
-        raise ValueError(f"gap_um is {gap_um!r}; um from 0 are needed")
+        raise ValueError(f"gap_um is {gap_um!r}; a distance in µm, from 0, is needed")
     objects = named_objects(sdata)
     keys = (image_key, shapes, table_key, total_key)
     sources = open_measured(objects, *keys)

@@ -183,7 +183,6 @@ def train(
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     chosen, tables = _choose_genes(genes, model, tables, held_out)
-    build.setdefault("mpp", max(FINEST_MPP, *(m.slide.mpp for m in slides)))
 
     import torch
 
@@ -193,7 +192,7 @@ def train(
     device = _device(device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
         torch.manual_seed(seed)
-        net = _new_model(chosen, build) if model is None else model.with_genes(chosen)
+        net = _new_model(chosen, build, slides) if model is None else model.with_genes(chosen)
         _check_resolution(slides, net)
         sections = {m.name: open_section(m, tables[m.name], net.mpp, net.stride) for m in slides}
         training = [section for name, section in sections.items() if name not in held_out]
@@ -297,11 +296,13 @@ def _choose_genes(
     return [chosen[i] for i in columns], tables
 
 
-def _new_model(genes: list[str], build: dict[str, Any]) -> PixNet:
+def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide]) -> PixNet:
+    """Return a model that works at 0.5 µm/px or at the coarsest slide's pixel size, unless told otherwise."""
     from pixnet.models import PixNet
 
+    mpp = max(FINEST_MPP, *(m.slide.mpp for m in slides))
     # A copy, since training may change it: the caller's module, and the folds of a cross-validation, stay as they were.
-    return PixNet(genes, **{**build, "encoder": copy.deepcopy(build.get("encoder"))})
+    return PixNet(genes, **{"mpp": mpp, **build, "encoder": copy.deepcopy(build.get("encoder"))})
 
 
 def _check_resolution(slides: Sequence[MeasuredSlide], model: PixNet) -> None:
@@ -327,10 +328,10 @@ def _provenance(
     seed: int,
 ) -> dict[str, Any]:
     """Return how the model came about, JSON-plain."""
-    from pixnet import __version__
+    from importlib.metadata import version
 
     return {
-        "pixnet": __version__,
+        "pixnet": version("pixnet"),
         "training": {s.name: {t.name: len(t.shapes) for t in s.targets} for s in training},
         "validation": {s.name: {t.name: len(t.shapes) for t in s.targets} for s in valid},
         "mpp": {s.name: s.grid.mpp for s in training},

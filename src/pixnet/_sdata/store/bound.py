@@ -10,7 +10,7 @@ from xarray import DataArray, DataTree
 from zarr.storage import LocalStore
 
 from pixnet._core.stored import AGAIN, check_stored, identity, stored_array, stored_arrays
-from pixnet._names import listed
+from pixnet._names import TOTAL, TOTALS, listed
 from pixnet._sdata.rasters import channel_names, levels
 from pixnet._sdata.store.metadata import channel_labels, count_chunks
 
@@ -61,9 +61,17 @@ def bound(element: DataArray | DataTree, what: str) -> Iterator[None]:
 
 def _check_channels(data: DataArray, group: Path, what: str) -> None:
     stored = channel_labels(group)
-    if stored is not None and "c" in data.dims and stored != channel_names(data):
+    if stored is None or "c" not in data.dims:
+        return
+    names = channel_names(data)
+    if [*map(_known, stored)] != [*map(_known, names)]:
         raise RuntimeError(
-            f"{what} has channels {listed(channel_names(data)[:5])} in this object and {listed(stored[:5])} in {group}. "
+            f"{what} has channels {listed(names[:5])} in this object and {listed(stored[:5])} in {group}. "
             "If you renamed them, write the names with sdata.write_channel_names; if another process replaced the "
             f"image, {AGAIN}"
         )
+
+
+def _known(channel: str) -> str:
+    """Return a channel's name; that of the total of a map of an earlier version is changed when it is brought over."""
+    return TOTAL if channel in TOTALS.values() else channel

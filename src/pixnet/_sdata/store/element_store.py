@@ -1,22 +1,4 @@
-"""Put elements into a SpatialData object, and into its store where it has one, so that no crash leaves a broken store.
-
-How a backed object is written to
----------------------------------
-Everything is written to a work folder first, ``<store>/.pixnet/<id>/``, which readers do not see. Then, under the lock
-of the store:
-
-1. ``commit.json``, a journal that says what goes where, is written. This is the commit point: from here on the new
-   element is the one that counts.
-2. The store's consolidated metadata is dropped, so that the store opens at every moment of what follows.
-3. The element that is replaced, if any, moves to the work folder; the new one moves to its place.
-4. The entries of the new element are merged into the record on disk, and the metadata is consolidated again.
-5. The journal is deleted, and then the work folder with the old element.
-
-A failure before step 1 leaves the old element as it was. What a failure after it left undone is completed by
-:func:`heal`, which every pixnet function calls before it looks at an object. Each step looks at the files to tell
-whether it was done. The journal names the new element and its own entries of the record only, so healing brings back
-nothing that was changed meanwhile.
-"""
+"""Put elements into a SpatialData object, and into its store where it has one, in one step (see `commit`)."""
 
 from __future__ import annotations
 
@@ -32,33 +14,34 @@ import zarr
 from anndata import AnnData
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
+from spatialdata.transformations import Scale
 from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
 from pixnet._sdata.keys import check_key_free
 from pixnet._sdata.legacy import write_brought_over
+from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
 from pixnet._sdata.record import Entries, merged
-from pixnet._sdata.store import metadata
 from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.store.commit import commit, complete, finish_interrupted
+from pixnet._sdata.store.metadata import (
+    METADATA,
+    drop_consolidated,
+    is_consolidated,
+    stamp,
+    with_transformation,
+    write_entries,
+)
 from pixnet._sdata.store.workspace import (
     JOURNAL,
     NEW,
-    OLD,
     WORK,
-    Workspace,
     read_json,
     store_lock,
     work_folder,
     work_folders,
     write_json,
 )
-
-
-class CommittedError(OSError):
-    """The new element counts and is whole, but the disk failed before all was in its place."""
-
-
-# what others call ---------------------------------------------------------------------------------------------------
 
 
 def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, entries: Entries | None = None) -> None:
@@ -108,7 +91,7 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, 
         if isinstance(element, DataArray | DataTree):
             check_bound(element, f"what {key!r} is made of")  # while it was written, its pixels were read
         if kind in {"images", "labels"}:
-            metadata.stamp(work.path / NEW / kind / key, uuid.uuid4().hex)
+            stamp(work.path / NEW / kind / key, uuid.uuid4().hex)
         commit(sdata, work, kind, key, overwrite=overwrite, entries=entries)
     in_memory = isinstance(element, AnnData | GeoDataFrame)
     set_element(sdata, key, element if in_memory else read_element(root, kind, key), entries)
@@ -133,7 +116,7 @@ def heal(sdata: SpatialData) -> list[str]:
     root = Path(path)
     try:
         with store_lock(root):
-            done = _finish(root)
+            done = finish_interrupted(root)
     except OSError as error:
         if not any((folder / JOURNAL).exists() for folder in work_folders(root)):
             return []  # a store that is only read is left as it is
@@ -158,9 +141,24 @@ def record_entries(sdata: SpatialData, entries: Entries) -> None:
     root = local_store(sdata)
     if root is not None:
         with work_folder(root, "") as work, store_lock(root):
-            _finish(root, work)
-            metadata.write_entries(root, work, None, entries)
+            finish_interrupted(root, work)
+            write_entries(root, work, None, entries)
     sdata.attrs = merged(sdata.attrs, None, entries)
+
+
+def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
+    """Set the pixel size of an image (µm/px, full-resolution level), in its store too where the object is backed."""
+    try:
+        root = local_store(sdata)
+    except ValueError as error:
+        logger.warning("the pixel size of %r is set in this object alone: %s", image_key, error)
+        root = None
+    if root is not None and (root / "images" / image_key).exists():
+        scale = Scale([mpp, mpp], axes=("x", "y"))
+        update_element_attrs(
+            sdata, "images", image_key, lambda attrs: with_transformation(attrs, PIXNET_UM, scale, is_pixel_size)
+        )
+    set_pixel_size(sdata.images[image_key], mpp)
 
 
 def update_element_attrs(
@@ -189,137 +187,21 @@ def update_element_attrs(
         raise ValueError("the object is in memory; only a backed one has attributes on disk")
     element = root / kind / key
     with work_folder(root, key) as work, store_lock(root):
-        _finish(root, work)
-        if not (element / metadata.METADATA).exists():
+        finish_interrupted(root, work)
+        if not (element / METADATA).exists():
             raise FileNotFoundError(f"the store {root} holds no {key!r} among its {kind}; write the element first")
-        content = read_json(element / metadata.METADATA)
+        content = read_json(element / METADATA)
         content["attributes"] = update(content["attributes"])
         journal: dict[str, Any] = {
             "kind": None,
             "key": key,
             "entries": {},
-            "consolidated": metadata.is_consolidated(root),
+            "consolidated": is_consolidated(root),
         }
         write_json(work.path / JOURNAL, journal)  # should all end here: the metadata has to be consolidated again
-        metadata.drop_consolidated(root, work)
-        write_json(element / metadata.METADATA, content, through=work.path)
-        _complete(root, work)
-
-
-# the commit ---------------------------------------------------------------------------------------------------------
-
-
-def commit(
-    sdata: SpatialData, work: Workspace, kind: str, key: str, *, overwrite: bool, entries: Entries | None = None
-) -> None:
-    """Move a whole new element from its work folder to its place in the store of ``sdata`` (steps 1 to 5).
-
-    The caller removes the work folder, with the old element in it, when this has returned.
-
-    Parameters
-    ----------
-    sdata
-        A backed object.
-    work
-        The work folder. Its ``new.zarr`` holds the element.
-    kind, key
-        The element's type, ``"images"`` say, and its name.
-    overwrite
-        Whether an element of that name may be replaced.
-    entries
-        What is recorded of it.
-    """
-    root = Path(str(sdata.path))
-    with store_lock(root):
-        _finish(root, work)
-        check_free_on_disk(root, key, overwrite)
-        journal = {
-            "kind": kind,
-            "key": key,
-            "entries": dict(entries or {}),
-            "consolidated": metadata.is_consolidated(root),
-            "replaces": metadata.stored_elements(root, key),
-            "new": metadata.stored_elements(work.path / NEW, key)[kind],
-        }
-        try:
-            write_json(work.path / JOURNAL, journal)
-            _complete(root, work)
-        except OSError as error:
-            if not work.committed:
-                raise
-            raise CommittedError(
-                error.errno,
-                f"the new {key!r} is whole in {root} and counts, but its metadata could not be brought up to date "
-                f"({error.strerror}). Once that is put right (a full disk?), the next call of a pixnet function on "
-                "this object, or on the store opened again, completes it",
-            ) from error
-
-
-def check_free_on_disk(root: Path, key: str, overwrite: bool) -> None:
-    """Refuse a name that the store holds, unless it may be replaced: the object may not know of it."""
-    if not overwrite and metadata.stored_elements(root, key):
-        raise ValueError(
-            f"{key!r} exists in {root}, not in this object: another process wrote it since the store was read, or it was "
-            "deleted from the object only. Read the store again, pass overwrite=True to replace it, or another key_added="
-        )
-
-
-def _finish(root: Path, own: Workspace | None = None) -> list[dict[str, Any]]:
-    """Complete what was committed and clear what was not, of processes that are gone; the lock is held."""
-    done = []
-    for folder in work_folders(root):
-        work = Workspace.adopt(folder) if own is None or folder != own.path else None
-        if work is None:  # its process is alive, and waits for the lock or is at work in the folder
-            continue
-        try:
-            if work.committed:
-                done.append(_complete(root, work))
-                logger.warning("completed a change of %r in %s that was interrupted", done[-1]["key"], root)
-                work.remove()
-            elif not work.resumable:
-                work.remove()
-        finally:
-            work.release()
-    return done
-
-
-def _complete(root: Path, work: Workspace) -> dict[str, Any]:
-    """Do steps 2 to 5, but for the work folder. Each looks at the files for whether it was done, so that all can be run again."""
-    journal = read_json(work.path / JOURNAL)
-    kind, key = journal["kind"], journal["key"]
-    if kind is not None:
-        metadata.drop_consolidated(root, work)
-        if _move(root, work, journal):
-            there = metadata.stored_elements(root, key).get(kind)
-            if there != journal["new"]:  # changed since by another hand: what is recorded of ours may not hold
-                journal["entries"] = {}
-            metadata.list_label(root, work, key)
-            metadata.write_entries(root, work, key, journal["entries"])
-        else:
-            there = None
-            logger.warning("%r in %s was changed after a change of it was interrupted, which is dropped", key, root)
-        journal["kind"] = None if there is None else kind
-    if journal["consolidated"]:
-        metadata.consolidate(root)
-    (work.path / JOURNAL).unlink()
-    return journal
-
-
-def _move(root: Path, work: Workspace, journal: dict[str, Any]) -> bool:
-    """Move the old element out and the new one in; False if what is in place is neither."""
-    kind, key = journal["kind"], journal["key"]
-    new, old = work.path / NEW / kind / key, work.path / OLD
-    if not new.exists():
-        return True
-    there = metadata.stored_elements(root, key)
-    if not old.exists() and there != journal["replaces"]:
-        return False
-    for other in there:
-        (old / other).mkdir(parents=True, exist_ok=True)
-        (root / other / key).rename(old / other / key)
-    metadata.make_type_group(root, work, kind)
-    new.rename(root / kind / key)
-    return True
+        drop_consolidated(root, work)
+        write_json(element / METADATA, content, through=work.path)
+        complete(root, work)
 
 
 # stores ------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,8 @@ from zarr.codecs import BloscCodec
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
 from pixnet._sdata.record import Entries
+from pixnet._sdata.store.commit import check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
-    check_free_on_disk,
-    commit,
     heal,
     local_store,
     read_element,

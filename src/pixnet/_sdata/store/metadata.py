@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zarr
+from spatialdata.transformations import BaseTransformation
 
 from pixnet._sdata.record import Entries, merged
 from pixnet._sdata.store.workspace import NEW, Workspace, read_json, write_json
@@ -83,6 +86,20 @@ def write_entries(root: Path, work: Workspace, key: str | None, entries: Entries
     attrs = merged(content["attributes"], key, entries)
     if attrs != content["attributes"]:
         write_json(root / METADATA, {**content, "attributes": attrs}, through=work.path)
+
+
+def with_transformation(
+    attrs: dict[str, Any], coordinate_system: str, transformation: BaseTransformation, replaces: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Return a raster's attributes with a transformation added, in place of those to the systems that it replaces."""
+    (multiscale,) = attrs["ome"]["multiscales"]
+    axes = tuple(axis["name"] for axis in multiscale["axes"])
+    new = transformation.to_ngff(axes, axes, output_coordinate_system_name=coordinate_system).to_dict()
+    kept = [t for t in multiscale["coordinateTransformations"] if not replaces(t["output"]["name"])]
+    return {
+        **attrs,
+        "ome": {**attrs["ome"], "multiscales": [{**multiscale, "coordinateTransformations": [*kept, new]}]},
+    }
 
 
 def level_paths(element: Path) -> list[str]:

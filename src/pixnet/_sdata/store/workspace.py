@@ -138,11 +138,11 @@ def store_lock(root: Path) -> Iterator[None]:
 
 def _open_lock(path: Path) -> Any:
     while True:
-        path.parent.mkdir(exist_ok=True)
         try:
+            path.parent.mkdir(exist_ok=True)
             handle = open(path, "a")  # noqa: SIM115  it stays open as long as the lock is held
-        except FileNotFoundError:  # the last holder has just removed the folder
-            if path.parent.parent.exists():
+        except (FileNotFoundError, FileExistsError):  # the last holder has just removed the folder
+            if path.parent.parent.exists() and not path.parent.is_file():
                 continue
             raise
         _flock(handle, wait=True)
