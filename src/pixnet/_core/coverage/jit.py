@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numba
 
@@ -17,6 +17,6 @@ def jit(function: Function) -> Function:
     another), and raises where it can write to neither; then each process compiles for itself.
     """
     try:
-        return numba.njit(function, cache=True, nogil=True)
+        return cast(Function, numba.njit(function, cache=True, nogil=True))
     except RuntimeError:
-        return numba.njit(function, nogil=True)
+        return cast(Function, numba.njit(function, nogil=True))
