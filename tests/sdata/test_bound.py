@@ -27,7 +27,7 @@ from pixnet._sdata.store.map_writer import MapSpec, MapWriter
 
 def write_map(sdata, genes=("A", "B"), value=1.0, key="he_genes", shape=(64, 64)):
     """A gene map as pixnet stores it, with one empty corner."""
-    spec = MapSpec([*genes, "__total__"], shape, "float32", 16, (), {"global": Identity()})
+    spec = MapSpec([*genes, "__total__"], shape, 16, (), {"global": Identity()})
     job = {"genes": list(genes), "value": value}
     writer = MapWriter.open(sdata, key, spec, job, overwrite=True)
     for i in range(4):

@@ -145,7 +145,7 @@ def put_mask(sdata, value):
 
 
 def write_map(sdata, value):
-    spec = MapSpec(["a", "__total__"], (16, 16), "float32", 8, (2,), dict(IDENTITY))
+    spec = MapSpec(["a", "__total__"], (16, 16), 8, (2,), dict(IDENTITY))
     writer = MapWriter.open(sdata, "map", spec, {"value": value}, overwrite=True)
     try:
         for i, j in ((0, 0), (1, 1)):

@@ -16,10 +16,8 @@ from pixnet._core.parallel import run
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 
 
-def spec_of(shape, chunk=16, factors=(2, 2), dtype="float32", channels=("a", "b", "__total__")):
-    return MapSpec(
-        list(channels), shape, dtype, chunk, factors, {"global": Scale([4, 4], ("x", "y")), "um": Identity()}
-    )
+def spec_of(shape, chunk=16, factors=(2, 2), channels=("a", "b", "__total__")):
+    return MapSpec(list(channels), shape, chunk, factors, {"global": Scale([4, 4], ("x", "y")), "um": Identity()})
 
 
 @pytest.fixture
@@ -125,7 +123,7 @@ def test_background_is_not_stored(sdata):
 
 
 def test_chunks_hold_few_channels_and_share_them_evenly():
-    spec = MapSpec([str(i) for i in range(251)], (1000, 1000), "float32", 256, (2, 2), {})
+    spec = MapSpec([str(i) for i in range(251)], (1000, 1000), 256, (2, 2), {})
     assert spec.chunks == (23, 256, 256)
 
 

@@ -199,9 +199,7 @@ class _Request:
     @property
     def spec(self) -> MapSpec:
         """The stored element."""
-        return MapSpec(
-            self.names, self.grid.shape, "float32", self.grid.chunk, self.scale_factors, self.transformations
-        )
+        return MapSpec(self.names, self.grid.shape, self.grid.chunk, self.scale_factors, self.transformations)
 
     def asked(self, model_hash: str) -> dict[str, Any]:
         """Return everything that determines the map, apart from pixels (JSON-plain)."""

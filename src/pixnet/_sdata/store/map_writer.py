@@ -41,7 +41,7 @@ COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
 
 @dataclass(frozen=True)
 class MapSpec:
-    """What a stored map looks like.
+    """The form of a stored map, float32.
 
     Attributes
     ----------
@@ -49,8 +49,6 @@ class MapSpec:
         Names of the channels.
     shape
         Size of the finest level ``(y, x)``.
-    dtype
-        ``"float32"`` or ``"float16"``.
     chunk
         Pixels a side of a chunk.
     scale_factors
@@ -61,7 +59,6 @@ class MapSpec:
 
     channels: Sequence[str]
     shape: tuple[int, int]
-    dtype: str
     chunk: int
     scale_factors: Sequence[int]
     transformations: Mapping[str, Any]
@@ -320,7 +317,7 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
     """Have SpatialData write the element's metadata from a tiny one, then put arrays of the right shape in place."""
     side = 2 * math.prod(spec.scale_factors)
     tiny = Image2DModel.parse(
-        np.zeros((len(spec.channels), side, side), dtype=spec.dtype),
+        np.zeros((len(spec.channels), side, side), dtype="float32"),
         dims=("c", "y", "x"),
         c_coords=list(spec.channels),
         scale_factors=list(spec.scale_factors) or None,
@@ -333,7 +330,7 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
         zarr.create_array(
             element / name,
             shape=(len(spec.channels), *shape),
-            dtype=spec.dtype,
+            dtype="float32",
             chunks=(chunks[0], min(chunks[1], shape[0]), min(chunks[2], shape[1])) if level else chunks,
             compressors=COMPRESSOR,
             fill_value=np.nan,
