@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import adapt_norms, with_features
+from pixnet._correlation import pearson as correlation
 from pixnet._sdata.sections import open_measured, open_section
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
@@ -194,10 +195,7 @@ def smoothed(test: Pooled, pitch_um: float) -> np.ndarray:
 def pearson(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Return the correlation of each gene over the shapes that have a prediction; NaN for constant genes."""
     known = np.isfinite(predicted).all(axis=1)
-    p, t = predicted[known].astype(np.float64), measured[known].astype(np.float64)
-    p, t = p - p.mean(axis=0), t - t.mean(axis=0)
-    scale = np.sqrt((p**2).sum(axis=0) * (t**2).sum(axis=0))
-    return np.where(scale > 1e-9, (p * t).sum(axis=0) / np.maximum(scale, 1e-9), np.nan)
+    return correlation(predicted[known], measured[known])
 
 
 def ceiling(counts: np.ndarray, total: np.ndarray, seed: int = 0) -> np.ndarray:

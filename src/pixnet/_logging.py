@@ -15,6 +15,7 @@ class _StderrHandler(logging.StreamHandler):
 
     @property
     def stream(self) -> TextIO:
+        """The stream to write to."""
         return sys.stderr
 
 

@@ -14,7 +14,7 @@ TOTALS = {"density": TOTAL, "log_sum": "__total_log_sum__"}
 
 
 def is_total(channel: str) -> bool:
-    """Whether a channel is the total of a gene map, of a quantity that is known here or not."""
+    """Return whether a channel is the total of a gene map, of a known quantity or another."""
     return channel == TOTAL or (channel.startswith("__total_") and channel.endswith("__"))
 
 
@@ -26,9 +26,9 @@ def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = Non
     genes
         A name, or a list, array or index of names.
     among
-        The genes that there are; a total is refused unless it is one of them. None: any name will do.
+        The valid names; a total is refused unless it is one of them. None: any name will do.
     where
-        What has the genes of ``among``, for the message.
+        Name, for the message, of the table or map that ``among`` belongs to.
 
     Raises
     ------

@@ -226,10 +226,8 @@ def test_arrays_from_another_process_are_read_only():
 @pytest.mark.parametrize(
     ("geometries", "radius", "error", "message"),
     [
-        ([shapely.LineString([(0, 0), (1, 1)])], None, TypeError, "LineString"),
-        ([None], None, TypeError, "missing"),
-        ([shapely.Polygon()], None, ValueError, "empty"),
-        ([shapely.Polygon([(0, 0, 1), (1, 0, 1), (1, 1, 1)])], None, ValueError, "z coordinates"),
+        ([shapely.LineString([(0, 0), (1, 1)])], None, TypeError, "LINESTRING"),
+        ([None], None, TypeError, "None"),
         ([shapely.Point(0, 0)], None, ValueError, "radius"),
         ([shapely.Point(0, 0)], -1, ValueError, "radius"),
     ],

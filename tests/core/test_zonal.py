@@ -80,14 +80,9 @@ def plainly(image, shapes, weights="area", validity=None):
 
 def weighted_quantile(values, areas, share):
     order = np.argsort(values)
-    values, total = values[order], np.cumsum(areas[order])
-    exceeded = total / total[-1] > share
-    reached = total / total[-1] > share - 1e-9
-    return (
-        (values[np.argmax(reached)] + values[np.argmax(exceeded)]) / 2
-        if reached.sum() != exceeded.sum()
-        else values[np.argmax(exceeded)]
-    )
+    up_to = np.cumsum(areas[order]) / areas.sum()
+    # Where the share falls between two pixels (equal areas), both count.
+    return values[order][[np.argmax(up_to >= share - 1e-9), np.argmax(up_to >= share + 1e-9)]].mean()
 
 
 def kinds_of(image, tmp_path):

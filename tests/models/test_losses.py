@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from pixnet._core.train.options import TrainingOptions
-from pixnet.models._losses import LOSSES, nb_deviance, pearson, shape_loss
+from pixnet.models._losses import LOSSES, correlation, nb_deviance, shape_loss
 from pixnet.models._quantity import UNITS, log_expression
 
 
@@ -34,7 +34,7 @@ def test_the_losses_that_training_offers_are_there():
 def test_pearson_is_that_of_numpy_and_nan_where_constant():
     a, b = torch.randn(30, 2), torch.randn(30, 2)
     b[:, 1] = 5
-    found = pearson(a, b)
+    found = correlation(a, b)
     assert found[0].item() == pytest.approx(np.corrcoef(a[:, 0], b[:, 0])[0, 1], rel=1e-4)
     assert found[1].isnan()
 
@@ -43,7 +43,7 @@ def test_the_published_loss():
     predicted, density, cp10k, depth = case()
     found = shape_loss(predicted, density, cp10k, depth)
     measured = torch.log1p(cp10k)
-    expected = (predicted - measured).square().mean() + 0.5 * (1 - pearson(predicted, measured).mean())
+    expected = (predicted - measured).square().mean() + 0.5 * (1 - correlation(predicted, measured).mean())
     torch.testing.assert_close(found["expression"], expected)
     torch.testing.assert_close(found["total"], (density.log() - depth.log()).square().mean())
 

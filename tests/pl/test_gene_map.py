@@ -97,7 +97,8 @@ def test_colour_bars_say_what_is_shown(slide):
     genes = ["EPCAM", "CD3E", "__total__"]
     assert labels(px.pl.gene_map(slide, genes)) == ["", "density of transcripts", "density of all transcripts"]
     assert labels(px.pl.gene_map(slide, genes, show="cp10k")) == ["", "CP10k", "density of all transcripts"]
-    slide.attrs["pixnet"]["images"]["he_genes"]["quantity"] = "log_sum"
+    genes[-1] = "__total_log_sum__"
+    slide.set_channel_names("he_genes", [*GENES, genes[-1]])
     assert labels(px.pl.gene_map(slide, genes)) == ["", "log1p CP10k / µm²", "density of all transcripts"]
 
 

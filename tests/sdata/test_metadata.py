@@ -74,6 +74,7 @@ def test_labels_are_listed_in_their_group(root, work):
     for key in ("mask", "other"):
         metadata.list_label(root, work, key)
     assert listed() == ["other"]
+    metadata.consolidate(root)
     assert set(sd.read_zarr(root).labels) == {"other"}
 
 

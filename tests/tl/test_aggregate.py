@@ -175,6 +175,25 @@ def test_any_other_image_gives_plain_statistics(sdata):
     assert not only.layers
 
 
+def test_quantiles_of_images_and_of_the_densities_of_maps(sdata):
+    table = aggregate(sdata, "bins", image_key="protein", agg_func=["median", "q90"], inplace=False)
+    pixels = np.asarray(sdata["protein"]["scale0"].ds["image"].values).reshape(2, H // 4, 4, W // 4, 4)
+    pixels = pixels.transpose(1, 3, 0, 2, 4).reshape(-1, 2, 16)
+    np.testing.assert_array_equal(table.X, np.median(pixels, axis=2))
+    expected = np.quantile(pixels, 0.9, axis=2, method="averaged_inverted_cdf")
+    np.testing.assert_allclose(table.layers["q90"], expected, rtol=1e-6)
+    assert table.uns["pixnet"]["agg_func"] == ["median", "q90"]
+    assert table.uns["pixnet"]["unit"] == table.uns["pixnet"]["layer_units"]["q90"] == "value"
+
+    table = aggregate(sdata, "bins", agg_func="median", inplace=False)
+    mean = aggregate(sdata, "bins", inplace=False)
+    assert set(table.layers) == {"density", "median"}
+    np.testing.assert_array_equal(table.X, mean.X)
+    pixels = sdata["he_genes"].values[:-1].reshape(3, H // 4, 4, W // 4, 4).transpose(1, 3, 0, 2, 4)
+    np.testing.assert_array_equal(table.layers["median"], np.median(pixels.reshape(-1, 3, 16), axis=2))
+    assert table.uns["pixnet"]["layer_units"]["median"] == "density"
+
+
 def test_without_um_per_pixel_areas_are_in_pixels_and_say_so(sdata, caplog):
     with caplog.at_level("WARNING", logger="pixnet"):
         table = aggregate(sdata, "bins", image_key="protein", inplace=False)
@@ -456,7 +475,8 @@ def check_refused(sdata, error, message, *args, **kwargs):
         (ValueError, "genes is empty", "spots", {"genes": []}),
         (ValueError, "more than once: ACTB", "spots", {"genes": ["ACTB", "ACTB"]}),
         (TypeError, "genes", "spots", {"genes": 5}),
-        (ValueError, "'median'; valid: 'mean'", "spots", {"agg_func": "median"}),
+        (ValueError, "'q100'; valid: 'mean'", "spots", {"agg_func": ["mean", "q100"]}),
+        (ValueError, "'mode'; valid: 'mean'", "spots", {"agg_func": "mode"}),
         (ValueError, "different", "spots", {"agg_func": ["mean", "mean"]}),
         (ValueError, "one or several", "spots", {"agg_func": []}),
         (TypeError, "agg_func", "spots", {"agg_func": np.mean}),

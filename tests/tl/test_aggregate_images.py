@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from unittest import mock
+
+import dask
 import dask.array as da
 import geopandas as gpd
 import numpy as np
@@ -16,7 +20,7 @@ from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import Scale
 
 from pixnet._core.coverage import ShapeArrays, coverage
-from pixnet._core.zonal import reader as pixels
+from pixnet._core.zonal import zonal_statistics
 from pixnet._names import TOTAL, TOTALS
 from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
@@ -218,6 +222,10 @@ def test_a_quantity_that_cannot_be_summed_is_refused():
     assert not made.tables
 
 
+def small_tiles(tile_px):
+    return mock.patch("pixnet.tl._aggregate.zonal_statistics", partial(zonal_statistics, tile_px=tile_px))
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_other_shapes_and_tiles_change_nothing(seed):
@@ -231,12 +239,8 @@ def test_other_shapes_and_tiles_change_nothing(seed):
     alone = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
     assert together["cells"].X.tobytes() == alone.X.tobytes()
     np.testing.assert_array_equal(together["boxes"].X, alone.X[len(CELLS) :])
-    side = pixels.TILE_PX
-    try:
-        pixels.TILE_PX = 16
+    with small_tiles(16):
         small = aggregate(made, "cells", agg_func=["mean", "std", "min"], inplace=False)
-    finally:
-        pixels.TILE_PX = side
     np.testing.assert_allclose(small.X, alone.X, rtol=1e-6)
     np.testing.assert_allclose(small.layers["std"], alone.layers["std"], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(small.layers["min"], alone.layers["min"])
@@ -245,25 +249,25 @@ def test_other_shapes_and_tiles_change_nothing(seed):
 # elsewhere ---------------------------------------------------------------------------------------------------------
 
 
-def test_worker_processes_give_the_same(tmp_path, monkeypatch):
+def test_worker_processes_give_the_same(tmp_path):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr(pixels, "TILE_PX", 32)
     made, _, _ = gene_map(5, 0.3)
     made["cells"] = polygons(CELLS)
     made.write(tmp_path / "s.zarr")
     backed = sd.read_zarr(tmp_path / "s.zarr")
     lazy = SpatialData(images={"m": made["m"] * np.float32(2)}, shapes={"cells": made["cells"]})
     calls = {
-        "stored": (backed, ["spots", "bins", "cells"], ["mean", "std", "max"]),
+        "stored": (backed, ["spots", "bins", "cells"], ["mean", "std", "max", "median"]),
         "in memory": (made, ["cells"], ["mean"]),
         "lazy": (lazy, ["cells"], ["mean", "min"]),
     }
 
     def run():
-        return {
-            name: aggregate(sdata, shapes, agg_func=agg_func, inplace=False)
-            for name, (sdata, shapes, agg_func) in calls.items()
-        }
+        with small_tiles(32):
+            return {
+                name: aggregate(sdata, shapes, agg_func=agg_func, inplace=False)
+                for name, (sdata, shapes, agg_func) in calls.items()
+            }
 
     expected = run()
     with (
@@ -272,6 +276,9 @@ def test_worker_processes_give_the_same(tmp_path, monkeypatch):
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
+        with dask.config.set(scheduler="threads"):
+            run()
+        assert not any(client.run(lambda dask_worker: len(dask_worker.state.log)).values())
         found = run()
         done = sum(client.run(lambda dask_worker: len(dask_worker.state.log)).values())
     assert done > 0  # the workers did it

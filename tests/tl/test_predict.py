@@ -348,7 +348,7 @@ def test_a_huge_slide_is_a_graph_in_no_time(model):
     ("arguments", "error", "match"),
     [
         ({"image_key": "no"}, KeyError, "'he'"),
-        ({"genes": ["A", "Z"]}, KeyError, "does not predict 'Z'.*'A', 'B', 'C'"),
+        ({"genes": ["A", "Z"]}, KeyError, "'Z' is not in the model.*'A', 'B', 'C'"),
         ({"genes": ["A", "A"]}, ValueError, "more than once"),
         ({"genes": ["__total__"]}, ValueError, "__total__"),
         ({"genes": 5}, TypeError, "list of names"),
@@ -661,4 +661,4 @@ def test_progress_goes_to_stderr(sdata, model, capfd):
     assert out == ""
     assert "tile" in err
     assert "Mpx/s" in err
-    assert "'he_genes': 4 channels, 125 x 155 px at 2 um/px" in err
+    assert "'he_genes': 4 channels, 125 x 155 px at 2 µm/px" in err

@@ -134,11 +134,10 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
         refuse(point & ~((radius > 0) & np.isfinite(radius)), "have no positive radius", "correct the 'radius' column")
     with np.errstate(invalid="ignore"):  # of coordinates that are not finite
         arrays = ShapeArrays.from_geometries(geometries, radius)
-        refuse(np.asarray(~np.isfinite(arrays.bounds).all(axis=1)), "have coordinates that are not finite", "drop them")
-    # A ring of four corners as large as its bounding box is a rectangle, and valid: testing a million bins takes a second.
-    box_area = np.prod(arrays.bounds[:, 2:] - arrays.bounds[:, :2], axis=1)
-    is_box = (shapely.get_num_coordinates(geometries) == 5) & (arrays.area == box_area) & (box_area > 0)
-    suspects = np.flatnonzero(polygon & ~is_box)
+        finite = np.isfinite(arrays.bounds).all(axis=1) & np.isfinite(arrays.area)
+        refuse(np.asarray(~finite), "have coordinates that are not finite", "drop them")
+    # Rectangles are valid; testing a million bins would take a second.
+    suspects = np.flatnonzero(polygon & ~arrays.is_box)
     wrong = np.zeros(len(ids), dtype=bool)
     wrong[suspects] = ~shapely.is_valid(geometries[suspects])
     if wrong.any():

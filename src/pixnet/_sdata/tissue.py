@@ -1,4 +1,4 @@
-"""The tissue mask of a slide: found at a coarse resolution, or opened as tl functions use it."""
+"""The tissue mask of a slide: computed at a coarse resolution, or opened as tl functions use it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
-# The mask is made at about this many um per pixel: fine enough for the outline, coarse enough to be quick.
+# About the pixel size of the mask (µm/px): fine enough for the outline, coarse enough to be quick.
 TARGET_MPP = 5.5
 
 
 def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
-    """Read an image as `pixnet._core.tissue.compute_mask` takes it.
-
-    Returns
-    -------
-    tuple
-        Pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, um per pixel.
-    """
+    """Return coarse pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, and their pixel size (µm/px)."""
     import dask.array as da
 
     mpp, pyramid = slide.mpp, slide.levels
@@ -42,13 +36,7 @@ def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
 
 
 def find_tissue(slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return where tissue is on an image.
-
-    Returns
-    -------
-    tuple
-        Mask ``bool (y, x)``, and level-0 pixels of the image per pixel of it, ``(y, x)``.
-    """
+    """Compute the tissue mask ``bool (y, x)`` of an image, and level-0 pixels per pixel of it, ``(y, x)``."""
     small, scale, mpp = _read_coarse(slide)
     mask = compute_mask(small, mpp)
     share = float(mask.mean())

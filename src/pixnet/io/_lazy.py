@@ -93,6 +93,7 @@ class TiffLevel(FileLevel):
 
 @lru_cache(maxsize=32)
 def _open_tiff(path: str, stamp: int, series: int, level: int, process: int) -> Any:
+    """Open a level of a TIFF, once per process."""
     import tifffile
     import zarr
 
@@ -118,6 +119,7 @@ class OpenSlideLevel(FileLevel):
 
 @lru_cache(maxsize=8)
 def _open_openslide(path: str, stamp: int, process: int) -> Any:
+    """Open a scanner's file, once per process."""
     import openslide
 
     with _openslide_lock:

@@ -31,14 +31,14 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of a registered encoder.
+    """Facts about a registered encoder.
 
     Attributes
     ----------
     name
-        What ``encoder=`` takes.
+        Name that ``encoder=`` takes.
     mpp
-        um per pixel it was trained at; None for natural images.
+        Pixel size (µm/px) of the images that it was trained on; None for natural images.
     licence
         Licence of its weights.
     weights
@@ -70,12 +70,12 @@ def register_encoder(
     parameters: float = float("nan"),
     needs: str = "",
 ) -> None:
-    """Make an encoder of your own known by name, so that checkpoints that use it can be loaded.
+    """Register your encoder under a name, so that checkpoints that use it can be loaded.
 
     An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a list of
     feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
-    rising powers of 2 up to 64. It normalises the image itself, and keeps to what lies near a pixel: no pooling over the
-    whole image, no statistics of the batch. Wrong shapes are refused when a model is built on it.
+    rising powers of 2 up to 64. It normalises the image itself, and a feature depends only on what lies near its pixel: there
+    is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
 
     An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 
@@ -87,7 +87,7 @@ def register_encoder(
         Called as ``build(pretrained=bool)``; returns the module. A class with that argument will do. With
         ``pretrained=False`` it must not look for weights: a checkpoint brings them.
     mpp
-        um per pixel the encoder was trained at.
+        Pixel size (µm/px) of the images that the encoder was trained on.
     licence, weights, parameters, needs
         Shown by `encoders`: licence and source of the weights, millions of parameters, extra to install.
 
@@ -113,7 +113,7 @@ def register_encoder(
     >>> px.models.register_encoder("mine", Mine, mpp=0.5, licence="MIT", parameters=0.001)
     >>> float(px.models.encoders().loc["mine", "mpp"])
     0.5
-    >>> px.models.PixNet(["ERBB2"], encoder="mine").config["encoder"]
+    >>> px.models.PixNet(["ERBB2"], encoder="mine").config.encoder
     'mine'
     """
     known = _REGISTRY.get(name)
@@ -128,7 +128,7 @@ def encoders() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index ``name``, what ``encoder=`` takes; columns ``mpp`` (um per pixel of their training images, NaN for natural
+        Index ``name``, as ``encoder=`` takes it; columns ``mpp`` (µm/px of their training images, NaN for natural
         images), ``licence``, ``weights`` (where they come from), ``parameters`` (millions) and ``needs`` (the extra to
         install). Those of timm listed here are examples: any other CNN or ViT of timm can be named as ``"timm/NAME"`` too,
         ``"timm/hf-hub:OWNER/NAME"`` from Hugging Face, or ``"timm/local-dir:/path"`` from a folder with its files.

@@ -19,8 +19,8 @@ class ExpressionLoss(Protocol):
     ) -> Tensor: ...
 
 
-def pearson(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the Pearson correlation of each column over the rows, ``(genes,)``; NaN where a column is constant."""
+def correlation(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return Pearson's r of each column over the rows, ``(genes,)``, with its gradient; NaN where a column is constant."""
     p = prediction - prediction.mean(dim=0)
     t = target - target.mean(dim=0)
     # Clamped before the root, whose slope at 0 would turn the gradients of all genes into NaN.
@@ -92,9 +92,9 @@ def shape_loss(
     dict
         Scalars ``expression``, ``pcc`` (mean over genes, without gradient) and ``total`` (squared error of log depth).
     """
-    correlation = pearson(predicted, torch.log1p(cp10k))
-    known = torch.isfinite(correlation)
-    pcc = torch.where(known, correlation, 0.0).sum() / known.sum().clamp(min=1)
+    r = correlation(predicted, torch.log1p(cp10k))
+    known = torch.isfinite(r)
+    pcc = torch.where(known, r, 0.0).sum() / known.sum().clamp(min=1)
     return {
         "expression": loss(predicted, cp10k, pcc, umi=umi, dispersion=dispersion),
         "pcc": pcc.detach(),

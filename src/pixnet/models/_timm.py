@@ -114,7 +114,7 @@ def _import_timm() -> Any:
         import timm
     except ImportError as err:
         raise ImportError(
-            f"encoders named 'timm/...' need the package timm: install it with pip install 'pixnet[timm]' ({err})"
+            f"encoders named 'timm/...' need timm: install it with pip install 'pixnet[timm]' ({err})"
         ) from err
     except RuntimeError as err:
         raise ImportError(

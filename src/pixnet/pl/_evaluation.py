@@ -51,7 +51,7 @@ def evaluation(
     >>> import pandas as pd
     >>> import pixnet as px
     >>> scores = pd.DataFrame({"pearson": [0.6, 0.4, 0.1]}, index=["FASN", "ERBB2", "ACTB"])
-    >>> ax = px.pl.evaluation({"spots": scores, "8 um": scores * 0.6}, n_named=1)
+    >>> ax = px.pl.evaluation({"spots": scores, "8 µm": scores * 0.6}, n_named=1)
     """
     curves = _curves(df)
     if n_named is not None and (isinstance(n_named, bool) or not isinstance(n_named, (int, np.integer)) or n_named < 0):

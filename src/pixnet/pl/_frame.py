@@ -155,7 +155,7 @@ def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[
     Parameters
     ----------
     frame
-        What is shown.
+        Frame of the figure.
     key
         An image or labels element.
     panel_pixels
@@ -181,7 +181,7 @@ def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[
     data = data.isel(y=rows, x=cols)
     if channels is not None:
         data = data.isel(c=list(channels))
-    # A raster without a pyramid is thinned out block by block, so that the whole never stands in memory.
+    # A raster without a pyramid is reduced block by block, so that it is never in memory as a whole.
     step = max(1, math.floor(wanted / math.sqrt(sx * sy)))
     if step > 1:
         data = _thin(data, step)

@@ -24,7 +24,7 @@ def draw_outlines(ax: Axes, frame: Frame, key: str, *, color: str, linewidth: fl
     ax
         Axes in frame units.
     frame
-        What is shown.
+        Frame of the figure.
     key
         The element.
     color
@@ -72,7 +72,7 @@ def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap
     ax
         Axes in frame units.
     frame
-        What is shown.
+        Frame of the figure.
     key
         A shapes or labels element.
     values

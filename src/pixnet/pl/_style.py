@@ -79,7 +79,7 @@ def panels(
     Parameters
     ----------
     n
-        How many are needed.
+        Number of panels.
     ax
         ``None`` makes a figure; ``n`` Axes are used as they are; a single Axes is divided when more are needed.
     ncols

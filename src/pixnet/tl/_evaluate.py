@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
+from pixnet._correlation import pearson
 from pixnet._names import check_genes, listed
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, made_by_pixnet, totals
 from pixnet._sdata.genes import gene_positions
@@ -153,18 +154,12 @@ def _score(predicted: np.ndarray, measured: np.ndarray, genes: list[str]) -> pd.
     if n == 0:
         nothing = np.full(len(genes), np.nan)
         return _frame(genes, nothing, nothing, nothing, n)
-    p, m = predicted - predicted.mean(axis=0), measured - measured.mean(axis=0)
-    # A column whose values are all equal may differ from its mean by rounding: compare the values themselves.
-    constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(measured, axis=0) == 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pearson = (p * m).sum(axis=0) / np.sqrt((p**2).sum(axis=0) * (m**2).sum(axis=0))
-    pearson = np.where(constant | (n < 2), np.nan, pearson)
     error = predicted - measured
-    return _frame(genes, pearson, (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
+    return _frame(genes, pearson(predicted, measured), (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
 
 
-def _frame(genes: list[str], pearson: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
-    return pd.DataFrame({"pearson": pearson, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
+def _frame(genes: list[str], r: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"pearson": r, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
 
 
 def _summary(frame: pd.DataFrame) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import TOTALS, check_genes, listed
+from pixnet._names import TOTALS, check_genes
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.record import identity
@@ -42,7 +42,7 @@ def predict(
     model: PixNet | str | Path | None = None,
     *,
     image_key: str | None = None,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
@@ -56,43 +56,45 @@ def predict(
 ) -> DataArray | None:
     """Predict dense gene maps of a slide.
 
-    The map is an image element with one channel per gene and a last channel ``__total__``: expected densities of
-    transcripts, in linear space, NaN on background. The slide is predicted tile by tile, so memory does not grow with
-    it, and the map streams to a zarr store: the object's own, or one under ``settings.scratch_dir`` that goes at exit.
-    With a ``dask.distributed`` client in scope the tiles run on its workers.
+    The map is an image element with one channel per gene and a last channel ``__total__``. It holds expected densities
+    of transcripts, in linear space, and NaN on background. The slide is predicted tile by tile, so memory does not grow
+    with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
+    at exit. With a ``dask.distributed`` client in scope, the tiles run on its workers.
 
     Parameters
     ----------
     sdata
-        Object that holds the H&E image; its um/px must be known (`pixnet.pp.set_mpp`).
+        Object that holds the H&E image. The pixel size must be known (`pixnet.pp.set_mpp`).
     model
         The model, or a checkpoint's path or name; ``None`` is the model that ships with the package.
     image_key
         The H&E image. ``None``: the recorded one, else the only one.
     genes
-        Genes of the map, in this order; ``None``: all of the model's. ``__total__`` comes in any case.
+        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``__total__`` is always
+        added.
     mask_key
         Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
         and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
     out_mpp
-        um per map pixel, the model's own (its um/px times its stride) or coarser: then the mean over the tissue in each
-        pixel, by area.
+        Pixel size of the map (µm/px). ``None``: that of the model's output, its pixel size times its stride. In a
+        coarser map, a pixel is the mean over its tissue, weighted by area.
     tile_size
-        Model pixels a side of the tiles, rounded up to the model's windows. It sets the memory, not the result.
-        ``None``: about 256 map pixels.
+        Side of the tiles in model pixels, rounded up to whole windows of the model. It changes the memory that is needed
+        and not the result. ``None``: about 256 map pixels.
     precision
-        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only); ``None`` is ``settings.precision``, else bfloat16 where
-        the device computes in it natively, else float32.
+        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only). ``None``: ``settings.precision``, else bfloat16 if the
+        device computes in it natively, else float32. The map is stored as float32 in any case.
     key_added
         Name of the map; ``None`` is ``"{image_key}_genes"``.
     scale_factors
-        How much coarser each level of the map's pyramid is than the one before.
+        How much coarser each level of the map's pyramid is than the one before. A pixel is the mean of a block of pixels
+        of that level; what is left of a last block is left out.
     device
-        Torch device; ``None`` is ``settings.device``, else a GPU where there is one.
+        Torch device. ``None``: ``settings.device``, else a GPU if there is one.
     overwrite
-        Replace an element of that name. The old one stays whole until the new one is.
+        Replace an element of that name. The old one is kept until the new one is complete.
     resume
-        Go on with the map of an interrupted call with the same arguments.
+        Continue the map of an interrupted call with the same arguments.
     inplace
         Store the map, add it to ``sdata`` and return None. ``False`` returns it as a lazy, single-scale DataArray and
         writes nothing.
@@ -107,26 +109,30 @@ def predict(
     KeyError
         If an image, labels element or gene is unknown.
     OSError
-        If the disk is full; what was written is deleted.
+        If the disk is full. What was written is deleted.
     PermissionError
         If the store cannot be written to.
     RuntimeError
-        If a part of the image cannot be read: the message says which. If the device's memory does not hold one window of
-        the model, or another process is writing the same map.
+        If a part of the image cannot be read (the message says which part), if one window of the model does not fit into
+        the memory of the device, or if another process is writing the same map.
     TypeError
         If an argument or the image's pixels are of the wrong type.
     ValueError
-        If um/px is unknown or more than 2 times coarser than the model's, if there is no tissue, if ``key_added``
-        exists, or an argument is out of range.
+        If the pixel size is unknown or more than 2 times coarser than that of the model, if there is no tissue, if
+        ``key_added`` exists, or an argument is out of range.
 
     Notes
     -----
-    Interrupted by an exception, Ctrl-C or a kill, the store stays readable and what is done is kept:
-    ``resume=True`` goes on and ends with the same bytes. The next call for the same map without it starts again.
+    After an exception, Ctrl-C or a kill, the store is readable and finished tiles are kept: the same call with
+    ``resume=True`` continues. Without it, the next call for the same map starts again.
 
-    A slide whose stain or sharpness lies far outside that of the training slides gets a warning that names what differs: a
-    mean optical density, its spread, the share of a colour, or detail, as a wrong um/px makes it. Without a mask
-    (``mask_key=False``) glass counts as tissue, and such slides are compared with training slides of their kind only.
+    Equal calls give equal bytes on the same machine, with the same precision and the same number of torch threads, also
+    if one of them was interrupted and resumed. Other processors, precisions or thread counts round differently.
+
+    If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
+    difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
+    size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
+    training slides without a mask.
 
     Examples
     --------
@@ -143,30 +149,15 @@ def predict(
     if inplace:
         _check_target(slide, key, overwrite)
     _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
-    request = _resolve(slide, model, genes, out_mpp, tile_size, precision, device)
+    request = _resolve(slide, model, genes, out_mpp, tile_size, scale_factors, precision, device)
     mask = _open_tissue(request)
     runner = _make_runner(request, mask)
     samples = sample(runner.reader, mask)
     _warn_if_foreign(request, statistics(samples, mask.masked))
     if not inplace:
         return _lazy_element(request, runner)
-
-    factors = [int(factor) for factor in scale_factors]
-    asked = {
-        "image_key": slide.key,
-        "image_mpp": slide.mpp,
-        "mask_key": slide.mask_key,
-        "genes": request.genes,
-        "model_hash": runner.model.hash,
-        "model_mpp": request.model.mpp,
-        "mpp": request.grid.mpp,
-        "shape": list(request.grid.shape),
-        "tile_size": request.grid.tile_size,
-        "scale_factors": factors,
-        "precision": request.precision,
-        "device": request.device.type,
-        "torch_threads": request.threads,
-    }
+    asked = request.asked(runner.model.hash)
+    job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
     entry = {
         "kind": "gene_map",
         "model": request.model_name,
@@ -174,15 +165,13 @@ def predict(
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
-    job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
-    spec = MapSpec(request.names, request.grid.shape, "float32", request.grid.chunk, factors, request.transformations)
-    write_map(sdata, key, runner, spec, job, entry, resume=resume, overwrite=overwrite)
+    write_map(sdata, key, runner, request.spec, job, entry, resume=resume, overwrite=overwrite)
     return None
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is predicted: all names resolved, all arguments checked."""
+    """A prediction with all names resolved and all arguments checked."""
 
     slide: Slide
     model: PixNet
@@ -190,6 +179,7 @@ class _Request:
     genes: list[str]
     channels: list[int] | None
     grid: MapGrid
+    scale_factors: list[int]
     device: torch.device
     precision: str
     threads: int | None
@@ -206,13 +196,39 @@ class _Request:
         to_image = Scale([x, y], axes=("x", "y"))
         return {name: Chain([to_image, system]) for name, system in self.slide.transformations.items()}
 
+    @property
+    def spec(self) -> MapSpec:
+        """The stored element."""
+        return MapSpec(
+            self.names, self.grid.shape, "float32", self.grid.chunk, self.scale_factors, self.transformations
+        )
+
+    def asked(self, model_hash: str) -> dict[str, Any]:
+        """Return everything that determines the map, apart from pixels (JSON-plain)."""
+        return {
+            "image_key": self.slide.key,
+            "image_mpp": self.slide.mpp,
+            "mask_key": self.slide.mask_key,
+            "genes": self.genes,
+            "model_hash": model_hash,
+            "model_mpp": self.model.mpp,
+            "mpp": self.grid.mpp,
+            "shape": list(self.grid.shape),
+            "tile_size": self.grid.tile_size,
+            "scale_factors": self.scale_factors,
+            "precision": self.precision,
+            "device": self.device.type,
+            "torch_threads": self.threads,
+        }
+
 
 def _resolve(
     slide: Slide,
     model: PixNet | str | Path | None,
-    genes: Sequence[str] | None,
+    genes: str | Sequence[str] | None,
     out_mpp: float | None,
     tile_size: int | None,
+    scale_factors: Sequence[int],
     precision: str | None,
     device: str | None,
 ) -> _Request:
@@ -225,7 +241,7 @@ def _resolve(
     on = resolve_device(settings.device if device is None else device)
     precision = resolve_precision(settings.precision if precision is None else precision, on)
     resolved, model_name = resolve_model(model)
-    genes, channels = _resolve_genes(resolved, genes)
+    chosen, channels = _resolve_genes(resolved, genes)
     grid = slide.grid(resolved.mpp, resolved.stride)
     tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide=on.type == "cuda")
     if grid.enlarged:
@@ -236,8 +252,9 @@ def _resolve(
             slide.mpp,
             resolved.mpp,
         )
+    factors = [int(factor) for factor in scale_factors]
     threads = torch.get_num_threads() if on.type == "cpu" else None
-    return _Request(slide, resolved, model_name, genes, channels, tiles, on, precision, threads)
+    return _Request(slide, resolved, model_name, chosen, channels, tiles, factors, on, precision, threads)
 
 
 def _open_tissue(request: _Request) -> TissueMask:
@@ -314,26 +331,19 @@ def _check_target(slide: Slide, key: str, overwrite: bool) -> None:
     local_store(slide.sdata)
 
 
-def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str], list[int] | None]:
+def _resolve_genes(model: PixNet, genes: str | Sequence[str] | None) -> tuple[list[str], list[int] | None]:
     """Return the genes of the map, and the model's channels that it takes (None: all)."""
     if genes is None:
         return list(model.genes), None
-    genes = check_genes(genes)
+    chosen = check_genes(genes, among=model.genes, where="the model")
+    if chosen == model.genes:
+        return chosen, None
     position = {gene: k for k, gene in enumerate(model.genes)}
-    unknown = [gene for gene in genes if gene not in position]
-    if unknown:
-        shown = listed(model.genes[:10]) + (f", ... ({len(model.genes)} in all)" if len(model.genes) > 10 else "")
-        raise KeyError(
-            f"the model does not predict {listed(unknown[:5])}{' ...' if len(unknown) > 5 else ''}; its genes (model.genes): "
-            f"{shown}"
-        )
-    if genes == list(model.genes):
-        return genes, None
-    return genes, [*(position[gene] for gene in genes), len(model.genes)]
+    return chosen, [*(position[gene] for gene in chosen), len(model.genes)]
 
 
 def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
-    """Check the arguments that need no other to be judged."""
+    """Check the arguments that can be checked one by one."""
     try:
         factors = list(scale_factors)
     except TypeError:
@@ -347,8 +357,8 @@ def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: b
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size is {tile_size!r}; it must be positive")
     if out_mpp is not None and (isinstance(out_mpp, bool) or not isinstance(out_mpp, int | float | np.number)):
-        raise TypeError(f"out_mpp is {out_mpp!r}; um per map pixel (a number) or None is needed")
+        raise TypeError(f"out_mpp is {out_mpp!r}; a pixel size in µm/px (a number) or None is needed")
     if out_mpp is not None and not (np.isfinite(out_mpp) and out_mpp > 0):
         raise ValueError(f"out_mpp is {out_mpp!r}; it must be positive")
     if resume and not inplace:
-        raise ValueError("resume=True goes on with a stored map, and inplace=False stores none: pass one of them")
+        raise ValueError("resume=True continues a stored map, and inplace=False does not store one: pass one of them")

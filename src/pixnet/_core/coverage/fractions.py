@@ -70,17 +70,18 @@ def coverage(shapes: ShapeArrays, window: tuple[int, int, int, int], weights: We
     # The system provides only those pages of these arrays that are written to, so that a high bound costs nothing.
     data, indices = np.empty(most), np.empty(most, dtype=index_dtype)
     indptr = np.zeros(len(shapes) + 1, dtype=index_dtype)
-    arrays = (
-        shapes.coords,
-        shapes.ring_offsets,
-        shapes.ring_signs,
-        shapes.shape_offsets,
-        shapes.is_ellipse,
-        shapes.area,
+    arrays = shapes.coords, shapes.ring_offsets, shapes.ring_signs, shapes.shape_offsets, shapes.is_ellipse, shapes.area
+    # numba compiles again for arrays that are read-only (from another process) or not contiguous.
+    coords, ring_offsets, ring_signs, shape_offsets, is_ellipse, area = (
+        np.require(a, None, ["C", "W"]) for a in arrays
     )
     fill_coverage(
-        # numba compiles again for arrays that are read-only (from another process) or not contiguous.
-        *(np.require(array, requirements=["C", "W"]) for array in arrays),
+        coords,
+        ring_offsets,
+        ring_signs,
+        shape_offsets,
+        is_ellipse,
+        area,
         boxes - np.array([x0, y0, x0, y0]),
         np.array([x0, y0], dtype=np.float64),
         w,

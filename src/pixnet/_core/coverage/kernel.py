@@ -7,6 +7,7 @@ of the signs of rings, and its cost follows the length of the outline and the si
 All kernels are in this file, since numba's cache does not notice a change in a function of another file. They allocate
 and slice no arrays: compiling that takes longer than all the rest.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import shapely
@@ -32,6 +31,8 @@ class ShapeArrays:
         ``(n,)`` float64, in squared units of the coordinates.
     centroids
         ``(n, 2)`` float64: ``x, y``.
+    bounds
+        ``(n, 4)`` float64, the bounding boxes: ``x0, y0, x1, y1``; NaN for a shape without a ring.
     """
 
     coords: NDArray[np.float64]
@@ -41,6 +42,7 @@ class ShapeArrays:
     is_ellipse: NDArray[np.bool_]
     area: NDArray[np.float64]
     centroids: NDArray[np.float64]
+    bounds: NDArray[np.float64]
 
     @classmethod
     def from_geometries(cls, geometries: ArrayLike, radius: ArrayLike | None = None) -> ShapeArrays:
@@ -49,7 +51,8 @@ class ShapeArrays:
         Parameters
         ----------
         geometries
-            Shapely geometries: Polygon, MultiPolygon, and Point where ``radius`` is given. They are taken to be valid.
+            Shapely geometries: Polygon, MultiPolygon, and Point where ``radius`` is given. They are taken to be valid,
+            not empty and in the plane.
         radius
             Radius of each point, in the units of the coordinates: one number or one for each geometry.
 
@@ -63,7 +66,7 @@ class ShapeArrays:
         TypeError
             If a geometry is of another type, or missing.
         ValueError
-            If a geometry is empty or has z coordinates, or a point does not have a positive radius.
+            If a point does not have a positive radius.
 
         Examples
         --------
@@ -73,10 +76,19 @@ class ShapeArrays:
         array([6.])
         """
         geometries = np.asarray(geometries, dtype=object).ravel()
-        radii = np.broadcast_to(np.asarray(np.nan if radius is None else radius, dtype=np.float64), len(geometries))
-        is_point = _check(geometries, radii)
+        types = shapely.get_type_id(geometries)
+        is_point = types == shapely.GeometryType.POINT
+        is_polygon = (types == shapely.GeometryType.POLYGON) | (types == shapely.GeometryType.MULTIPOLYGON)
+        if not (is_point | is_polygon).all():
+            wrong = int(np.flatnonzero(~(is_point | is_polygon))[0])
+            raise TypeError(
+                f"geometry at position {wrong} is {geometries[wrong]!r}; valid: Polygon, MultiPolygon, Point"
+            )
         if not is_point.any():
             return _from_polygons(geometries)
+        radii = np.broadcast_to(np.asarray(np.nan if radius is None else radius, dtype=np.float64), len(geometries))
+        if not (radii[is_point] > 0).all():
+            raise ValueError("each point needs a radius above 0")
         circles = cls.from_circles(shapely.get_coordinates(geometries[is_point]), radii[is_point])
         if is_point.all():
             return circles
@@ -99,6 +111,7 @@ class ShapeArrays:
             is_ellipse=np.ones(n, dtype=bool),
             area=np.pi * radius**2,
             centroids=centres,
+            bounds=np.column_stack([centres - radius[:, None], centres + radius[:, None]]),
         )
 
     @classmethod
@@ -120,19 +133,23 @@ class ShapeArrays:
             ``n`` shapes.
         """
         x0, y0, x1, y1 = np.asarray(bounds, dtype=np.float64).reshape(-1, 4).T
+        coords = np.stack([x0, y0, x1, y0, x1, y1, x0, y1, x0, y0], axis=1).reshape(-1, 2)
+        ring_offsets = np.arange(0, len(coords) + 1, 5, dtype=np.int64)
+        shape_offsets = _offsets(np.bincount(owners, minlength=n))
         areas = (x1 - x0) * (y1 - y0)
-        area = np.bincount(owners, areas, minlength=n)
+        area = np.bincount(owners, areas, minlength=n).astype(np.float64)
         moments = [np.bincount(owners, areas * (low + high) / 2, minlength=n) for low, high in ((x0, x1), (y0, y1))]
         with np.errstate(invalid="ignore"):
             centroids = np.column_stack(moments) / area[:, None]
         return cls(
-            coords=np.stack([x0, y0, x1, y0, x1, y1, x0, y1, x0, y0], axis=1).reshape(-1, 2),
-            ring_offsets=np.arange(0, 5 * len(x0) + 1, 5, dtype=np.int64),
+            coords=coords,
+            ring_offsets=ring_offsets,
             ring_signs=np.ones(len(x0)),
-            shape_offsets=_offsets(np.bincount(owners, minlength=n)),
+            shape_offsets=shape_offsets,
             is_ellipse=np.zeros(n, dtype=bool),
             area=area.astype(np.float64),
             centroids=centroids,
+            bounds=_bounds(coords, ring_offsets[shape_offsets], np.zeros(n, dtype=bool)),
         )
 
     @staticmethod
@@ -152,26 +169,16 @@ class ShapeArrays:
             is_ellipse=joined("is_ellipse"),
             area=joined("area"),
             centroids=joined("centroids"),
+            bounds=joined("bounds"),
         )
 
     def __len__(self) -> int:
         return len(self.area)
 
-    @cached_property
-    def bounds(self) -> NDArray[np.float64]:
-        """Bounding boxes, ``(n, 4)``: ``x0, y0, x1, y1``; NaN for a shape without a ring."""
-        bounds = np.full((len(self), 4), np.nan)
-        starts = self.ring_offsets[self.shape_offsets]
-        filled = np.flatnonzero(starts[1:] > starts[:-1])
-        if filled.size:
-            bounds[filled, :2] = np.minimum.reduceat(self.coords, starts[filled], axis=0)
-            bounds[filled, 2:] = np.maximum.reduceat(self.coords, starts[filled], axis=0)
-        if self.is_ellipse.any():
-            first = starts[:-1][self.is_ellipse]
-            centre = self.coords[first]
-            half = np.hypot(self.coords[first + 1] - centre, self.coords[first + 2] - centre)
-            bounds[self.is_ellipse] = np.column_stack([centre - half, centre + half])
-        return bounds
+    @property
+    def is_box(self) -> NDArray[np.bool_]:
+        """Which shapes are rectangles along the axes: rings of four corners as large as their bounding box."""
+        return _is_box(np.diff(self.ring_offsets[self.shape_offsets]), self.area, self.bounds)
 
     def transform(self, matrix: ArrayLike) -> ShapeArrays:
         """Return the shapes under an affine map; circles become ellipses.
@@ -198,14 +205,21 @@ class ShapeArrays:
         determinant = a * d - b * c
         if determinant == 0:
             raise ValueError(f"the affine matrix cannot be inverted: {matrix.tolist()}")
+        coords = _apply(matrix, self.coords)
+        if np.count_nonzero(matrix[:2, :2]) == 2:  # boxes stay boxes
+            corners = _apply(matrix, self.bounds.reshape(-1, 2)).reshape(-1, 2, 2)
+            bounds = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+        else:
+            bounds = _bounds(coords, self.ring_offsets[self.shape_offsets], self.is_ellipse)
         return ShapeArrays(
-            coords=_apply(matrix, self.coords),
+            coords=coords,
             ring_offsets=self.ring_offsets,
             ring_signs=self.ring_signs,
             shape_offsets=self.shape_offsets,
             is_ellipse=self.is_ellipse,
             area=self.area * abs(determinant),
             centroids=_apply(matrix, self.centroids),
+            bounds=bounds,
         )
 
     def take(self, index: ArrayLike) -> ShapeArrays:
@@ -222,37 +236,19 @@ class ShapeArrays:
             is_ellipse=self.is_ellipse[index],
             area=self.area[index],
             centroids=self.centroids[index],
+            bounds=self.bounds[index],
         )
-
-
-def _check(geometries: NDArray, radii: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which geometries are points; refuse those that have no area in the plane."""
-    types = shapely.get_type_id(geometries)
-    is_point = types == shapely.GeometryType.POINT
-    is_polygon = np.isin(types, [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
-    wrong = np.flatnonzero(~is_polygon & ~is_point)
-    if wrong.size:
-        found = geometries[wrong[0]]
-        name = "missing (None)" if found is None else f"a {found.geom_type}"
-        raise TypeError(f"geometry at position {wrong[0]} is {name}; valid: Polygon, MultiPolygon, Point with a radius")
-    for test, fault in ((shapely.is_empty, "is empty"), (shapely.has_z, "has z coordinates; use shapely.force_2d")):
-        wrong = np.flatnonzero(test(geometries))
-        if wrong.size:
-            raise ValueError(f"geometry at position {wrong[0]} {fault}")
-    wrong = np.flatnonzero(is_point & ~((radii > 0) & np.isfinite(radii)))
-    if wrong.size:
-        raise ValueError(f"the point at position {wrong[0]} has radius {radii[wrong[0]]}; a positive one is needed")
-    return is_point
 
 
 def _from_polygons(polygons: NDArray) -> ShapeArrays:
     """Convert polygons and multipolygons."""
     n = len(polygons)
+    sizes = shapely.get_num_coordinates(polygons)
     is_one_ring = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (
         shapely.get_num_interior_rings(polygons) == 0
     )
     if is_one_ring.all():  # the usual case: seven times quicker without ring objects
-        coords, ring_offsets = shapely.get_coordinates(polygons), _offsets(shapely.get_num_coordinates(polygons))
+        coords, ring_offsets = shapely.get_coordinates(polygons), _offsets(sizes)
         shape_offsets, ring_signs = np.arange(n + 1, dtype=np.int64), np.ones(n)
     else:
         kind, coords, offsets = shapely.to_ragged_array(polygons, include_z=False)
@@ -260,15 +256,42 @@ def _from_polygons(polygons: NDArray) -> ShapeArrays:
         shape_offsets = outer[np.asarray(offsets[2])] if kind == shapely.GeometryType.MULTIPOLYGON else outer
         ring_signs = np.full(len(ring_offsets) - 1, -1.0)
         ring_signs[outer[:-1]] = 1.0
+    area, bounds = shapely.area(polygons), shapely.bounds(polygons).reshape(-1, 4)
+    centroids = (bounds[:, :2] + bounds[:, 2:]) / 2
+    others = ~_is_box(sizes, area, bounds)  # shapely takes most of a second for the centroids of a million bins
+    centroids[others] = shapely.get_coordinates(shapely.centroid(polygons[others]))
     return ShapeArrays(
         coords=coords,
         ring_offsets=ring_offsets,
         ring_signs=ring_signs,
         shape_offsets=shape_offsets,
         is_ellipse=np.zeros(n, dtype=bool),
-        area=shapely.area(polygons),
-        centroids=shapely.get_coordinates(shapely.centroid(polygons)).reshape(-1, 2),
+        area=area,
+        centroids=centroids,
+        bounds=bounds,
     )
+
+
+def _is_box(sizes: NDArray, area: NDArray[np.float64], bounds: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which shapes are rectangles along the axes, from their numbers of coordinates, areas and bounds."""
+    x0, y0, x1, y1 = bounds.T
+    return (sizes == 5) & (area > 0) & ((x1 - x0) * (y1 - y0) == area)
+
+
+def _bounds(
+    coords: NDArray[np.float64], starts: NDArray[np.int64], is_ellipse: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Return bounding boxes; the coordinates of shape ``i`` are those from ``starts[i]`` to ``starts[i + 1]``."""
+    bounds = np.full((len(starts) - 1, 4), np.nan)
+    filled = np.flatnonzero(starts[1:] > starts[:-1])
+    if filled.size:
+        bounds[filled, :2] = np.minimum.reduceat(coords, starts[filled], axis=0)
+        bounds[filled, 2:] = np.maximum.reduceat(coords, starts[filled], axis=0)
+    if is_ellipse.any():
+        centre, *ends = (coords[starts[:-1][is_ellipse] + k] for k in range(3))
+        half = np.hypot(*(end - centre for end in ends))
+        bounds[is_ellipse] = np.column_stack([centre - half, centre + half])
+    return bounds
 
 
 def _apply(matrix: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -103,7 +103,7 @@ class SlideReader:
                 raise ReadError(
                     f"pixels y {top * py:.0f} to {bottom * py:.0f}, x {left * px:.0f} to {right * px:.0f} of image {name!r} "
                     f"could not be read ({type(error).__name__}: {error}). If the file is damaged there, write the image "
-                    "again from its source; an interrupted prediction goes on with resume=True"
+                    "again from its source; an interrupted prediction continues with resume=True"
                 ) from error
         return out
 

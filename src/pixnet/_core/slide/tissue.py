@@ -1,11 +1,11 @@
-"""Where tissue is in a picture of a slide: pixels in, a mask out."""
+"""Find the tissue in a picture of a slide."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
 
-# um; the window in which texture is measured: wide enough to span nuclei and fibres, narrow enough for thin strands
+# Width (µm) of the window in which texture is measured: it spans nuclei and fibres, and still fits thin strands.
 TEXTURE_UM = 14.0
 # Tissue has at least one of these pairs: texture (local standard deviation of optical density), and mean density above
 # the glass. Measured: glass and smears of eosin stay below 0.009 of texture, pale and even brain is at 0.012 and more.
@@ -22,9 +22,9 @@ def compute_mask(level_array: np.ndarray, mpp_level: float) -> np.ndarray:
     Parameters
     ----------
     level_array
-        RGB, ``uint8 (3, y, x)``, at a few um per pixel.
+        RGB, ``uint8 (3, y, x)``, at a few µm/px.
     mpp_level
-        um per pixel of ``level_array``.
+        Pixel size of ``level_array`` (µm/px).
 
     Returns
     -------

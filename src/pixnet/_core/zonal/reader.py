@@ -118,7 +118,7 @@ class ImageReader:
         self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(cast(Any, data)))
         return data[_as_slice(channels - low)]
 
-    def _memory(self, shape: tuple[int, int, int]) -> NDArray:
+    def _memory(self, shape: tuple[int, int, int]) -> Any:
         """Return an array of this thread to read into: a new one each time costs a fifth of the time of reading."""
         size = math.prod(shape) * self._itemsize
         if getattr(self._own, "bytes", None) is None or self._own.bytes.nbytes < size:

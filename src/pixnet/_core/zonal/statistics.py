@@ -70,7 +70,7 @@ class Statistic(ABC):
 
 
 class _FixedSize(Statistic):
-    """A statistic that describes any number of pixels by a few numbers, ``(numbers, n)``."""
+    """A statistic that describes any number of pixels by a few numbers: arrays ``(n,)``, one for each."""
 
     initial: tuple[float, ...]
 
@@ -78,8 +78,8 @@ class _FixedSize(Statistic):
         initial = np.array(self.initial)[:, None, None]
         return np.broadcast_to(initial, (len(initial), n_shapes, n_channels)).copy()
 
-    def merge(self, state: NDArray, rows: NDArray[np.int64], parts: Sequence[NDArray]) -> None:
-        state[:, rows] = self.join(state[:, rows], np.stack(parts, axis=-1))
+    def merge(self, state: NDArray, rows: NDArray[np.int64], parts: Sequence[tuple[NDArray, ...]]) -> None:
+        state[:, rows] = self.join(state[:, rows], np.moveaxis(np.array(parts), 0, -1))
 
     def take(self, state: NDArray, rows: NDArray[np.int64], channel: int) -> NDArray[np.float64]:
         return state[:, rows, channel]
@@ -95,10 +95,10 @@ class Mean(_FixedSize):
     name = "mean"
     initial = (0.0, 0.0)
 
-    def update(self, pixels: ZonePixels) -> NDArray[np.float64]:
-        return np.stack([pixels.zones.area, pixels.total])
+    def update(self, pixels: ZonePixels) -> tuple[NDArray[np.float64], ...]:
+        return pixels.zones.area, pixels.total
 
-    def finish(self, part: NDArray) -> NDArray[np.float64]:
+    def finish(self, part: Sequence[NDArray]) -> NDArray[np.float64]:
         area, total = part
         return total / area
 
@@ -109,7 +109,7 @@ class Sum(Mean):
     name = "sum"
     extensive = True
 
-    def finish(self, part: NDArray) -> NDArray[np.float64]:
+    def finish(self, part: Sequence[NDArray]) -> NDArray[np.float64]:
         area, total = part
         return np.where(area > 0, total, np.nan)
 
@@ -123,12 +123,15 @@ class Std(_FixedSize):
     name = "std"
     initial = (0.0, 0.0, 0.0)
 
-    def update(self, pixels: ZonePixels) -> NDArray[np.float64]:
+    def update(self, pixels: ZonePixels) -> tuple[NDArray[np.float64], ...]:
         # About the mean, in a second pass: the difference of large squares would lose all digits.
         coverage, area = pixels.zones.coverage, pixels.zones.area
-        distance = pixels.values - np.repeat(pixels.total / area, np.diff(coverage.indptr))
-        squares = pixels.zones.reduce(np.add, coverage.data * distance**2, empty=0.0)
-        return np.stack([area, pixels.total, squares])
+        distance = np.repeat(pixels.total / area, np.diff(coverage.indptr))
+        distance -= pixels.values
+        distance *= distance
+        distance *= coverage.data
+        squares = pixels.zones.reduce(np.add, distance, empty=0.0)
+        return area, pixels.total, squares
 
     def join(self, a: NDArray, b: NDArray) -> NDArray[np.float64]:
         # Chan's rule: squares about two means become squares about their common mean.
@@ -137,7 +140,7 @@ class Std(_FixedSize):
         joined[2] += np.where((a[0] > 0) & (b[0] > 0), between, 0.0)
         return joined
 
-    def finish(self, part: NDArray) -> NDArray[np.float64]:
+    def finish(self, part: Sequence[NDArray]) -> NDArray[np.float64]:
         area, _, squares = part
         return np.sqrt(squares / area)
 
@@ -149,13 +152,13 @@ class Min(_FixedSize):
     initial = (np.nan,)
     choose: np.ufunc = np.fmin  # of a number and NaN, the number
 
-    def update(self, pixels: ZonePixels) -> NDArray[np.float64]:
-        return pixels.zones.reduce(self.choose, pixels.values, empty=np.nan)[None]
+    def update(self, pixels: ZonePixels) -> tuple[NDArray[np.float64]]:
+        return (pixels.zones.reduce(self.choose, pixels.values, empty=np.nan),)
 
     def join(self, a: NDArray, b: NDArray) -> NDArray[np.float64]:
         return self.choose(a, b)
 
-    def finish(self, part: NDArray) -> NDArray[np.float64]:
+    def finish(self, part: Sequence[NDArray]) -> NDArray[np.float64]:
         return part[0]
 
 

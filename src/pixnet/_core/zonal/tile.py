@@ -78,7 +78,9 @@ def tile_statistics(
         for run in batch
         if run[0] >= n_inner
     }
-    missing = np.ones(tile.window[2] * tile.window[3], dtype=bool)  # where no channel has a value, of those seen so far
+    n_px = tile.window[2] * tile.window[3]
+    plane = np.empty(n_px)  # one for all channels: a new one each time takes longer than the sums
+    missing = np.ones(n_px, dtype=bool)  # where no channel has a value, of those seen so far
 
     @lru_cache(maxsize=1)  # a single batch, the usual case, is made once for all channels
     def zones(batch: tuple[Run, ...]) -> list[tuple[Run, Zones]]:
@@ -94,11 +96,11 @@ def tile_statistics(
                     missing &= np.isnan(image).ravel()
             for batch in batches:
                 for channel, image in zip(channels, data):
-                    plane = image.ravel().astype(np.float64)
+                    plane[:] = image.ravel()
                     for run, zone in zones(batch):
                         found = ZonePixels(zone, plane)
                         # A missing pixel shows in the sums, which spares a look at each.
-                        if request.validity is None and np.isnan(found.total).any():
+                        if request.validity is None and np.isnan(found.total.min(initial=0.0)):
                             found = ZonePixels(zone.without(np.isnan(plane)), plane)
                         for k, statistic in enumerate(statistics):
                             part = statistic.update(found)

@@ -95,9 +95,9 @@ def zonal_statistics(
     index = TileIndex(shapes, reader.edges)
     _check_memory(request, index, shapes, held_bytes)
     n = len(shapes)
-    result = ZonalStatistics(
-        np.zeros(n), {s.name: np.full((n, request.n_channels), np.nan, np.float32) for s in statistics}
-    )
+    result = ZonalStatistics(np.zeros(n), {s.name: np.empty((n, request.n_channels), np.float32) for s in statistics})
+    for values in result.values.values():
+        values[index.counts == 0] = np.nan
     collected = _Collected(request, index.counts)
     off = not settings.progress or len(index) < 4
     with tqdm(total=len(index), desc=description, unit="tile", file=sys.stderr, leave=False, disable=off) as progress:

@@ -71,12 +71,17 @@ def commit(
         except OSError as error:
             if not work.committed:
                 raise
-            raise CommittedError(
-                error.errno,
-                f"the new {key!r} is whole in {root} and counts, but its metadata could not be brought up to date "
-                f"({error.strerror}). Once that is put right (a full disk?), the next call of a pixnet function on "
-                "this object, or on the store opened again, completes it",
-            ) from error
+            raise committed(root, key, error) from error
+
+
+def committed(root: Path, key: str, error: OSError) -> CommittedError:
+    """Return the error that says that the change counts, though the disk failed before all was done."""
+    return CommittedError(
+        error.errno,
+        f"the new {key!r} is whole in {root} and counts, but the metadata of the store could not be brought up to date "
+        f"({error.strerror}). Once that is put right (a full disk?), the next call of a pixnet function on this object, or "
+        "on the store opened again, completes it",
+    )
 
 
 def check_free_on_disk(root: Path, key: str, overwrite: bool) -> None:

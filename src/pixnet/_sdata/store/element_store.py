@@ -23,7 +23,7 @@ from pixnet._sdata.legacy import write_brought_over
 from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
 from pixnet._sdata.record import Entries, update
 from pixnet._sdata.store.bound import check_bound
-from pixnet._sdata.store.commit import commit, complete, finish_interrupted
+from pixnet._sdata.store.commit import CommittedError, commit, committed, complete, finish_interrupted
 from pixnet._sdata.store.metadata import (
     METADATA,
     drop_consolidated,
@@ -155,9 +155,13 @@ def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
         root = None
     if root is not None and (root / "images" / image_key).exists():
         scale = Scale([mpp, mpp], axes=("x", "y"))
-        update_element_attrs(
-            sdata, "images", image_key, lambda attrs: with_transformation(attrs, PIXNET_UM, scale, is_pixel_size)
-        )
+        try:
+            update_element_attrs(
+                sdata, "images", image_key, lambda attrs: with_transformation(attrs, PIXNET_UM, scale, is_pixel_size)
+            )
+        except CommittedError:
+            set_pixel_size(sdata.images[image_key], mpp)
+            raise
     set_pixel_size(sdata.images[image_key], mpp)
 
 
@@ -179,6 +183,8 @@ def update_element_attrs(
     ------
     FileNotFoundError
         If the store has no such element.
+    CommittedError
+        If the disk fails after the attributes were written.
     OSError
         If the store cannot be written; the attributes are as they were then.
     """
@@ -201,7 +207,10 @@ def update_element_attrs(
         write_json(work.path / JOURNAL, journal)  # should all end here: the metadata has to be consolidated again
         drop_consolidated(root, work)
         write_json(element / METADATA, content, through=work.path)
-        complete(root, work)
+        try:
+            complete(root, work)
+        except OSError as error:
+            raise committed(root, key, error) from error
 
 
 # stores ------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def write_map(
                 "Make room, ask for fewer genes (genes=) or a coarser map (out_mpp=)",
             ) from error
         if writer.interrupt():
-            logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
+            logger.warning("the map %r is unfinished; the same call with resume=True continues it", key)
         raise
 
 
@@ -110,7 +110,7 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
                 pass
     wall = time.perf_counter() - started
     logger.info(
-        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
+        "%r: %d channels, %d x %d px at %.3g µm/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
         "model); %.2f GB in %s",
         writer.key,
         runner.n_channels,

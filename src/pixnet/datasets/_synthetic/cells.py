@@ -143,6 +143,7 @@ def _lattice(rng: np.random.Generator, size: float, pitch: float, jitter: float)
 
 
 def _glands(rng: np.random.Generator, size: float, seed: int) -> Rounds:
+    """Draw glands in the glandular zones."""
     x, y = _lattice(rng, size, 88.0, 10.0)
     radius, lumen = rng.uniform(22, 37, len(x)), rng.uniform(0.26, 0.52, len(x))
     glands = make_rounds(rng, x, y, radius, 0.62, 0.10)
@@ -152,6 +153,7 @@ def _glands(rng: np.random.Generator, size: float, seed: int) -> Rounds:
 
 
 def _vessels(rng: np.random.Generator, size: float, seed: int, glands: Rounds) -> Rounds:
+    """Draw vessels everywhere but in fat, clear of the glands."""
     x, y = _lattice(rng, size, 170.0, 50.0)
     radius = np.exp(rng.uniform(np.log(4.5), np.log(24), len(x)))
     wall = 1 + np.clip(rng.uniform(3, 6, len(x)) / radius + rng.uniform(0, 0.25, len(x)), 0.25, 1.0)
@@ -258,6 +260,7 @@ def _mark(
     shapes: Rounds, limit: NDArray, far: NDArray, low: NDArray, high: NDArray, order: NDArray,
     x: NDArray, y: NDArray, free: NDArray[np.bool_],
 ) -> None:  # fmt: skip
+    """Mark the points that lie in a shape; those near each shape are ``order[low:high]``."""
     for k in range(len(shapes)):
         for i in order[low[k] : high[k]]:
             if abs(x[i] - shapes[k].x) < far[k] and place_in(shapes[k], x[i], y[i]) < limit[k]:

@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class TissueSpec:
-    """What a tissue is made from; two equal specifications make equal tissues."""
+    """The arguments that a tissue is made from; equal specifications make equal tissues."""
 
     size_um: float
     mpp: float
