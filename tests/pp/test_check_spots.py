@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 
 import pixnet as px
-from pixnet._sdata.rasters import pyramid, raster_element
+from pixnet._sdata.raster_element import pyramid, raster_element
 
 mpl.use("agg")
 

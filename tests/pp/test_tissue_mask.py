@@ -108,7 +108,7 @@ def test_only_the_coarse_level_is_read():
         refuse, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)
     )
     coarse = da.full((3, 409, 409), 255, dtype=np.uint8)
-    from pixnet._sdata.rasters import raster_element
+    from pixnet._sdata.raster_element import raster_element
 
     sdata = SpatialData(images={"he": raster_element([fine, coarse], [(1, 1), (4096 / 409,) * 2])})
     px.pp.set_mpp(sdata, "he", 0.5)

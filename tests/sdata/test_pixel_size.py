@@ -13,7 +13,8 @@ from spatialdata.transformations import Affine, Identity, Scale, get_transformat
 
 import pixnet as px
 from pixnet._sdata.pixel_size import PIXNET_UM, find_mpp, get_mpp
-from pixnet._sdata.rasters import levels, pyramid, raster_element
+from pixnet._sdata.raster_element import pyramid, raster_element
+from pixnet._sdata.rasters import levels
 from pixnet._sdata.store.element_store import write_mpp
 from pixnet._sdata.transforms import shared_coordinate_system
 

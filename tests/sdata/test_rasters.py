@@ -9,7 +9,8 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
-from pixnet._sdata.rasters import extend, full_resolution, levels, raster_element
+from pixnet._sdata.raster_element import extend, raster_element
+from pixnet._sdata.rasters import full_resolution, levels
 
 
 def scanned(scales, transformations=None, height=4641, width=3001):

@@ -17,7 +17,8 @@ from spatialdata.transformations import Affine, Identity, Scale, remove_transfor
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._names import TOTAL
-from pixnet._sdata.record import identity_of, is_predicted_table, note
+from pixnet._sdata.counts import is_predicted_table
+from pixnet._sdata.record import identity_of, note
 from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ def annotated_regions(table: Any) -> list[str]:
     if region is None:
         return []
     return [region] if isinstance(region, str) else [str(r) for r in region]
+
+
+def made_by_pixnet(table: AnnData) -> dict[str, Any]:
+    """Return what a table says of how pixnet made it; empty for a measured one."""
+    made = table.uns.get("pixnet")
+    return dict(made) if isinstance(made, Mapping) else {}
+
+
+def is_predicted_table(table: AnnData) -> bool:
+    """Whether a table was aggregated from an image by pixnet: it is not a measurement then."""
+    return made_by_pixnet(table).get("kind") == "aggregate"
 
 
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:

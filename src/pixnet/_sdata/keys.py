@@ -10,10 +10,10 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import annotated_regions
+from pixnet._sdata.counts import annotated_regions, is_predicted_table
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
-from pixnet._sdata.record import find_entry, is_predicted_table, recorded
+from pixnet._sdata.record import find_entry, recorded
 
 
 def _check_known(key: Any, candidates: Iterable[str], what: str, argument: str) -> str:

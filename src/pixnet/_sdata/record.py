@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anndata import AnnData
 from spatialdata import SpatialData
 from xarray import DataArray, DataTree
 
@@ -81,17 +80,6 @@ def identity(channels: Sequence[str], shape: Sequence[int]) -> str:
 def identity_of(image: DataArray | DataTree) -> str:
     """Return the identity of an image."""
     return identity(channel_names(image), full_resolution(image).shape[-2:])
-
-
-def made_by_pixnet(table: AnnData) -> dict[str, Any]:
-    """Return what a table says of how pixnet made it; empty for a measured one."""
-    made = table.uns.get(KEY)
-    return dict(made) if isinstance(made, Mapping) else {}
-
-
-def is_predicted_table(table: AnnData) -> bool:
-    """Whether a table was aggregated from an image by pixnet: it is not a measurement then."""
-    return made_by_pixnet(table).get("kind") == "aggregate"
 
 
 def _applies(sdata: SpatialData, image_key: str | None, entry: Any) -> bool:

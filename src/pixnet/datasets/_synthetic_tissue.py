@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.slide.pyramid import CHUNK
 from pixnet._names import TOTAL
-from pixnet._sdata.rasters import pyramid, raster_element
+from pixnet._sdata.raster_element import pyramid, raster_element
 from pixnet.datasets._synthetic.genes import PLATFORMS, draw_counts
 from pixnet.datasets._synthetic.world import SQUARE, TRUTH_UM, TissueSpec, World, WorldArray, world
 

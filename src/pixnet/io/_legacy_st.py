@@ -12,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from pixnet._logging import logger
-from pixnet._sdata.rasters import pyramid, raster_element
+from pixnet._sdata.raster_element import pyramid, raster_element
 from pixnet.io._picture import read_picture
 
 if TYPE_CHECKING:

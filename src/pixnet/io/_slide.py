@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from pixnet._logging import logger
-from pixnet._sdata.rasters import Array, Scales, extend, pyramid, raster_element
+from pixnet._sdata.raster_element import Array, Scales, extend, pyramid, raster_element
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
 from pixnet.io._picture import MAX_WHOLE_PIXELS, open_picture, read_picture

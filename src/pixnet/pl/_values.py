@@ -10,8 +10,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import check_genes, listed
-from pixnet._sdata.counts import annotated_regions, counts_matrix, gene_positions, totals
-from pixnet._sdata.record import is_predicted_table
+from pixnet._sdata.counts import annotated_regions, counts_matrix, gene_positions, is_predicted_table, totals
 
 
 def to_cp10k(density: np.ndarray, total: np.ndarray) -> np.ndarray:

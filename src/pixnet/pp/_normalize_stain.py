@@ -89,7 +89,7 @@ def normalize_stain(
     import dask.array as da
 
     from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
-    from pixnet._sdata.rasters import raster_element
+    from pixnet._sdata.raster_element import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
     from pixnet.models._load import resolve_model

@@ -8,7 +8,7 @@ import numpy as np
 
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.rasters import raster_element
+from pixnet._sdata.raster_element import raster_element
 from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put

@@ -12,10 +12,9 @@ from spatialdata import SpatialData
 
 from pixnet._correlation import pearson
 from pixnet._names import check_genes, listed
-from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, totals
+from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, made_by_pixnet, totals
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
-from pixnet._sdata.record import made_by_pixnet
 
 POOLED = "pooled"
 
