@@ -1,10 +1,11 @@
 # Every target makes .venv on its own, so that a fresh clone needs nothing but Python and a package index.
-# What is installed is renewed only when pyproject.toml or constraints.txt change (stamps under .venv/).
+# What is installed is renewed only when pyproject.toml or the constraints change (stamps under .venv/).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST_ARGS ?=
 TESTS ?= tests tutorials
 
@@ -40,7 +41,7 @@ clean:  ## Remove what the other targets made, .venv excepted.
 	rm -rf demo docs/_build docs/generated .pytest_cache .ruff_cache
 
 # One editable install for each set of extras that a target needs.
-$(STAMPS)/%: pyproject.toml constraints.txt
+$(STAMPS)/%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable $(if $(filter package,$*),.,".[$*]")
 	@mkdir -p $(STAMPS) && touch $@

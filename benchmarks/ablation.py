@@ -13,7 +13,6 @@ gives them the statistics of the training tissue (``adapted:``). Results go to d
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from dataclasses import replace
@@ -22,94 +21,90 @@ from pathlib import Path
 import kidney
 import numpy as np
 import torch
+import variants
 from quality import BINS, kidney_split
 
 import pixnet as px
-from pixnet._core.train.crops import crop_size
+from pixnet._core.train.crops import Section, crop_size
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import adapt_norms, cache_features, set_feature_statistics
-from pixnet._core.train.loop import _optimise, _set_baseline, evaluate_material
-from pixnet._core.train.options import TrainingOptions
-from pixnet._sdata.sections import open_section, resolve_sources, split_block
+from pixnet._core.train.features import adapt_norms, with_features
+from pixnet._core.train.fit import initialise
+from pixnet._core.train.objective import Objective
+from pixnet._core.train.split import split_block
+from pixnet._core.train.trainer import Trainer
+from pixnet._sdata.sections import open_measured, open_section
+from pixnet._sdata.slide import Slide
 from pixnet.models import PixNet
+from pixnet.tl import TrainingOptions
 
 REDUCED = {"max_epochs": 8, "dropout": 0.1}
 ROWS: dict[str, dict] = {
     "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px, batch norms of ImageNet": {},
-    "decoder: U-Net with separable attention (SAFB)": {"model": {"decoder": "safb"}},
-    "decoder: U-Net with concatenation": {"model": {"decoder": "plain"}},
-    "link: softplus": {"model": {"link": "softplus"}},
+    "decoder: U-Net with separable attention (SAFB)": {"unet": "attention"},
+    "decoder: U-Net with concatenation": {"unet": "concatenation"},
+    "link: softplus": {"kind": variants.SoftplusPixNet},
     "space: sum of logs (published)": {"model": {"quantity": "log_sum"}},
-    "space: mean of logs": {"model": {"quantity": "log_mean"}},
-    "loss: MSE only": {"recipe": {"loss": "mse"}},
-    "loss: PCC only": {"recipe": {"loss": "pcc"}},
-    "loss: Poisson + PCC": {"recipe": {"loss": "poisson+pcc"}},
-    "loss: negative binomial + PCC": {"recipe": {"loss": "nb+pcc"}},
+    "space: mean of logs": {"kind": variants.LogMeanPixNet},
+    "loss: MSE only": {"loss": variants.squared_error},
+    "loss: PCC only": {"loss": variants.correlation},
+    "loss: Poisson + PCC": {"loss": variants.poisson_and_pcc},
+    "loss: negative binomial + PCC": {"options": {"loss": "nb+pcc"}},
     "trained on 16 um bins": {"shapes": ["bins_016um"]},
     "trained on spots and 32 um bins": {"shapes": ["spots", "bins_032um"]},
     "trained on spots, 16 and 32 um bins": {"shapes": ["spots", "bins_016um", "bins_032um"]},
-    "stain: not varied": {"recipe": {"variants": 1}},
+    "stain: not varied": {"options": {"variants": 1}},
     "um/px: 2, not enlarged": {"model": {"zoom": 1}},
     "adapted: batch norms of the training tissue": {"adapt": True},
-    "adapted; decoder: U-Net with separable attention (SAFB)": {"adapt": True, "model": {"decoder": "safb"}},
-    "adapted; passes: 30, dropout: 0.4 (the default)": {"adapt": True, "recipe": {"max_epochs": 30, "dropout": 0.4}},
+    "adapted; decoder: U-Net with separable attention (SAFB)": {"adapt": True, "unet": "attention"},
+    "adapted; epochs: 30, dropout: 0.4 (the default)": {"adapt": True, "options": {"max_epochs": 30, "dropout": 0.4}},
     "adapted; um/px: 2, not enlarged": {"adapt": True, "model": {"zoom": 1}},
     "adapted; um/px: 2, not enlarged, encoder tuned": {
         "adapt": True,
         "model": {"zoom": 1},
-        "recipe": {"tune_encoder": True, "lr": 5e-4},
+        "options": {"tune_encoder": True, "lr": 5e-4},
     },
 }
 
 
-def sections(train, test, genes: list[str], mpp: float, stride: int):
+def sections(train, test, genes: list[str], mpp: float, stride: int) -> tuple[Section, Section, Section]:
     """Return the training part but for a block, the block, and the test part, with all their shapes."""
 
-    def opened(sdata, shapes: list[str]):
+    def opened(sdata, shapes: list[str]) -> Section:
         tables = [f"{s}_counts" for s in shapes]
-        source = resolve_sources({"kidney": sdata}, None, shapes, tables, kidney.TOTAL_KEY)[0]
-        return open_section(source, genes, mpp, stride, layer=None, total_key=kidney.TOTAL_KEY)
+        (slide,) = open_measured({"kidney": sdata}, None, shapes, tables, kidney.TOTAL_KEY)
+        return open_section(slide, slide.tables(genes, total_key=kidney.TOTAL_KEY), mpp, stride)
 
     near, far = split_block(opened(train, ["spots", "bins_016um", "bins_032um"]))
     return near, far, opened(test, [*BINS, "spots"])
 
 
-def only(material: CropDataset, names: list[str]) -> CropDataset:
-    """Return the material with the shapes of some elements; features are shared."""
-    out = copy.copy(material)
-    kept = [i for i, crop in enumerate(material.crops) if any(n in crop.rows for n in names)]
-    out.crops = [
-        replace(
-            material.crops[i],
-            rows={n: r for n, r in material.crops[i].rows.items() if n in names},
-            weights={n: w for n, w in material.crops[i].weights.items() if n in names},
-        )
-        for i in kept
-    ]
-    out.features = [[level[kept] for level in variant] for variant in material.features]
-    return out
+def build(row: dict, net: PixNet, tune_encoder: bool) -> PixNet:
+    """Build the model of a row on a network's encoder."""
+    model = row.get("kind", PixNet)(net.genes, mpp=net.mpp, **row.get("model", {}))
+    if "unet" in row:
+        model = variants.with_unet(model, row["unet"])
+    model.encoder.load_state_dict(net.encoder.state_dict())
+    model.encoder.requires_grad_(tune_encoder)
+    return model
 
 
-def run(row: dict, seed: int, net: PixNet, materials: list[CropDataset]) -> dict:
+def run(row: dict, seed: int, net: PixNet, datasets: list[CropDataset]) -> dict:
     """Train one row with one seed, on the features of a network's encoder, and test it."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    settings = REDUCED | row.get("recipe", {})
-    recipe = TrainingOptions(patience=settings["max_epochs"], **settings)  # every row makes all its passes
-    model = PixNet(net.genes, mpp=net.mpp, **row.get("model", {}))
-    model.encoder.load_state_dict(net.encoder.state_dict())
-    model.encoder.requires_grad_(recipe.tune_encoder)
-    shapes = row.get("shapes", ["spots"])
-    train, valid = only(materials[0], shapes), only(materials[1], shapes)
-    train.features = train.features[: recipe.variants]
-    set_feature_statistics(model, train)
-    _set_baseline(model, train)
+    settings = REDUCED | row.get("options", {})
+    options = TrainingOptions(patience=settings["max_epochs"], **settings)  # every row makes all its passes
+    objective = Objective(options, row.get("loss"))
+    model = build(row, net, options.tune_encoder)
+    train, valid = (dataset.of_elements(row.get("shapes", ["spots"])) for dataset in datasets[:2])
+    train = replace(train, features=train.features[: options.variants])
+    initialise(model, train)
     start = time.perf_counter()
-    state, _ = _optimise(model, train, valid, recipe, rng, "cpu")
+    state, _ = Trainer(model, train, valid, objective, rng=rng, device="cpu").run()
     found = {"seconds": round(time.perf_counter() - start)}
     model.load_state_dict(state)
     for name in [*BINS, "spots"]:
-        scores = evaluate_material(model, only(materials[2], [name]), recipe, "cpu")
+        scores = objective.evaluate(model, datasets[2].of_elements([name]), "cpu")
         found[name] = round(scores["pcc"], 4)
     return found
 
@@ -125,22 +120,25 @@ def main() -> None:
     args = parser.parse_args()
     px.settings.progress = False
     train, test, genes = kidney_split(args.data, reverse=True)
-    mpp = train.attrs["pixnet"]["mpp"]["he"]
+    mpp = Slide.open(train).mpp
     results = json.loads(args.json.read_text()) if args.json.exists() else {}
     ready: tuple = ()
     for name in args.rows:
-        how = ROWS[name].get("model", {}).get("zoom", 2), ROWS[name].get("adapt", False)
-        if how != ready:
-            ready = how
-            net = PixNet(genes, mpp=mpp, zoom=how[0])
+        encoder = ROWS[name].get("model", {}).get("zoom", 2), ROWS[name].get("adapt", False)
+        if encoder != ready:
+            ready = encoder
+            net = PixNet(genes, mpp=mpp, zoom=encoder[0])
             parts = sections(train, test, genes, mpp, net.stride)
-            materials = [CropDataset([part], crop_size(list(parts))) for part in parts]
+            plain = [CropDataset.of([part], crop_size(list(parts))) for part in parts]
             rng = torch.Generator().manual_seed(0)
-            if how[1]:
-                adapt_norms(net, materials[0], rng, "cpu")
-            for material, variants in zip(materials, (TrainingOptions().variants, 1, 1)):
-                cache_features(net, material, variants, TrainingOptions().stain, rng, "cpu", "features")
-        results[name] = [run(ROWS[name], seed, net, materials) for seed in range(args.seeds)]
+            if encoder[1]:
+                adapt_norms(net, plain[0], rng, "cpu")
+            defaults = TrainingOptions()
+            datasets = [
+                with_features(dataset, net, n, defaults.stain, rng, "cpu")
+                for dataset, n in zip(plain, (defaults.variants, 1, 1))
+            ]
+        results[name] = [run(ROWS[name], seed, net, datasets) for seed in range(args.seeds)]
         mean = {k: round(float(np.mean([r[k] for r in results[name]])), 4) for k in results[name][0]}
         print(name, json.dumps(mean), flush=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -230,7 +230,7 @@ def measure(n_genes: int, tools: list[str], pythons: dict[str, str], folder: Pat
     if not store.exists():
         make_store(store, n_genes)
     lines = [
-        "| shapes | tool | time, s | first call, s | processor time, s | peak memory, GB | largest error | mean error | lost |",
+        "| shapes | tool | time, s | first call, s | CPU time, s | peak memory, GB | largest error | mean error | lost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for shapes, label in SHAPES.items():
@@ -336,7 +336,7 @@ def large(shapes: str, n_genes: int = 250, side: int = 4096) -> None:
 
 def measure_large() -> list[str]:
     lines = [
-        "| shapes x 250 genes | time, s | processor time, s | peak memory, GB | of it the table, GB | lost |",
+        "| shapes x 250 genes | time, s | CPU time, s | peak memory, GB | table, GB (part of the peak) | lost |",
         "|---|---|---|---|---|---|",
     ]
     for shapes, label in LARGE.items():

@@ -19,11 +19,13 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 CASES = [
@@ -50,7 +52,7 @@ DEFAULT = {
     "workers": 0,
     "keep": 0,
     "tile": None,
-    "decoder": "none",
+    "decoder": "pixel_mlp",
     "halo": None,
 }
 NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
@@ -129,13 +131,17 @@ def make_slide(side: int):
     from spatialdata.models import Image2DModel, Labels2DModel
     from spatialdata.transformations import Scale
 
+    import pixnet as px
+
     n = [1024] * (side // 1024) + ([side % 1024] if side % 1024 else [])
     pixels = da.map_blocks(block, chunks=((3,), tuple(n), tuple(n)), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
     image = Image2DModel.parse(pixels, dims=("c", "y", "x"))
     c = (np.arange(side // 10) + 0.5) * 10 - side / 2
     mask = (c[:, None] ** 2 + c[None, :] ** 2 < disc_radius(side) ** 2).astype(np.uint8)
     labels = Labels2DModel.parse(mask, dims=("y", "x"), transformations={"global": Scale([10, 10], axes=("x", "y"))})
-    return SpatialData(images={"he": image}, labels={"he_tissue": labels}, attrs={"pixnet": {"mpp": {"he": 0.5}}})
+    sdata = SpatialData(images={"he": image}, labels={"he_tissue": labels})
+    px.pp.set_mpp(sdata, "he", 0.5)
+    return sdata
 
 
 def make_model(case: dict):
@@ -150,7 +156,7 @@ def make_model(case: dict):
         torch.manual_seed(0)
         model = px.models.PixNet([f"gene{i}" for i in range(case["genes"])], mpp=0.5, decoder=case["decoder"])
     if case["halo"] is not None:
-        model.config["halo"] = case["halo"]
+        model.config = replace(model.config, halo=case["halo"])
     return model.eval()
 
 
@@ -210,9 +216,9 @@ def run(case: dict) -> dict:
     import pixnet as px
 
     px.settings.progress = False
-    said: list[logging.LogRecord] = []
+    said: list[str] = []
     handler = logging.Handler()
-    handler.emit = said.append  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("pixnet").addHandler(handler)
     found: dict = {}
     with contextlib.ExitStack() as stack:
@@ -240,9 +246,9 @@ def run(case: dict) -> dict:
                 found["note"] = f"{lazy.npartitions} tiles, {len(lazy.dask)} tasks"
             else:
                 px.tl.predict(sdata, model, precision=case["precision"], tile_size=case["tile"])
-                end = next(r for r in reversed(said) if "in the model" in r.getMessage())
-                *_, found["model, s"], found["map, GB"], _ = end.args
-                found["note"] = end.getMessage()
+                found["note"] = next(text for text in reversed(said) if "in the model" in text)
+                seconds, size = re.search(r"([\d.]+) s in the model\); ([\d.]+) GB", found["note"]).groups()
+                found["model, s"], found["map, GB"] = float(seconds), float(size)
             found.setdefault("wall, s", time.perf_counter() - start)
         # of this process and of children that have ended: workers have
         found["CPU, s"] = sum(os.times()[:4]) - sum(busy[:4])
@@ -279,7 +285,7 @@ def seams() -> None:
     seam = near[:, None] | near[None, :]
 
     def predict(halo: int, tile: int):
-        model.config["halo"] = halo
+        model.config = replace(model.config, halo=halo)
         px.tl.predict(
             sdata, model, mask_key=False, precision="float32", tile_size=tile, key_added="map", overwrite=True
         )

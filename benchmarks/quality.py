@@ -23,6 +23,7 @@ from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import pixnet as px
+from pixnet._sdata.slide import Slide
 from pixnet.models import PixNet
 
 ROOT = Path(__file__).parents[1] / "docs"
@@ -76,7 +77,7 @@ def kidney_dense(train: SpatialData, test: SpatialData, genes: list[str], shapes
 
 def kidney_references(train: SpatialData, test: SpatialData, genes: list[str], seeds: int) -> dict[str, list[dict]]:
     """Score the reference methods on every scale."""
-    mpp = train.attrs["pixnet"]["mpp"]["he"]
+    mpp = Slide.open(train).mpp
     net = PixNet(genes, mpp=mpp)
     ref.adapt(net, train, "spots", genes, kidney.TOTAL_KEY)
     discs = [ref.add_discs(test, key, SPOT_UM, mpp) for key in BINS]
@@ -207,9 +208,7 @@ def _predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: r
     """Predict from an image and return log1p of the CP10k of the pooled spots, which are told by their centres."""
     px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
     px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
-    centres = (
-        np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * sdata.attrs["pixnet"]["mpp"]["he"]
-    )
+    centres = np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * Slide.open(sdata, "he").mpp
     distance, rows = cKDTree(centres).query(pooled.centres)
     assert distance.max() < 10, "the pooled spots are not those of the table"
     return np.log1p(sdata["spots_genes"].X[rows])

@@ -5,7 +5,7 @@ Features of a shape are those of the encoder as PixNet uses it, all levels broug
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import adapt_norms, cache_features
-from pixnet._sdata.sections import open_section, resolve_sources
+from pixnet._core.train.features import adapt_norms, with_features
+from pixnet._correlation import pearson as correlation
+from pixnet._sdata.sections import open_measured, open_section
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
 
@@ -46,48 +47,41 @@ def pool(
     net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None
 ) -> dict[str, Pooled]:
     """Return mean features and measurement of each shapes element that has a table ``{shapes}_counts``."""
-    material = _material(net, sdata, shapes, genes, total_key)
-    (section,) = material.sections
+    dataset = _dataset(net, sdata, shapes, genes, total_key)
+    (section,) = dataset.sections
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in shapes}
-    for crop in material.crops:  # one at a time: the features of a slide need not fit
-        part = CropDataset.__new__(CropDataset)
-        part.sections, part.size, part.crops, part.measured = (
-            material.sections,
-            material.size,
-            [crop],
-            material.measured,
-        )
-        cache_features(net, part, 1, 0.0, torch.Generator(), "cpu", "features")
-        side = material.size // net.stride
+    for crop in dataset.crops:  # one at a time: the features of a slide need not fit
+        part = with_features(replace(dataset, crops=[crop]), net, 1, 0.0, torch.Generator(), "cpu")
+        side = dataset.size // net.stride
         columns = [
             F.interpolate(level.float(), size=(side, side), mode="bilinear", antialias=level.shape[-1] > side)
             for level in part.features[0]
         ]
         flat = torch.cat(columns, dim=1)[0].flatten(1).T.numpy()[crop.pixels]
-        for name, weights in crop.weights.items():
-            mean = (weights @ flat) / np.asarray(weights.sum(axis=1)).reshape(-1, 1)
-            found[name].append((crop.rows[name], mean.astype(np.float32)))
+        for name, targets in crop.targets.items():
+            mean = (targets.weights @ flat) / np.asarray(targets.weights.sum(axis=1)).reshape(-1, 1)
+            found[name].append((targets.rows, mean.astype(np.float32)))
     out = {}
     for targets in section.targets:
         rows = np.concatenate([r for r, _ in found[targets.name]])
-        box = targets.geometries.bounds[rows] * net.mpp * net.stride
+        box = targets.shapes.bounds[rows] * net.mpp * net.stride
         centres = np.stack([box[:, [0, 2]].mean(axis=1), box[:, [1, 3]].mean(axis=1)], axis=1)
         features = np.concatenate([f for _, f in found[targets.name]])
-        out[targets.name] = Pooled(features, targets.cp10k[rows], targets.depth[rows], centres)
+        out[targets.name] = Pooled(features, targets.cp10k[rows], targets.umi[rows], centres)
     return out
 
 
 def adapt(net: PixNet, sdata: SpatialData, shapes: str, genes: list[str], total_key: str | None) -> None:
     """Give the encoder the statistics of the training tissue, as `pixnet.tl.train` does where images are enlarged."""
-    adapt_norms(net, _material(net, sdata, [shapes], genes, total_key), torch.Generator().manual_seed(0), "cpu")
+    adapt_norms(net, _dataset(net, sdata, [shapes], genes, total_key), torch.Generator().manual_seed(0), "cpu")
 
 
-def _material(
+def _dataset(
     net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None
 ) -> CropDataset:
-    source = resolve_sources({"": sdata}, None, shapes, [f"{s}_counts" for s in shapes], total_key)[0]
-    section = open_section(source, genes, net.mpp, net.stride, layer=None, total_key=total_key)
-    return CropDataset([section], crop_size([section]))
+    (slide,) = open_measured({"": sdata}, None, shapes, [f"{s}_counts" for s in shapes], total_key)
+    section = open_section(slide, slide.tables(genes, total_key=total_key), net.mpp, net.stride)
+    return CropDataset.of([section], crop_size([section]))
 
 
 def add_discs(sdata: SpatialData, shapes: str, diameter_um: float, mpp: float) -> str:
@@ -176,10 +170,8 @@ def mlp(train: list[Pooled], valid: list[Pooled], seed: int = 0):
 
 def _log_loss(log_cp10k: Tensor, cp10k: Tensor) -> Tensor:
     """Return PixNet's loss of predicted log1p CP10k."""
-    share = torch.expm1(log_cp10k.clamp(max=9.2)) / 1e4
-    sums = torch.cat([share, torch.ones(len(share), 1)], dim=1)
-    # expm1 and log1p undo each other, also for the slightly negative values of a linear output.
-    return shape_loss(sums, torch.ones(len(share)), cp10k, torch.ones(len(share)))["expression"]
+    one = torch.ones(len(log_cp10k))
+    return shape_loss(log_cp10k.clamp(max=9.2), one, cp10k, one)["expression"]
 
 
 def neighbours(test: Pooled, pitch_um: float, n: int = 8) -> np.ndarray:
@@ -203,10 +195,7 @@ def smoothed(test: Pooled, pitch_um: float) -> np.ndarray:
 def pearson(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Return the correlation of each gene over the shapes that have a prediction; NaN for constant genes."""
     known = np.isfinite(predicted).all(axis=1)
-    p, t = predicted[known].astype(np.float64), measured[known].astype(np.float64)
-    p, t = p - p.mean(axis=0), t - t.mean(axis=0)
-    scale = np.sqrt((p**2).sum(axis=0) * (t**2).sum(axis=0))
-    return np.where(scale > 1e-9, (p * t).sum(axis=0) / np.maximum(scale, 1e-9), np.nan)
+    return correlation(predicted[known], measured[known])
 
 
 def ceiling(counts: np.ndarray, total: np.ndarray, seed: int = 0) -> np.ndarray:

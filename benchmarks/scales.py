@@ -32,6 +32,7 @@ from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Scale, get_transformation
 
 import pixnet as px
+from pixnet._correlation import pearson
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -201,9 +202,7 @@ def agreement(predicted: AnnData, true: AnnData) -> dict[str, float]:
     known = np.isfinite(predicted.X).all(axis=1) & np.isfinite(true.X).all(axis=1)
 
     def r(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        a, b = (np.log1p(x[known].astype(np.float64)) for x in (a, b))
-        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-        return (a * b).sum(axis=0) / np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+        return pearson(*(np.log1p(x[known].astype(np.float64)) for x in (a, b)))
 
     hidden = np.array([name.startswith("GRA") for name in predicted.var_names])  # no trace in the picture
     share, density = r(predicted.X, true.X), r(predicted.layers["density"], true.layers["density"])

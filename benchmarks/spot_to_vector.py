@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import cache_features, crop_halo, encode_crops
-from pixnet._sdata.sections import open_section, resolve_sources
+from pixnet._core.train.features import crop_halo, encode_crops, with_features
+from pixnet._sdata.sections import open_measured, open_section
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import open_mask
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
+from pixnet.models._quantity import log_expression
 
 CORE = 1024  # model pixels of a window, as in prediction
 
@@ -75,27 +76,26 @@ def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stai
     dict
         ``features (variants, spots, channels)``, ``cp10k (spots, genes)``, ``depth``, ``covered`` and ``section (spots,)``.
     """
-    options = {"layer": None, "total_key": None}
     sections = [
-        open_section(slide, source.genes, source.mpp, source.stride, **options)
-        for slide in resolve_sources(slides, None, shapes, None, None)
+        open_section(slide, slide.tables(source.genes), source.mpp, source.stride)
+        for slide in open_measured(slides, shapes=shapes)
     ]
-    material = CropDataset(sections, crop_size(sections))
-    cache_features(source, material, variants, stain, torch.Generator().manual_seed(seed), "cpu", "features")
+    dataset = CropDataset.of(sections, crop_size(sections))
+    dataset = with_features(dataset, source, variants, stain, torch.Generator().manual_seed(seed), "cpu")
     out: dict[str, list] = {"features": [], "cp10k": [], "depth": [], "covered": [], "section": []}
-    for i, crop in enumerate(material.crops):
-        weights = torch.from_numpy(crop.weights[shapes].toarray()).float()
+    for i, crop in enumerate(dataset.crops):
+        targets = crop.targets[shapes]
+        weights = torch.from_numpy(targets.weights.toarray()).float()
         covered = weights.sum(dim=1, keepdim=True)
         versions = []
-        for version in material.features:
+        for version in dataset.features:
             columns = _hypercolumns([level[i : i + 1].float() for level in version], source)
             versions.append(weights @ columns[0].flatten(1)[:, torch.from_numpy(crop.pixels)].T / covered)
-        measured, rows = material.measured[crop.section][shapes], crop.rows[shapes]
         out["features"].append(torch.stack(versions))
-        out["cp10k"].append(measured.cp10k[rows])
-        out["depth"].append(measured.depth[rows])
+        out["cp10k"].append(targets.cp10k)
+        out["depth"].append(targets.depth)
         out["covered"].append(covered[:, 0])
-        out["section"].append(torch.full((len(rows),), crop.section))
+        out["section"].append(torch.full((len(targets.rows),), crop.section))
     return {key: torch.cat(parts, dim=1 if key == "features" else 0) for key, parts in out.items()}
 
 
@@ -150,8 +150,8 @@ def _batches(section: Tensor, size: int) -> list[Tensor]:
 
 
 def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
-    covered = spots["covered"][rows]
-    found = shape_loss(density * covered[:, None], covered, spots["cp10k"][rows], spots["depth"][rows])
+    logs = log_expression(density * spots["covered"][rows, None], "density", 1.0)
+    found = shape_loss(logs, density[:, -1], spots["cp10k"][rows], spots["depth"][rows])
     return found | {"objective": found["expression"] + 0.2 * found["total"]}
 
 
@@ -176,7 +176,7 @@ def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
         y, x, n = row * CORE - halo, col * CORE - halo, CORE + 2 * halo
         pixels = torch.from_numpy(reader.read(y, x, n, n))[None]
         with torch.no_grad():
-            found = encode_crops(net, pixels, halo, 0, 0.0, torch.Generator())
+            found = encode_crops(net, pixels, halo)
         for stride, out, part in zip(strides, maps, found):
             core = CORE // stride
             out[:, row * core : (row + 1) * core, col * core : (col + 1) * core] = part[0].float().numpy()

@@ -16,7 +16,7 @@ copyright = f"2026, {author}"
 version = release = info["Version"]
 repository_url = "https://github.com/pixnet-dev/pixnet"
 
-# Tutorials lie beside docs/, where their links into it begin with ../docs/; in the site both are under one root.
+# Tutorials lie beside docs/ and link into it with ../docs/; in the site, both are under one root.
 here = Path(__file__).parent
 (here / "tutorials").mkdir(exist_ok=True)
 for source in (here.parent / "tutorials").iterdir():
@@ -25,7 +25,7 @@ for source in (here.parent / "tutorials").iterdir():
             source.read_text(encoding="utf-8").replace("](../docs/", "](../"),
             here / "tutorials" / source.name,
         )
-        if not copy_.exists() or copy_.read_text(encoding="utf-8") != text:  # a build reads again only what changed
+        if not copy_.exists() or copy_.read_text(encoding="utf-8") != text:  # rebuild only what changed
             copy_.write_text(text, encoding="utf-8")
 
 extensions = [
@@ -42,7 +42,7 @@ exclude_patterns = ["_build", "**.ipynb_checkpoints", "_generated", "Thumbs.db",
 templates_path = ["_templates"]
 default_role = "py:obj"
 nitpicky = True
-# Names of other projects resolve only with their inventories, which the network would have to bring.
+# Names of other projects resolve only with their inventories, which need network access.
 nitpick_ignore_regex = [("py:.*", r"(?!pixnet\.).*"), ("py:.*", r"pixnet\.(_[a-z]|.*\._).*")]
 
 if os.environ.get("PIXNET_DOCS_INTERSPHINX") == "1":
@@ -73,7 +73,7 @@ suppress_warnings = [
     "mystnb.unknown_mime_type",
 ]
 
-nb_execution_mode = "off"  # notebooks are committed with their outputs; the tests execute them
+nb_execution_mode = "off"  # notebooks are committed with outputs; the tests execute them
 nb_merge_streams = True
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "substitution"]
 myst_heading_anchors = 3

@@ -1,7 +1,7 @@
 """Draw the figures of the landing page and the README: ``python docs/make_figures.py [idea] [readme] [lines]``.
 
-``readme`` and ``lines`` show a real section, her2st C5, predicted by the model that ships; they read PIXNET_DATA_DIR or
-download. ``lines`` is what the lines on the landing page draw.
+``readme`` and ``lines`` show a real section, her2st C5, predicted by the shipped model. They read it from PIXNET_DATA_DIR or
+download it. ``lines`` is the figure that the code on the landing page draws.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_BYTES = 600_000
 
 
 def save(figure: plt.Figure, name: str) -> None:
-    """Save a figure as a PNG, as fine as its size allows."""
+    """Save a figure as a PNG at the highest resolution that its size limit allows."""
     path = STATIC / name
     for dpi in (170, 150, 130, 115, 100, 85):
         figure.savefig(path, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.08)
@@ -56,7 +56,7 @@ def readme(section: str = "C5") -> None:
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
     px.pl.gene_map(sdata, best, ax=list(top.subplots(1, 4)))
     measured, predicted, ranked = bottom.subplots(1, 3, width_ratios=[1, 1, 0.9])
-    twice = bottom.add_axes((0, 0, 0.1, 0.1))  # the H&E is above already; here it only lies faintly under the spots
+    twice = bottom.add_axes((0, 0, 0.1, 0.1))  # takes the H&E, which is already shown above
     tables = {"table_key": "spots_genes", "reference_key": "spots_counts"}
     px.pl.compare(sdata, best[0], **tables, ax=[twice, measured, predicted], scalebar=False)
     twice.remove()
@@ -65,7 +65,7 @@ def readme(section: str = "C5") -> None:
 
 
 def lines() -> None:
-    """What the five lines on the landing page draw, nothing added."""
+    """The figure that the code on the landing page draws, nothing added."""
     sdata = px.datasets.her2st("C5")
     px.tl.predict(sdata)
     px.tl.aggregate(sdata, "spots")

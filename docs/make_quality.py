@@ -1,4 +1,4 @@
-"""Write the tables of the quality page from what `benchmarks/quality.py` and `benchmarks/ablation.py` measured.
+"""Write the tables of the quality page from the results of `benchmarks/quality.py` and `benchmarks/ablation.py`.
 
 python docs/make_quality.py
 """
@@ -6,6 +6,7 @@ python docs/make_quality.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,39 @@ ORDER = (
 
 
 def spread(values: list[float]) -> str:
-    """Return mean and, of several, standard deviation."""
+    """Return the mean and, for several values, the standard deviation."""
     mean = f"{np.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
+def printed(name: str) -> str:
+    """Return the name of a row with µm for um."""
+    return re.sub(r"\bum\b", "µm", name)
+
+
+def summary() -> list[str]:
+    """Return the main results, one line each."""
+    methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
+    (ceiling,) = methods["ceiling (perfect prediction)"]
+    fine, coarse = (
+        np.mean([run[key]["pcc_mean"] for run in methods["PixNet on spots"]]) for key in ("bins_008um", "bins_056um")
+    )
+    shares = [
+        f"{100 * r / ceiling[key]['pcc_mean']:.0f} %" for r, key in ((fine, "bins_008um"), (coarse, "bins_056um"))
+    ]
+    sections = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]
+    within = np.mean([found["PixNet"]["pcc_mean"] for name, found in sections.items() if name.startswith("C")])
+    other = [sections["B4"][name]["pcc_mean"] for name in ("PixNet", "PixNet, stain normalised")]
+    return [
+        f"- **Kidney, trained on 55 µm spots:** the mean r is {fine:.3f} in 8 µm bins and {coarse:.3f} in 56 µm bins, which is",
+        f"  {shares[0]} and {shares[1]} of what a perfect prediction could reach.",
+        f"- **Breast tumour, a section left out of the same patient:** the mean r is {within:.3f}.",
+        f"- **Breast tumour, another patient:** the mean r is {other[0]:.3f}, and {other[1]:.3f} with normalised stain.",
+    ]
+
+
 def kidney() -> list[str]:
-    """Return the rows of the kidney's table."""
+    """Return the rows of the kidney table."""
     methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
     lines = [f"| method | {' | '.join(SCALES.values())} |", "|---" * (len(SCALES) + 1) + "|"]
     ceiling = methods.get("ceiling (perfect prediction)", [{}])[0]
@@ -48,7 +75,7 @@ def kidney() -> list[str]:
         for key in SCALES:
             values = [run[key]["pcc_mean"] for run in methods[name] if "pcc_mean" in run.get(key, {})]
             cells.append(spread(values) if values else "–")
-        lines.append(f"| {name.replace(' um', ' µm')} | {' | '.join(cells)} |")
+        lines.append(f"| {printed(name)} | {' | '.join(cells)} |")
     if ceiling and "PixNet on spots" in methods:
         shares = [
             f"{np.mean([r[key]['pcc_mean'] for r in methods['PixNet on spots']]) / ceiling[key]['pcc_mean']:.0%}"
@@ -59,7 +86,7 @@ def kidney() -> list[str]:
 
 
 def her2st() -> list[str]:
-    """Return the rows of the her2st table: a section and a method each."""
+    """Return the rows of the her2st table, one for each section and method."""
     sections = json.loads((GENERATED / "quality_her2st.json").read_text())["sections"]
     lines = [
         "| tested on | trained on | method | PCC mean | median | first quartile | MSE | MAE | PCC mean, 3 x 3-smoothed targets |",
@@ -76,17 +103,17 @@ def her2st() -> list[str]:
                 )
         lines.append(f"| {section} ({who}) | | ceiling (perfect prediction) | {found['ceiling']:.3f} | | | | | |")
     within = [f["PixNet"]["pcc_mean"] for s, f in sections.items() if s.startswith("C")]
-    lines += ["", f"Within patient, mean over {len(within)} sections left out: PCC {np.mean(within):.3f}."]
+    lines += ["", f"Mean PCC within the patient, over {len(within)} left-out sections: {np.mean(within):.3f}."]
     return lines
 
 
 def ablation() -> list[str]:
-    """Return the rows of the ablation."""
+    """Return the rows of the ablation table."""
     rows = json.loads((GENERATED / "ablation.json").read_text())
     lines = [f"| what differs | seeds | {' | '.join(SCALES.values())} |", "|---" * (len(SCALES) + 2) + "|"]
     for name, runs in rows.items():
         cells = [spread([run[key] for run in runs]) for key in SCALES]
-        lines.append(f"| {name.replace(' um', ' µm')} | {len(runs)} | {' | '.join(cells)} |")
+        lines.append(f"| {printed(name)} | {len(runs)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -98,6 +125,7 @@ def main() -> None:
     ):
         if (GENERATED / f"{source}.json").exists():
             (GENERATED / f"{name}.md").write_text("\n".join(make()) + "\n")
+    (GENERATED / "quality_summary.md").write_text("\n".join(summary()) + "\n")
 
 
 if __name__ == "__main__":

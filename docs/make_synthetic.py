@@ -2,8 +2,8 @@
 
     python docs/make_synthetic.py DATA
 
-DATA is the folder that holds her2st/ (sections of the public repository almaan/her2st) and wsi/CMU-1-Small-Region.svs (OpenSlide's
-test slide). Both rows show the same widths in um, each picture in its own pixels.
+DATA is the folder that holds her2st/ (sections of the public repository almaan/her2st) and wsi/CMU-1-Small-Region.svs
+(OpenSlide's test slide). Both rows show the same widths in µm, each image in its own pixels.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import numpy as np
 from PIL import Image
 
 import pixnet as px
+from pixnet._sdata.pixel_size import get_mpp
 
 WIDTHS = (600, 600, 120, 120)  # um
 
 
 def window(sdata, corner: tuple[float, float], width: float) -> np.ndarray:
-    """Return a square of a slide, ``(y, x, 3)``; corner and width in um."""
+    """Return a square of a slide, ``(y, x, 3)``; corner and width are in µm."""
     image = sdata["he"]
     data = (image["scale0"]["image"] if hasattr(image, "children") else image).data
-    mpp = sdata.attrs["pixnet"]["mpp"]["he"]
+    mpp = get_mpp(sdata, "he")
     y, x = (slice(int(c / mpp), int((c + width) / mpp)) for c in corner)
     return np.asarray(data[:, y, x]).transpose(1, 2, 0)
 

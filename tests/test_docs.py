@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
 import json
@@ -77,6 +78,21 @@ def test_tutorials_are_complete(page):
             {k: v for k, v in output.items() if k != "data"} | {"text/plain": output.get("data", {}).get("text/plain")}
         )
         assert not re.search(r"/(?:home|root|tmp|Users|work)/", text)
+
+
+def test_the_troubleshooting_page_quotes_real_messages():
+    """Each fragment in the first column is part of a string in the code."""
+    strings = []
+    for path in (ROOT / "src/pixnet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                strings.append("".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values))
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `(.+?)` \|", page, flags=re.MULTILINE)
+    assert quoted
+    assert [text for text in quoted if not any(text in string for string in strings)] == []
 
 
 def test_pictures_stay_small():

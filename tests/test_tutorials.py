@@ -13,6 +13,7 @@ import pytest
 import shapely
 
 import pixnet as px
+from pixnet._sdata.pixel_size import find_mpp
 
 pytest.importorskip("spatialdata_io")
 pytest.importorskip("tifffile")
@@ -62,7 +63,7 @@ def opened(tmp_path_factory):
 
 def test_um_per_pixel_come_from_the_bins(opened):
     _, state = opened
-    assert state["sdata"].attrs["pixnet"]["mpp"]["he"] == pytest.approx(0.5, rel=1e-3)
+    assert find_mpp(state["sdata"], "he") == pytest.approx(0.5, rel=1e-3)
     np.testing.assert_array_equal(
         state["sdata"]["he"]["scale0"]["image"].values, opened[0]["he"]["scale0"]["image"].values
     )

@@ -1,7 +1,8 @@
-"""The whole path on data that needs no download: ``python -m pixnet._demo --out demo``.
+"""A demonstration of every step on data that needs no download: ``python -m pixnet._demo --out demo``.
 
-Trains on the spots of one synthetic slide, predicts another that it has never seen, sums the map over spots, cells and an
-8 um grid, and compares each with the truth. Where real data lies beside it, also runs the shipped model on a real section.
+It trains on the spots of one synthetic slide, predicts another that the model has not seen, sums the map over spots, cells
+and an 8 µm grid, and compares each with the truth. Where ``PIXNET_DATA_DIR`` holds real data, it also runs the shipped
+model on a real section.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import pandas as pd
 from spatialdata import SpatialData
 
 import pixnet as px
+from pixnet._correlation import pearson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GENES_SHOWN = ["TUM1", "BCE1", "FIB1"]
-SECTION = "C5"  # never seen by the model that ships
+SECTION = "C5"  # the shipped model was not trained on it
 SECTION_GENES = ["CD24", "HLA-DRA", "COL1A2"]
 
 
@@ -43,7 +45,7 @@ def say(text: str = "") -> None:
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what is done, and how long it took."""
+    """Announce a step, and say how long it took."""
     say(f"- {text} ...")
     start = time.perf_counter()
     yield
@@ -54,22 +56,22 @@ def save(axes: Axes | np.ndarray, path: Path) -> None:
     """Save the figure that Axes belong to."""
     import matplotlib.pyplot as plt
 
-    figure = np.ravel(axes)[0].figure
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+    plt.sca(axes[0] if isinstance(axes, np.ndarray) else axes)
+    plt.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    plt.close()
 
 
 def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> None:
     """Train, predict, aggregate and compare on synthetic slides."""
-    with step(f"painting two synthetic slides, {size_um:g} x {size_um:g} um, one to train on and one to test on"):
+    with step(f"painting two synthetic slides, {size_um:g} x {size_um:g} µm, one to train on and one to test on"):
         training = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=1, shapes=["spots"])
         test = px.datasets.synthetic_tissue(size_um, n_genes=n_genes, seed=2, shapes=["spots", "cells"])
     with step(f"training on the {len(training['spots'])} spots of the first"):
         genes = px.pp.select_genes(training, table_key="spots_counts", n_top=n_genes)
         model = px.tl.train(training, shapes="spots", genes=genes, max_epochs=max_epochs, seed=0, refit=False)
-        model.save(out / "model.safetensors")
+        model.save(out / "model.safetensors", overwrite=True)
         save(px.pl.training(model), out / "training.png")
-    with step("predicting the second, and summing its map over spots, cells and an 8 um grid"):
+    with step("predicting the second, and summing its map over spots, cells and an 8 µm grid"):
         px.pp.make_grid(test, 8.0, key_added="grid_8um")
         truth = SpatialData(
             images={"truth": test.images.pop("truth")}, shapes=dict(test.shapes), attrs=dict(test.attrs)
@@ -91,7 +93,7 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
         )
         save(px.pl.evaluation(scores), out / "evaluation.png")
     say()
-    say(f"A slide that the model never saw, {len(model.genes)} genes; mean Pearson's r of log1p CP10k over shapes:")
+    say(f"A slide that the model has not seen, {len(model.genes)} genes; mean Pearson's r of log1p CP10k over shapes:")
     say()
     say(f"  {'scale':<22}{'shapes':>8}{'with the truth':>17}{'with noisy counts':>20}")
     for name, n, truth, counts in rows:
@@ -101,15 +103,16 @@ def synthetic(out: Path, *, size_um: float, n_genes: int, max_epochs: int) -> No
 
 def _compare(test: SpatialData, truth: SpatialData) -> tuple[list[tuple], dict[str, pd.DataFrame]]:
     """Score the predicted tables of a synthetic slide: rows to print, and Pearson's r by gene and scale."""
-    names = {"spots": "spots, 55 um", "cells": "cells", "grid_8um": "grid, 8 um"}
+    names = {"spots": "spots, 55 µm", "cells": "cells", "grid_8um": "grid, 8 µm"}
     tables = px.tl.aggregate(truth, list(names), image_key="truth", inplace=False)
+    assert isinstance(tables, dict)
     rows, scores = [], {}
     for name, shown in names.items():
         predicted = test[f"{name}_genes"]
         a = np.log1p(predicted.X)
         b = np.log1p(tables[name][:, predicted.var_names].X)
         known = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
-        r = [_pearson(x, y) for x, y in zip(a[known].T, b[known].T, strict=True)]
+        r = pearson(a[known], b[known])
         scores[shown] = pd.DataFrame({"pearson": r}, index=predicted.var_names)
         counts = None
         if f"{name}_counts" in test.tables:
@@ -119,13 +122,9 @@ def _compare(test: SpatialData, truth: SpatialData) -> tuple[list[tuple], dict[s
     return rows, scores
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else float("nan")
-
-
 def real(out: Path) -> None:
-    """Run the model that ships on a section that it has never seen."""
-    with step(f"her2st {SECTION}, a real section that the shipped model never saw: predict, aggregate, evaluate"):
+    """Run the shipped model on a section that it was not trained on."""
+    with step(f"her2st {SECTION}, a real section that the shipped model has not seen: predict, aggregate, evaluate"):
         sdata = px.datasets.her2st(SECTION)
         px.tl.predict(sdata)
         px.tl.aggregate(sdata, "spots")
@@ -148,15 +147,15 @@ def real(out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m pixnet._demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m pixnet._demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
-    parser.add_argument("--size-um", type=float, default=800.0, help="edge of the synthetic slides in um")
+    parser.add_argument("--size-um", type=float, default=800.0, help="edge of the synthetic slides (µm)")
     parser.add_argument("--genes", type=int, default=30, help="genes of the synthetic slides")
     parser.add_argument("--epochs", type=int, default=40, help="passes over the spots at most")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries beneath
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from other libraries
     warnings.filterwarnings("ignore", category=UserWarning)
     px.settings.verbosity = "warning"
     px.settings.progress = sys.stderr.isatty()
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     say("What to try next:")
     say(f"  look at     {out}/gene_maps.png, {out}/scales.png, {out}/evaluation.png")
     say(f"  open        spatialdata.read_zarr('{out}/demo.zarr'), for instance with napari-spatialdata")
-    say("  a real one  pixnet.datasets.her2st('C5'), then pixnet.tl.predict(sdata): the model that ships, no training")
+    say("  a real one  pixnet.datasets.her2st('C5'), then pixnet.tl.predict(sdata): the shipped model, no training")
     say("  your own    pixnet.io.slide('slide.svs'), or any SpatialData object with an H&E image: see docs/")
 
 

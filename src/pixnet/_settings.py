@@ -1,4 +1,4 @@
-"""Package-wide settings: what an argument left at None falls back to."""
+"""Package-wide settings: the defaults of arguments that are left at None."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Settings:
-    """What arguments that are left at ``None`` fall back to; assign to change.
+    """Defaults of arguments that are left at ``None``; assign to change them.
 
     Attributes
     ----------
     device
-        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA, or for prediction
-        Apple's GPU, where there is one, else the CPU.
+        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA where there is a GPU, for
+        prediction also Apple's GPU, else the CPU.
     precision
         Arithmetic of prediction: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` takes bfloat16 where the
         device computes in it natively, else float32.
     progress
         Show progress bars (on stderr).
     cache_dir
-        Where downloads are kept. Environment variable ``PIXNET_CACHE_DIR``.
+        Folder of downloads. Environment variable ``PIXNET_CACHE_DIR``.
     scratch_dir
-        Where the maps of objects in memory are streamed to; they go at exit. Environment variable
-        ``PIXNET_SCRATCH_DIR``.
+        Folder of the maps of objects in memory; they are deleted at exit. Environment variable ``PIXNET_SCRATCH_DIR``.
     seed
         Seed of functions whose own ``seed`` is left at ``None``.
     verbosity

@@ -9,7 +9,7 @@ import pytest
 
 import pixnet as px
 from pixnet._core.slide.grid import choose_grid
-from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
 from pixnet._core.slide.stain import differences, optical_density, sample, statistics
 
@@ -26,8 +26,8 @@ def pixels_of(colour=PURPLE, sd=25, side=1024, seed=0):
 
 def look(pixels, mask=None):
     grid = choose_grid([(1.0, 1.0)], [pixels.shape[1:]], 0.5, 0.5, 4)
-    mask = SlideExtent(grid.out_shape) if mask is None else mask
-    return statistics(sample(SlideReader(pixels, grid), mask), isinstance(mask, TissueMask))
+    mask = TissueMask.everywhere(grid.out_shape) if mask is None else mask
+    return statistics(sample(SlideReader(pixels, grid), mask), mask.masked)
 
 
 def paler(pixels, factor):
@@ -112,7 +112,7 @@ def test_slides_without_a_mask_are_compared_with_their_like():
 
 def test_real_slides(shared_data):
     """The shipped model knows its own study's section, and names what differs elsewhere."""
-    training = px.models.load("her2st").config["stain"]
+    training = px.models.load("her2st").stain
 
     def windows(sdata, key, mpp):
         from pixnet._sdata.slide import Slide

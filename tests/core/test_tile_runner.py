@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from pixnet._core.parallel import run_tasks
-from pixnet._core.predict import portable_model
 from pixnet._core.predict.device import resolve_device, resolve_precision
 from pixnet._core.predict.map_grid import choose_map_grid
-from pixnet._core.predict.portable_model import PortableModel, fold_norms
-from pixnet._core.predict.tile_runner import TileCost, TileRunner, lazy_map, store_tile
+from pixnet._core.predict.portable_model import PortableModel, clear_cache, fold_norms
+from pixnet._core.predict.tile import TileCost
+from pixnet._core.predict.tile_runner import TileRunner, lazy_map, store_tiles
 from pixnet._core.slide.grid import choose_grid
-from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import ReadError, SlideReader
 
 WINDOW, HALO, STRIDE = 64, 64, 4
@@ -63,19 +62,19 @@ def pixels():
 
 def make_runner(pixels, mask=None, *, tile_size=None, out_mpp=None, model=None, channels=None, array=None, batch=1):
     grid = choose_grid([(1.0, 1.0)], [pixels.shape[1:]], 0.5, 0.5, STRIDE)
-    layout = choose_map_grid(grid, WINDOW, HALO, out_mpp, tile_size)
+    tiles = choose_map_grid(grid, WINDOW, HALO, out_mpp, tile_size)
     if mask is None:
-        mask = SlideExtent((pixels.shape[1] / STRIDE, pixels.shape[2] / STRIDE))
+        mask = TissueMask.everywhere((pixels.shape[1] / STRIDE, pixels.shape[2] / STRIDE))
     reader = SlideReader(pixels if array is None else array, grid)
     packed = model if isinstance(model, PortableModel) else PortableModel(model or Means())
     n = 3 if channels is None else len(channels)
-    return TileRunner(reader, mask, packed, layout, channels=channels, n_channels=n, batch=batch)
+    return TileRunner(reader, mask, packed, tiles, channels=channels, n_channels=n, batch=batch)
 
 
 @pytest.fixture(autouse=True)
 def _alone():
     """No model left by another test, and one thread: these arrays are too small for more."""
-    portable_model._READY.clear()
+    clear_cache()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -121,7 +120,7 @@ def test_background_windows_do_not_run(pixels):
     whole(runner)
     model = packed.ready(torch.device("cpu"))
     core = WINDOW // STRIDE
-    tissue = mask.window(0, 0, *runner.layout.shape)
+    tissue = mask.window(0, 0, *runner.grid.shape)
     expected = sum(
         tissue[y : y + core, x : x + core].any()
         for y in range(0, tissue.shape[0], core)
@@ -169,7 +168,7 @@ def test_batches_that_do_not_fit_are_halved(pixels):
         def forward(self, image, channels=None, crop=0):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    portable_model._READY.clear()  # these models have no weights to tell them apart by
+    clear_cache()  # these models have no weights to tell them apart by
     with pytest.raises(RuntimeError, match="does not hold one window.*192 x 192.*device='cpu'"):
         make_runner(pixels, model=Full(), batch=4).tile(0, 0)
 
@@ -200,7 +199,7 @@ def test_a_part_that_cannot_be_read_is_named(pixels):
 def test_a_model_is_unpacked_once_in_a_process():
     packed = PortableModel(Means())
     one, two = pickle.loads(pickle.dumps(packed)), pickle.loads(pickle.dumps(packed))
-    portable_model._READY.clear()
+    clear_cache()
     assert one.ready(torch.device("cpu")) is two.ready(torch.device("cpu"))
     assert one.hash == packed.hash
 
@@ -235,18 +234,17 @@ def test_graph_of_a_huge_slide_is_built_at_once_and_not_run():
     mask = np.zeros((1250, 1250), bool)
     mask[100:900, 200:800] = True
     grid = choose_grid([(1.0, 1.0)], [(side, side)], 0.5, 0.5, STRIDE)
-    layout = choose_map_grid(grid, 1024, 192, None, None)
+    tiles = choose_map_grid(grid, 1024, 192, None, None)
     packed = PortableModel(Means())
     start = time.perf_counter()
     to_mask = np.diag([1250 / 25_000, 1250 / 25_000, 1.0])
     runner = TileRunner(
-        SlideReader(slide, grid), TissueMask(mask, to_mask), packed, layout, channels=None, n_channels=251
+        SlideReader(slide, grid), TissueMask(mask, to_mask), packed, tiles, channels=None, n_channels=251
     )
     array = lazy_map(runner, "huge")
     seconds = time.perf_counter() - start
-    tiles = layout.tiles[0] * layout.tiles[1]
     assert array.shape == (251, 25_000, 25_000)
-    assert len(array.dask) / tiles <= 5
+    assert len(array.dask) <= 5 * array.npartitions
     assert seconds < 30
     assert packed.ready(torch.device("cpu")).calls == 0
 
@@ -254,30 +252,40 @@ def test_graph_of_a_huge_slide_is_built_at_once_and_not_run():
 @pytest.mark.parametrize("scheduler", [None, "threads", "synchronous"])
 def test_stored_tiles_are_the_lazy_ones(pixels, scheduler):
     runner = make_runner(pixels, half_mask(pixels), tile_size=128)
-    target = np.full((3, *runner.layout.shape), np.nan, np.float32)
-    rows, cols = runner.layout.tiles
-    items = [(i, j) for i in range(rows) for j in range(cols) if runner.may_have_tissue(i, j)]
-    total = TileCost()
+    target = np.full((3, *runner.grid.shape), np.nan, np.float32)
+    rows, cols = runner.grid.tiles
+    total, places = TileCost(), []
     with dask.config.set({} if scheduler is None else {"scheduler": scheduler}):
-        for *_, work in run_tasks(store_tile, [runner, target], items):
-            total.add(work)
+        for place, cost in store_tiles(runner, target, runner.tiles()):
+            total.add(cost)
+            places.append(place)
+    assert places == runner.tiles()
+    assert 0 < len(places) < rows * cols
     np.testing.assert_array_equal(target, whole(runner))
     assert total.windows > 0
     assert total.pixels == (~np.isnan(target[0])).sum()
 
 
-def test_an_error_stops_the_tasks():
-    done = []
+def test_only_a_few_tiles_are_held_at_once(pixels):
+    """What bounds the memory: the model waits where writing is slower."""
+    written, held = [], []
 
-    def task(i, j):
-        done.append((i, j))
-        if i == 3:
-            raise RuntimeError("no")
-        return i
+    class SlowTarget:
+        def __setitem__(self, key, value):
+            time.sleep(0.02)
+            written.append(1)
 
-    with pytest.raises(RuntimeError, match="no"):
-        list(run_tasks(task, [], [(i, 0) for i in range(100)], threads=2))
-    assert len(done) < 10
+    class Counting(Means):
+        def forward(self, image, channels=None, crop=0):
+            held.append(len(held) + 1 - len(written))
+            return super().forward(image, channels, crop)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    runner = make_runner(pixels, model=Counting(), tile_size=64)
+    assert len(list(store_tiles(runner, SlowTarget(), runner.tiles()))) == len(held) == 35
+    assert max(held) <= 3
 
 
 def test_device_and_precision_are_checked():

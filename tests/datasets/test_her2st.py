@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pixnet import settings
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet.datasets import _her2st, her2st
 
 
@@ -92,7 +93,7 @@ def test_download_verify_and_cache(server):
     sdata = her2st("A1")
     assert list(sdata["spots"].index) == ["1x1", "2x1", "1x2"]  # 2x2 has no counts, 3x2 is not selected
     assert sdata["spots_counts"].X.toarray().tolist() == [[1, 0], [2, 3], [0, 1]]
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(200 / 290)
+    assert find_mpp(sdata, "he") == pytest.approx(200 / 290)
     assert len(server) == 3
     her2st("A1")
     assert len(server) == 3  # from the cache
@@ -130,9 +131,9 @@ def test_path_and_data_dir(mirror, tmp_path, monkeypatch):
     (tmp_path / "data" / "her2st").symlink_to(mirror)
     monkeypatch.setenv("PIXNET_DATA_DIR", str(tmp_path / "data"))
     assert len(her2st("A1")["spots"]) == 3
-    with pytest.raises(FileNotFoundError, match="'B1' is not whole.*whole sections there: A1"):
+    with pytest.raises(FileNotFoundError, match="'B1' is not complete.*complete sections there: A1"):
         her2st("B1")
-    with pytest.raises(FileNotFoundError, match="holds no ST-cnts"):
+    with pytest.raises(FileNotFoundError, match="has no folder ST-cnts"):
         her2st("A1", path=tmp_path)
 
 
@@ -142,6 +143,6 @@ def test_real_section(shared_data):
     assert sdata["spots_counts"].shape == (283, 15289)
     assert sdata["he"]["scale0"]["image"].shape[0] == 3
     assert sdata["he"]["scale0"]["image"].dtype == np.uint8
-    assert 0.68 < sdata.attrs["pixnet"]["mpp"]["he"] < 0.70
-    assert set(sdata.coordinate_systems) == {"global", "um"}
+    assert 0.68 < find_mpp(sdata, "he") < 0.70
+    assert set(sdata.coordinate_systems) == {"global", "um", "pixnet_um"}
     assert 550 < np.median(np.asarray(sdata["spots_counts"].X.sum(axis=1))) < 750

@@ -9,9 +9,10 @@ import pytest
 import shapely
 
 from pixnet._core.coverage import ShapeArrays, coverage
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet.datasets import synthetic_tissue
 from pixnet.datasets._synthetic.genes import PLATFORMS
-from pixnet.datasets._synthetic.world import Recipe, World, world
+from pixnet.datasets._synthetic.world import TissueSpec, World, world
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_contract(sdata):
     assert truth.shape == (31, 300, 300)
     assert truth.dtype == np.float32
     assert str(truth.coords["c"].values[-1]) == "__total__"
-    assert sdata.attrs["pixnet"]["mpp"] == {"he": 0.5, "truth": 2.0}
+    assert [find_mpp(sdata, key) for key in ("he", "truth")] == [0.5, 2.0]
     for name in ("spots", "cells", "bins"):
         table = sdata[f"{name}_counts"]
         assert list(table.obs["instance_id"]) == list(sdata[name].index)
@@ -54,11 +55,11 @@ def test_total_is_the_sum_and_averages_ten_thousand(sdata):
 
 
 def test_pixels_do_not_depend_on_the_part_or_the_order():
-    recipe = Recipe(400.0, 0.5, 13, 3, 0)
-    whole = World(recipe)
+    spec = TissueSpec(400.0, 0.5, 13, 3, 0)
+    whole = World(spec)
     picture = whole.render(slice(0, 800), slice(0, 800))
     densities = whole.truth(slice(0, 200), slice(0, 200))
-    again = World(recipe)
+    again = World(spec)
     assert (again.render(slice(333, 411), slice(5, 290)) == picture[:, 333:411, 5:290]).all()
     np.testing.assert_array_equal(again.truth(slice(111, 163), slice(90, 200)), densities[:, 111:163, 90:200])
 
@@ -75,9 +76,9 @@ def test_seeds():
 
 
 def test_genes_mean_the_same_on_every_slide():
-    first, second = (World(Recipe(300.0, 0.5, 30, seed, 0)).panel for seed in (1, 2))
+    first, second = (World(TissueSpec(300.0, 0.5, 30, seed, 0)).panel for seed in (1, 2))
     assert (first.loadings == second.loadings).all()
-    other = World(Recipe(300.0, 0.5, 30, 1, 0, panel_seed=1)).panel
+    other = World(TissueSpec(300.0, 0.5, 30, 1, 0, panel_seed=1)).panel
     assert other.names == first.names
     assert (other.loadings != first.loadings).mean() > 0.3
     a, b = (synthetic_tissue(300, n_genes=13, shapes="cells", panel_seed=seed) for seed in (0, 1))
@@ -85,7 +86,7 @@ def test_genes_mean_the_same_on_every_slide():
     assert (a["cells_counts"].X != b["cells_counts"].X).nnz > 0
 
 
-def test_pickles_as_a_recipe():
+def test_pickles_as_its_specification():
     sdata = synthetic_tissue(300, lazy=True)
     data = sdata["he"]["scale0"]["image"].data
     content = pickle.dumps(data)
@@ -100,11 +101,11 @@ def test_bins_are_sums_of_the_truth(sdata, name, edge):
     sums = truth.reshape(31, n, edge, n, edge).sum(axis=(2, 4))
     centres = shapely.centroid(sdata[name].geometry.to_numpy())
     row, col = ((f(centres) * 0.5 / (2 * edge)).astype(int) for f in (shapely.get_y, shapely.get_x))
-    expected = sums[:-1, row, col].T * 4 / 1e4 * PLATFORMS[name][0]
+    expected = sums[:-1, row, col].T * 4 / 1e4 * PLATFORMS[name].depth
     counts = sdata[f"{name}_counts"].X.toarray()
     # Drawn around the expectation: the sum over bins of each gene is within 5 standard errors.
-    depth, spread, size = PLATFORMS[name]
-    variance = expected + expected**2 * ((1 + 1 / size) * np.exp(spread**2) - 1)
+    _, spread, nb_size, *_ = PLATFORMS[name]
+    variance = expected + expected**2 * ((1 + 1 / nb_size) * np.exp(spread**2) - 1)
     z = (counts - expected).sum(axis=0) / np.sqrt(variance.sum(axis=0))
     assert np.abs(z).max() < 5
 
@@ -115,10 +116,10 @@ def test_shapes_are_sums_of_the_truth(sdata, name):
     radius = element["radius"].to_numpy() if "radius" in element else None
     shapes = ShapeArrays.from_geometries(element.geometry.to_numpy(), radius).transform(np.diag([0.25, 0.25, 1.0]))
     weights = coverage(shapes, (0, 0, 300, 300))
-    expected = weights @ truth_of(sdata)[:-1].reshape(30, -1).T * 4 / 1e4 * PLATFORMS[name][0]
+    expected = weights @ truth_of(sdata)[:-1].reshape(30, -1).T * 4 / 1e4 * PLATFORMS[name].depth
     counts = sdata[f"{name}_counts"].X.toarray()
-    depth, spread, size = PLATFORMS[name]
-    variance = expected + expected**2 * ((1 + 1 / size) * np.exp(spread**2) - 1)
+    _, spread, nb_size, *_ = PLATFORMS[name]
+    variance = expected + expected**2 * ((1 + 1 / nb_size) * np.exp(spread**2) - 1)
     z = (counts - expected).sum(axis=0) / np.sqrt(variance.sum(axis=0))
     assert np.abs(z).max() < 5
     # At least half of each is tissue.
@@ -161,7 +162,7 @@ def test_other_resolutions_show_the_same(sdata, mpp):
 
 
 def test_large_is_lazy():
-    made = world(Recipe(2000.0, 0.25, 20, 0, 0))
+    made = world(TissueSpec(2000.0, 0.25, 20, 0, 0))
     assert made.image_shape == (8000, 8000)
     sdata = synthetic_tissue(2000, mpp=0.25, n_genes=20, shapes=())
     assert sdata["he"]["scale0"]["image"].shape == (3, 8000, 8000)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet.io import legacy_st
 
 
@@ -30,7 +31,7 @@ def test_order_counts_and_resolution(tables):
     assert list(sdata["spots"].index) == ids
     assert list(sdata["spots_counts"].obs["instance_id"]) == ids
     assert (sdata["spots_counts"].X.toarray() == counts.loc[ids].to_numpy()).all()
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(5.0)
+    assert find_mpp(sdata, "he") == pytest.approx(5.0)
     assert sdata["spots"]["radius"].to_numpy() == pytest.approx(10.0)
     assert sdata["spots"].geometry.iloc[0].x == 87
 
@@ -39,8 +40,8 @@ def test_rotated_array_and_given_mpp(tables):
     counts, spots = tables
     turned = spots.assign(pixel_x=200 + 3 * spots.x - 9 * spots.y, pixel_y=100 + 9 * spots.x + 3 * spots.y)
     sdata = legacy_st(counts, turned, IMAGE)
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(200 / np.hypot(3, 9))
-    assert legacy_st(counts, spots, IMAGE, mpp=4).attrs["pixnet"]["mpp"]["he"] == 4
+    assert find_mpp(sdata, "he") == pytest.approx(200 / np.hypot(3, 9))
+    assert find_mpp(legacy_st(counts, spots, IMAGE, mpp=4), "he") == 4
 
 
 def test_from_files(tables, tmp_path):

@@ -11,10 +11,9 @@ HALO = 320
 
 
 @pytest.mark.parametrize("stride", [4, 1])
-@pytest.mark.parametrize("decoder", ["safb", "plain", "none"])
-def test_a_crop_is_the_inner_part_of_the_whole_map(decoder, stride):
+def test_a_crop_is_the_inner_part_of_the_whole_map(stride):
     torch.manual_seed(0)
-    model = PixNet(["A", "B"], stride=stride, decoder=decoder, pretrained=False).eval()
+    model = PixNet(["A", "B"], stride=stride, pretrained=False).eval()
     torch.nn.init.normal_(model.members[0].head.weight, std=0.5)
     seen = []
     model.members[0].decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
@@ -24,7 +23,5 @@ def test_a_crop_is_the_inner_part_of_the_whole_map(decoder, stride):
         for crop in (HALO // stride, 3):
             found, expected = model.decode(features, None, crop), whole[..., crop:-crop, crop:-crop]
             assert found.shape == expected.shape
-            # an attention segment outside the crop may see a convolution's padding: a pixel of the crop hardly does
-            torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-6)
-            assert ((found - expected).abs() <= 1e-5 * expected).float().mean() > 0.5
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert seen == [whole.shape[-1], 64 // stride, whole.shape[-1] - 6]

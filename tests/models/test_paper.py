@@ -8,7 +8,8 @@ from torch import nn
 
 import pixnet as px
 from pixnet.models import PixNet
-from pixnet.models._paper import DepthToSpaceUp, PaperDecoder, n_levels
+from pixnet.models._config import PAPER_FILTERS, paper_levels
+from pixnet.models._paper import DepthToSpaceUp, PaperDecoder
 from pixnet.models._pixnet import PixNet as Model
 
 GENES = ["A", "B", "C"]
@@ -40,13 +41,13 @@ def paper(**options) -> Model:
 def test_levels_go_from_the_output_to_32(stride, levels):
     model = paper(stride=stride)
     decoder = model.members[0].decoder
-    assert n_levels(stride) == levels
+    assert paper_levels(stride) == levels
     assert len(decoder.fuse) == 3
     assert sum(isinstance(m, DepthToSpaceUp) for m in decoder.deep) == levels - 3
     # Three intermediate maps are fused, the last one is where the decoder starts.
     assert decoder.sources == [0, 1, 2]
     assert model.levels == [0, 1, 2, 3]
-    assert model.config["widths"] == list(SMALL[:levels])
+    assert model.config.widths == SMALL[:levels]
     with torch.inference_mode():
         out = model(torch.rand(2, 3, 128, 64))
     assert out.shape == (2, 4, 128 // stride, 64 // stride)
@@ -54,7 +55,7 @@ def test_levels_go_from_the_output_to_32(stride, levels):
 
 
 def test_published_filters_are_the_default():
-    decoder = PaperDecoder(Pyramid.channels, Pyramid.strides, px.models.PixNet.paper.__kwdefaults__["widths"], 1)
+    decoder = PaperDecoder(Pyramid.channels, Pyramid.strides, PAPER_FILTERS, 1)
     assert decoder.enter.out_channels == 512
     assert [s.out_channels for s in decoder.skip] == [64, 128, 256]
     assert [block[0].out_channels for block in decoder.deep] == [2048] * 3
@@ -74,10 +75,10 @@ def test_depth_to_space_doubles_the_size_from_depth_alone():
 def test_every_level_reaches_the_map(stride):
     model = paper(stride=stride)
     image = torch.rand(1, 3, 64, 64)
-    features = [f.detach().requires_grad_() for f in model.encode(image)]
+    features = {i: f.detach().requires_grad_() for i, f in model.encode(image).items()}
     nn.init.normal_(model.members[0].head.weight)
     model.decode(features).square().sum().backward()
-    assert all(f.grad.abs().sum() > 0 for f in features)
+    assert all(f.grad.abs().sum() > 0 for f in features.values())
 
 
 def test_a_cnn_serves_from_its_map_nearest_to_the_output():
@@ -119,14 +120,15 @@ def test_a_crop_is_the_inner_part_of_the_whole_map(stride):
 
 
 def test_it_carries_the_published_settings():
-    recipe = paper(stride=4).config["recipe"]
-    assert (recipe["lr"], recipe["weight_decay"], recipe["loss"]) == (5e-4, 1e-4, "mse+pcc")
-    assert paper().config["quantity"] == "log_sum"
-    assert "recipe" not in PixNet(GENES, encoder="pyramid-test").config
+    options = paper(stride=4).training_options
+    assert (options["lr"], options["weight_decay"], options["loss"]) == (5e-4, 1e-4, "mse+pcc")
+    assert px.tl.TrainingOptions(**options).batch_crops == 32
+    assert paper().quantity == "log_sum"
+    assert PixNet(GENES, encoder="pyramid-test").training_options == {}
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="valid: 4, 2, 1"):
+    with pytest.raises(ValueError, match="stride is 8; it should be 1, 2 or 4"):
         paper(stride=8)
     with pytest.raises(ValueError, match="published decoder at stride 1 has 6 levels"):
         paper(widths=(8, 8))
@@ -149,21 +151,14 @@ class TestQuantity:
         with pytest.raises(ValueError, match="mean area"):
             model.set_baseline(level)
 
-    def test_a_log_mean_starts_from_the_mean_log(self):
-        model = paper(stride=4, quantity="log_mean")
-        level = torch.tensor([0.5, 2.0, 3.0])
-        model.set_baseline(level)
-        nn.init.zeros_(model.members[0].head.weight)
-        with torch.inference_mode():
-            out = model(torch.rand(1, 3, 64, 64))[0, :, 0, 0]
-        torch.testing.assert_close(out, torch.tensor([0.5, 2.0, 3.0, 1e4]))
-
     def test_it_survives_a_file(self, tmp_path):
         model = paper(stride=4)
         model.set_baseline(torch.tensor([0.5, 2.0, 3.0]), 400.0)
         model.save(tmp_path / "m.safetensors")
         found = px.models.load(tmp_path / "m.safetensors")
         assert found.config == model.config
+        assert found.training_options == model.training_options
+        assert found.area_um2 == 400
         image = torch.rand(1, 3, 64, 64)
         with torch.inference_mode():
             torch.testing.assert_close(found(image), model(image), rtol=0, atol=0)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pixnet as px
+from pixnet._core.predict.portable_model import model_hash
 from pixnet.models import PixNet
+from pixnet.models._config import ModelConfig
 from pixnet.models._encoders import build_encoder, check_encoder
 from pixnet.models._lite0 import EfficientNetLite0, imagenet_weights
 
 GENES = ["A", "B", "C"]
+WIDTHS = {"pixel_mlp": {4: None, 2: None, 1: None}, "paper": {4: [8] * 4, 2: [8] * 5, 1: [8] * 6}}
 
 
 class TinyEncoder(nn.Module):
@@ -48,10 +52,10 @@ def test_the_map_is_kept_at_four_um_or_finer(mpp, stride):
     assert PixNet(GENES, mpp=mpp, encoder="tiny-test").stride == stride
 
 
-@pytest.mark.parametrize("decoder", ["safb", "plain", "none"])
+@pytest.mark.parametrize("decoder", ["pixel_mlp", "paper"])
 @pytest.mark.parametrize("stride", [4, 2, 1])
 def test_shapes_and_nonnegative_densities(decoder, stride):
-    model = PixNet(GENES, stride=stride, decoder=decoder).eval()
+    model = PixNet(GENES, stride=stride, decoder=decoder, widths=WIDTHS[decoder][stride]).eval()
     with torch.inference_mode():
         out = model(torch.rand(2, 3, 128, 192))
     assert out.shape == (2, 4, 128 // stride, 192 // stride)
@@ -63,16 +67,6 @@ def test_a_subset_of_channels_is_the_same_numbers(tiny):
     image = torch.rand(1, 3, 128, 128)
     with torch.inference_mode():
         torch.testing.assert_close(tiny(image, torch.tensor([2, 0, 3])), tiny(image)[:, [2, 0, 3]])
-
-
-def test_what_lies_far_away_changes_nothing():
-    """Nothing is pooled over the image: the attention too stays inside its segments."""
-    model = PixNet(GENES, encoder="tiny-test", decoder="safb").eval()
-    a = torch.rand(1, 3, 256, 512)
-    b = a.clone()
-    b[..., 320:] = torch.rand(1, 3, 256, 192)
-    with torch.inference_mode():
-        torch.testing.assert_close(model(a)[..., :48], model(b)[..., :48])
 
 
 def test_baseline_is_the_mean_composition(tiny):
@@ -99,8 +93,8 @@ def test_new_genes_keep_the_heads_of_old_ones(tiny):
         ([], ValueError, "empty"),
         (["A", "A"], ValueError, "more than once: A"),
         (["A", "__total__"], ValueError, "__total__"),
-        ("A", TypeError, "list"),
-        ([1], TypeError, "no name"),
+        ([1], TypeError, "holds 1, which is not a name"),
+        (5, TypeError, "a gene's name or a list of names"),
     ],
 )
 def test_genes_are_checked(genes, error, match):
@@ -108,25 +102,56 @@ def test_genes_are_checked(genes, error, match):
         PixNet(genes, encoder="tiny-test")
 
 
+def test_one_gene_needs_no_list():
+    assert PixNet("A", encoder="tiny-test").genes == ["A"]
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"mpp": 0}, "positive"),
-        ({"stride": 3}, "valid: 4, 2, 1"),
-        ({"decoder": "unet"}, "'safb'"),
-        ({"link": "relu"}, "'exp'"),
-        ({"window": 100}, "multiple of 64"),
-        ({"members": 0}, "at least 1"),
-        ({"hidden": 0}, "positive whole"),
-        ({"zoom": 3}, "valid: 1, 2, 4"),
+        ({"mpp": 0}, "mpp is 0; it should be greater than 0"),
+        ({"mpp": float("nan")}, "mpp is nan"),
+        ({"stride": 3}, "stride is 3; it should be 1, 2 or 4"),
+        ({"decoder": "unet"}, "decoder is 'unet'; it should be 'pixel_mlp' or 'paper'"),
+        ({"window": 100}, "window is 100; it should be a multiple of 64"),
+        ({"members": 0}, "members is 0; it should be greater than or equal to 1"),
+        ({"hidden": 0}, "hidden is 0"),
+        ({"hidden": True}, "hidden is True"),
+        ({"zoom": 3}, "zoom is 3; it should be 1, 2 or 4"),
         ({"encoder": "resnet18"}, "timm/NAME"),
-        ({"decoder": "safb", "widths": [8, 8, 8]}, "2 levels"),
-        ({"widths": 8}, "decoder='safb'"),
+        ({"decoder": "paper", "widths": [8, 8, 8]}, "4 levels"),
+        ({"widths": [8]}, "decoder='pixel_mlp' has hidden="),
     ],
 )
 def test_settings_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
         PixNet(GENES, **{"encoder": "tiny-test"} | options)
+
+
+@pytest.mark.parametrize("function", [PixNet.__init__, PixNet.paper, px.tl.train])
+def test_every_setting_is_an_argument(function):
+    """Settings are declared in one place; signatures that list them list all."""
+    settings = {field.name for field in fields(ModelConfig)} - (
+        {"decoder", "hidden"} if function == PixNet.paper else set()
+    )
+    assert settings <= set(inspect.signature(function).parameters)
+
+
+def test_a_configuration_cannot_be_changed_and_takes_numbers_of_numpy(tiny):
+    with pytest.raises(FrozenInstanceError):
+        tiny.config.mpp = 1.0
+    assert replace(tiny.config, halo=np.int64(64)).halo == 64
+    with pytest.raises(ValueError, match="halo is 10"):
+        replace(tiny.config, halo=10)
+
+
+def test_the_hash_of_a_model_is_that_of_its_function(tiny):
+    before = model_hash(tiny)
+    tiny.provenance, tiny.stain, tiny.history = {"seed": 3}, [{"od_mean": [0.1, 0.2, 0.3]}], [{"epoch": 1}]
+    tiny.training_options = {"lr": 1.0}
+    assert model_hash(tiny) == before
+    tiny.config = replace(tiny.config, halo=64)
+    assert model_hash(tiny) != before
 
 
 def test_sizes_of_images_are_checked(tiny):
@@ -164,7 +189,7 @@ class TestEncoders:
 
     def test_a_module_of_a_registered_class_goes_by_its_name(self, tmp_path):
         model = PixNet(GENES, encoder=TinyEncoder())
-        assert model.config["encoder"] == "tiny-test"
+        assert model.config.encoder == "tiny-test"
         model.save(tmp_path / "m.safetensors")
         assert px.models.load(tmp_path / "m.safetensors").config == model.config
 
@@ -220,98 +245,13 @@ class TestEncoders:
             build_encoder(nn.Conv2d(3, 3, 1))
 
 
-class TestCheckpoint:
-    def test_round_trip(self, tiny, tmp_path):
-        tiny.history = [{"epoch": 1, "val_pcc": 0.5}]
-        tiny.save(tmp_path / "m.safetensors")
-        found = px.models.load(tmp_path / "m.safetensors")
-        assert found.config == tiny.config
-        assert found.history == tiny.history
-        image = torch.rand(1, 3, 64, 64)
-        with torch.inference_mode():
-            torch.testing.assert_close(found(image), tiny(image), rtol=0, atol=0)
-
-    def test_half_precision_halves_the_file(self, tmp_path):
-        model = PixNet(GENES)
-        model.save(tmp_path / "a.safetensors")
-        model.save(tmp_path / "b.safetensors", dtype="float16")
-        assert (tmp_path / "b.safetensors").stat().st_size < 0.55 * (tmp_path / "a.safetensors").stat().st_size
-        assert next(px.models.load(tmp_path / "b.safetensors").parameters()).dtype == torch.float32
-
-    def test_existing_files_are_kept(self, tiny, tmp_path):
-        tiny.save(tmp_path / "m.safetensors")
-        with pytest.raises(FileExistsError, match="overwrite=True"):
-            tiny.save(tmp_path / "m.safetensors")
-        tiny.save(tmp_path / "m.safetensors", overwrite=True)
-        with pytest.raises(ValueError, match=r"\.safetensors"):
-            tiny.save(tmp_path / "m.pt")
-
-    def test_a_pickle_is_refused_unread(self, tiny, tmp_path):
-        path = tmp_path / "m.safetensors"
-        for options in ({}, {"_use_new_zipfile_serialization": False}):
-            torch.save(tiny.state_dict(), path, **options)
-            with pytest.raises(ValueError, match="pickle"):
-                px.models.load(path)
-
-    def test_a_truncated_file(self, tiny, tmp_path):
-        tiny.save(tmp_path / "m.safetensors")
-        data = (tmp_path / "m.safetensors").read_bytes()
-        for n in (0, 5, len(data) // 2, len(data) - 1):
-            (tmp_path / "m.safetensors").write_bytes(data[:n])
-            with pytest.raises(ValueError, match="cut short"):
-                px.models.load(tmp_path / "m.safetensors")
-
-    def test_another_format(self, tmp_path):
-        (tmp_path / "m.safetensors").write_bytes(b"\x89HDF\r\n\x1a\n" + b"x" * 100)
-        with pytest.raises(ValueError, match="no whole safetensors"):
-            px.models.load(tmp_path / "m.safetensors")
-        save_file({"a": torch.zeros(3)}, tmp_path / "n.safetensors")
-        with pytest.raises(ValueError, match="not of pixnet"):
-            px.models.load(tmp_path / "n.safetensors")
-
-    def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="'her2st'"):
-            px.models.load(tmp_path / "none.safetensors")
-        with pytest.raises(FileNotFoundError, match="folder"):
-            px.models.load(tmp_path)
-
-    def _edited(self, tiny, path, edit):
-        tiny.save(path, overwrite=True)
-        header = {"format": 1, "config": tiny.config, "history": []}
-        tensors = load_file(path)
-        edit(header, tensors)
-        save_file(tensors, path, metadata={"pixnet": json.dumps(header)})
-        return path
-
-    def test_tensors_that_do_not_fit(self, tiny, tmp_path):
-        path = tmp_path / "m.safetensors"
-        self._edited(tiny, path, lambda h, t: t.pop("encoder.a.weight"))
-        with pytest.raises(ValueError, match=r"1 missing \(encoder\.a\.weight\)"):
-            px.models.load(path)
-        self._edited(tiny, path, lambda h, t: t.update(more=torch.zeros(1)))
-        with pytest.raises(ValueError, match=r"1 extra \(more\)"):
-            px.models.load(path)
-        self._edited(tiny, path, lambda h, t: t.update({"encoder.a.bias": torch.zeros(7)}))
-        with pytest.raises(ValueError, match="has shape"):
-            px.models.load(path)
-
-    def test_a_newer_or_damaged_header(self, tiny, tmp_path):
-        path = tmp_path / "m.safetensors"
-        self._edited(tiny, path, lambda h, t: h.update(format=99))
-        with pytest.raises(ValueError, match="update pixnet"):
-            px.models.load(path)
-        self._edited(tiny, path, lambda h, t: h["config"].pop("genes"))
-        with pytest.raises(ValueError, match="without genes"):
-            px.models.load(path)
-
-
 class TestZoom:
     """A coarse image is enlarged for the encoder."""
 
     @pytest.mark.parametrize(("mpp", "zoom"), [(0.5, 1), (1.4, 1), (2.0, 2)])
     def test_coarse_slides_are_enlarged_by_default(self, mpp, zoom):
         model = PixNet(GENES, mpp=mpp, encoder="tiny-test")
-        assert model.config["zoom"] == zoom
+        assert model.config.zoom == zoom
 
     def test_it_is_the_encoder_on_the_enlarged_image(self):
         model = PixNet(GENES, mpp=2.0).eval()
@@ -333,6 +273,6 @@ class TestZoom:
         model.save(tmp_path / "m.safetensors")
         again = px.models.load(tmp_path / "m.safetensors")
         image = torch.rand(1, 3, 64, 64)
-        assert again.config["zoom"] == 2
-        assert again.config["hidden"] == 24
+        assert again.config.zoom == 2
+        assert again.config.hidden == 24
         torch.testing.assert_close(again(image), model(image))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pkgutil
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pixnet.models import PixNet
 from pixnet.models._encoders import check_encoder
+from pixnet.models._timm_models import TIMM_MODELS
 
 pytestmark = pytest.mark.timm
 
@@ -54,16 +58,21 @@ def test_families_are_told_apart_by_structure_not_by_name():
 
 SMALL_UNI2 = {"depth": 8, "embed_dim": 48, "num_heads": 3, "mlp_ratio": 2.0}
 """The architecture of UNI2-h (patches of 14, 8 registers, SwiGLU) with fewer and narrower blocks."""
+UNI2_H = "hf-hub:MahmoodLab/UNI2-h"
+
+
+def small_uni2():
+    return replace(TIMM_MODELS[UNI2_H], options={**TIMM_MODELS[UNI2_H].options, **SMALL_UNI2})
 
 
 class TestUni2:
     def test_the_whole_architecture_is_that_of_its_card(self):
         import timm
 
-        from pixnet.models._timm import _UNI2_ARCHITECTURE, _uni2_options
-
+        uni2 = TIMM_MODELS[UNI2_H]
+        layers = {argument: pkgutil.resolve_name(layer) for argument, layer in uni2.layers.items()}
         with torch.device("meta"):
-            net = timm.create_model(_UNI2_ARCHITECTURE, pretrained=False, **_uni2_options())
+            net = timm.create_model(uni2.architecture, pretrained=False, **uni2.options, **layers)
         assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(681.4, abs=0.1)
         assert (len(net.blocks), net.embed_dim, net.patch_embed.patch_size) == (24, 1536, (14, 14))
         assert net.reg_token.shape == (1, 8, 1536)
@@ -80,13 +89,12 @@ class TestUni2:
     def test_the_paper_stands_on_it_from_training_to_a_file(self, tmp_path, monkeypatch):
         """All that a user with the weights does, with a small random one in their place."""
         import pixnet as px
-        from pixnet.models import _timm
 
-        monkeypatch.setattr(_timm, "_UNI2_OPTIONS", _timm._UNI2_OPTIONS | SMALL_UNI2)
+        monkeypatch.setitem(TIMM_MODELS, UNI2_H, small_uni2())
         sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=6)
         genes = px.pp.select_genes(sdata, table_key="spots_counts", n_top=2)
         model = PixNet.paper(genes, stride=4, widths=(8, 8, 16, 16), pretrained=False)
-        assert model.config["encoder"] == "timm/hf-hub:MahmoodLab/UNI2-h"
+        assert model.config.encoder == "timm/hf-hub:MahmoodLab/UNI2-h"
         model = px.tl.train(sdata, shapes="spots", model=model, max_epochs=1, variants=1, refit=False)
         model.save(tmp_path / "m.safetensors")
         again = px.models.load(tmp_path / "m.safetensors")  # asks the hub for nothing
@@ -95,12 +103,9 @@ class TestUni2:
             torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
 
     def test_a_folder_is_no_part_of_the_name(self, monkeypatch):
-        from pixnet.models import _timm
-        from pixnet.models._encoders import build_encoder
-
-        monkeypatch.setattr(_timm, "_UNI2_OPTIONS", _timm._UNI2_OPTIONS | SMALL_UNI2)
-        name, _ = build_encoder("timm/local-dir:/somewhere/UNI2-h", pretrained=False)
-        assert name == "timm/hf-hub:MahmoodLab/UNI2-h"
+        monkeypatch.setitem(TIMM_MODELS, UNI2_H, small_uni2())
+        model = PixNet(["A"], encoder="timm/local-dir:/somewhere/UNI2-h", pretrained=False)
+        assert model.config.encoder == "timm/hf-hub:MahmoodLab/UNI2-h"
 
 
 class TestWeightsThatCannotBeHad:

@@ -17,6 +17,9 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Identity, Scale
 
+from pixnet._sdata.record import identity_of, note
+from pixnet._sdata.store.element_store import write_mpp
+
 GENES = ["EPCAM", "COL1A1", "CD3E"]
 MPP = 0.5  # H&E: 240 x 320 px = 120 x 160 um; map: 60 x 80 px of 2 um
 CENTRES = np.array([[60.0, 60.0], [160.0, 60.0], [260.0, 60.0], [60.0, 180.0], [160.0, 180.0], [260.0, 180.0]])
@@ -83,9 +86,9 @@ def slide() -> sd.SpatialData:
             "bins_genes": make_table("bins", range(len(boxes)), rng.gamma(5, 10, (len(boxes), 3)), predicted=True),
         },
     )
-    sdata.attrs["pixnet"] = {
-        "mpp": {"he": MPP},
-        "images": {"he_genes": {"kind": "gene_map", "image_key": "he", "mpp": 4 * MPP}},
-        "defaults": {"image_key": "he", "shapes": "spots"},
-    }
+    write_mpp(sdata, "he", MPP)
+    write_mpp(sdata, "he_genes", 4 * MPP)
+    note(sdata, "images", "he_genes", {"image_key": "he", "identity": identity_of(sdata["he_genes"])})
+    note(sdata, "defaults", "image_key", "he")
+    note(sdata, "defaults", "shapes", "spots")
     return sdata

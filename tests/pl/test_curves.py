@@ -13,10 +13,22 @@ from matplotlib.axes import Axes
 import pixnet as px
 
 HISTORY = [
-    {"epoch": 0, "train_expression": 3.0, "val_expression": 3.2, "val_pcc": 0.05, "lr": 1e-3},
-    {"epoch": 1, "train_expression": 2.0, "val_expression": 2.2, "val_pcc": 0.20, "lr": 1e-3},
-    {"epoch": 2, "train_expression": 1.5, "val_expression": 2.4, "val_pcc": 0.18, "lr": 1e-4},
+    {"epoch": 1, "train_expression": 3.0, "val_expression": 3.2, "val_pcc": 0.05, "lr": 1e-3},
+    {"epoch": 2, "train_expression": 2.0, "val_expression": 2.2, "val_pcc": 0.20, "lr": 1e-3},
+    {"epoch": 3, "train_expression": 1.5, "val_expression": 2.4, "val_pcc": 0.18, "lr": 1e-4},
 ]
+
+
+def model(history, **provenance):
+    return SimpleNamespace(history=history, provenance=provenance)
+
+
+def lines(ax, gid):
+    return [line for line in ax.lines if line.get_gid() == gid]
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def scores(values, **columns):
@@ -24,33 +36,68 @@ def scores(values, **columns):
 
 
 def test_training_shows_loss_and_pearson():
-    loss, pearson = px.pl.training(SimpleNamespace(history=HISTORY))
+    loss, pearson = px.pl.training(model(HISTORY, epochs=2))
     curves = {line.get_label(): line for line in loss.lines}
     np.testing.assert_allclose(curves["training"].get_ydata(), [3, 2, 1.5])
     np.testing.assert_allclose(curves["validation"].get_ydata(), [3.2, 2.2, 2.4])
+    np.testing.assert_array_equal(curves["validation"].get_xdata(), [1, 2, 3])
     assert pearson.get_ylabel() == "Pearson's r"
-    best = {ax: next(line for line in ax.lines if line.get_gid() == "best-epoch") for ax in (loss, pearson)}
-    assert best[loss].get_xdata() == [1]  # the lowest loss
-    assert best[pearson].get_xdata() == [1]  # the highest r
+    for ax, value in ((loss, 2.2), (pearson, 0.20)):
+        (ring,) = lines(ax, "best-epoch")
+        assert (ring.get_xdata(), ring.get_ydata()) == ([2], [value])
 
 
-def test_training_with_loss_only_returns_one_axes():
-    ax = px.pl.training([{"loss": 2.0}, {"loss": 1.0}])
+def test_training_with_one_metric_returns_one_axes():
+    ax = px.pl.training(model([{"epoch": 1, "train_total": 2.0}, {"epoch": 2, "train_total": 1.0}]))
     assert isinstance(ax, Axes)
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2])
 
 
+def test_training_says_which_epoch_was_kept_and_what_came_after():
+    """The history is of the run with held-out shapes; the weights are of the run on everything, for as many epochs."""
+    history = [row | {"val_total": total} for row, total in zip(HISTORY, (0.5, 4.0, 0.1), strict=True)]
+    again = model(history, epochs=3, options={"refit": True})
+    axes = px.pl.training(again)
+    for ax in axes:
+        assert list(lines(ax, "kept")[0].get_xdata()) == [3, 3]
+        assert lines(ax, "best-epoch")[0].get_xdata() == [3]
+    assert legend(axes[0]) == ["training", "validation", "kept: epoch 3; then all data, 3 epochs"]
+    again.provenance["options"]["refit"] = False
+    assert legend(px.pl.training(again)[0])[-1] == "kept: epoch 3"
+
+
+def test_training_further_counts_epochs_on():
+    """Each run counts its epochs from 1; the epoch that was kept is one of the last run."""
+    further = [row | {"run": 2, "val_expression": row["val_expression"] - 1} for row in HISTORY[:2]]
+    third = [row | {"run": 3} for row in HISTORY[:1]]
+    axes = px.pl.training(model([*HISTORY, *further, *third], epochs=1, options={"refit": True}))
+    for ax in axes:
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), [1, 2, 3, 4, 5, 6])
+        assert [list(line.get_xdata()) for line in lines(ax, "further")] == [[3.5, 3.5], [5.5, 5.5]]
+        assert lines(ax, "best-epoch")[0].get_xdata() == [6]
+    assert legend(axes[0]) == ["training", "validation", "trained further", "kept: epoch 6; then all data, 1 epoch"]
+
+
+def test_training_of_a_model_that_was_trained_further():
+    sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=4, shapes="spots")
+    options = {"max_epochs": 2, "variants": 1, "stride": 4, "mpp": 1.0, "refit": False}
+    first = px.tl.train(sdata, genes=["TUM1", "FIB1"], **options)
+    second = px.tl.train(sdata, model=first, max_epochs=2, variants=1, refit=False)
+    axes = px.pl.training(second)
+    n = len(second.history)
+    assert n == len(first.history) + 2
+    for ax in axes:
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), np.arange(1, n + 1))
+        assert list(lines(ax, "further")[0].get_xdata()) == [len(first.history) + 0.5] * 2
+
+
 @pytest.mark.parametrize(
-    ("model", "error", "says"),
-    [
-        (object(), TypeError, "no history"),
-        (SimpleNamespace(history=[]), ValueError, "empty"),
-        ([{"lr": 1.0}], ValueError, "none of"),
-    ],
+    ("wrong", "error", "says"),
+    [(object(), TypeError, "no history"), (HISTORY, TypeError, "list"), (model([]), ValueError, "empty")],
 )
-def test_training_wrong_arguments(model, error, says):
+def test_training_wrong_arguments(wrong, error, says):
     with pytest.raises(error, match=says):
-        px.pl.training(model)
+        px.pl.training(wrong)
 
 
 def test_evaluation_ranks_genes_and_names_the_ends():
@@ -83,21 +130,6 @@ def test_evaluation_draws_a_curve_for_each_scale_or_section():
 def test_evaluation_wrong_arguments(df, kwargs, error, says):
     with pytest.raises(error, match=says):
         px.pl.evaluation(df, **kwargs)
-
-
-def test_training_says_which_epoch_was_kept_and_what_came_after():
-    """The history is of the run with held-out shapes; the weights are of the run on everything, for as many epochs."""
-    history = [row | {"val_total": total} for row, total in zip(HISTORY, (0.5, 4.0, 0.1), strict=True)]
-    model = SimpleNamespace(history=history, config={"provenance": {"recipe": {"total_weight": 0.2, "refit": True}}})
-    loss, pearson, total = px.pl.training(model)
-    for ax in (loss, pearson, total):
-        line = next(line for line in ax.lines if line.get_gid() == "kept")
-        assert list(line.get_xdata()) == [2, 2]  # 2.4 + 0.2 x 0.1 is below 2.2 + 0.2 x 4
-        assert next(line for line in ax.lines if line.get_gid() == "best-epoch").get_xdata() == [2]
-    assert "kept: epoch 2; then all data, 2 epochs" in [t.get_text() for t in loss.get_legend().get_texts()]
-    model.config["provenance"]["recipe"]["refit"] = False
-    axes = px.pl.training(model)
-    assert "kept: epoch 2" in [t.get_text() for t in axes[0].get_legend().get_texts()]
 
 
 def test_evaluation_names_genes_of_each_curve_apart():

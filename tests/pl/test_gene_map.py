@@ -3,12 +3,21 @@ from __future__ import annotations
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 import xarray as xr
 from geopandas import GeoDataFrame
 from spatialdata.models import Image2DModel, ShapesModel
-from spatialdata.transformations import Affine, Identity, Scale, Sequence, get_transformation, set_transformation
+from spatialdata.transformations import (
+    Affine,
+    Identity,
+    Scale,
+    Sequence,
+    get_transformation,
+    remove_transformation,
+    set_transformation,
+)
 
 import pixnet as px
 
@@ -68,11 +77,29 @@ def test_default_box_is_where_there_are_predictions(slide):
 
 
 def test_cp10k_is_the_share_of_all_transcripts(slide):
-    _, ax, total = px.pl.gene_map(slide, ["EPCAM", "__total__"], quantity="cp10k", box="slide")
+    _, ax, total = px.pl.gene_map(slide, ["EPCAM", "__total__"], show="cp10k", box="slide")
     density = gene_map_array()
     np.testing.assert_allclose(images(ax)[0].get_array().filled(np.nan), 1e4 * density[0] / density[3], rtol=1e-6)
     np.testing.assert_allclose(images(total)[0].get_array().filled(np.nan), density[3])
     assert total.get_title() == "all transcripts"
+
+
+@pytest.mark.parametrize("container", [list, tuple, np.array, pd.Index])
+def test_genes_in_any_container(slide, container):
+    axes = px.pl.gene_map(slide, container(["EPCAM", "CD3E"]))
+    assert [ax.get_title() for ax in axes] == ["H&E", "EPCAM", "CD3E"]
+
+
+def test_colour_bars_say_what_is_shown(slide):
+    def labels(axes):
+        return [ax.child_axes[0].get_ylabel() for ax in axes[1:]]
+
+    genes = ["EPCAM", "CD3E", "__total__"]
+    assert labels(px.pl.gene_map(slide, genes)) == ["", "density of transcripts", "density of all transcripts"]
+    assert labels(px.pl.gene_map(slide, genes, show="cp10k")) == ["", "CP10k", "density of all transcripts"]
+    genes[-1] = "__total_log_sum__"
+    slide.set_channel_names("he_genes", [*GENES, genes[-1]])
+    assert labels(px.pl.gene_map(slide, genes)) == ["", "log1p CP10k / µm²", "density of all transcripts"]
 
 
 def test_he_under_lets_low_values_through(slide):
@@ -114,15 +141,16 @@ def test_scale_bar_has_a_round_length_in_um(slide):
 
 
 def test_scale_bar_counts_pixels_where_um_is_unknown(slide, capsys):
-    slide.attrs.clear()
+    for key in slide.images:
+        remove_transformation(slide[key], "pixnet_um")
     axes = px.pl.gene_map(slide, "EPCAM", box="slide")
     assert any(text.get_text().endswith(" px") for text in axes[0].texts)
     assert axes[0].get_xlim() == (0, 320)
     assert "set_mpp" in capsys.readouterr().err
 
 
-def test_um_of_a_map_without_record_comes_from_the_slide(slide):
-    del slide.attrs["pixnet"]["images"]["he_genes"]
+def test_um_of_a_map_without_a_pixel_size_comes_from_the_slide(slide):
+    remove_transformation(slide["he_genes"], "pixnet_um")
     ax = px.pl.gene_map(slide, "EPCAM", he_key=False, box="slide")
     assert ax.get_xlim() == pytest.approx((0, 160))
 
@@ -222,7 +250,8 @@ def test_pyramid_level_fits_the_panel(slide):
 def test_a_large_map_without_pyramid_is_averaged(slide):
     values = np.tile(np.array([[0.0, 2.0], [4.0, 6.0]], dtype=np.float32), (1000, 1000))
     values[:1000] = np.nan
-    slide.attrs["pixnet"]["mpp"].clear()
+    for key in slide.images:
+        remove_transformation(slide[key], "pixnet_um")
     slide["big"] = Image2DModel.parse(np.stack([values, values]), dims=("c", "y", "x"), c_coords=["A", "__total__"])
     ax = px.pl.gene_map(slide, "A", image_key="big", he_key=False, box="slide")
     shown = images(ax)[0].get_array()
@@ -257,15 +286,16 @@ def test_map_without_predictions_still_shows(slide):
     [
         ({"genes": "EPCAMM"}, KeyError, "did you mean 'EPCAM'"),
         ({"genes": []}, ValueError, "genes is empty"),
-        ({"genes": ["EPCAM", "EPCAM"]}, ValueError, "twice"),
-        ({"genes": 3}, TypeError, "gene name"),
+        ({"genes": ["EPCAM", "EPCAM"]}, ValueError, "more than once"),
+        ({"genes": 3}, TypeError, "a list of names is needed"),
+        ({"genes": [3]}, TypeError, "not a name"),
         ({"image_key": "nope"}, KeyError, "he_genes"),
-        ({"image_key": "he"}, ValueError, "no gene map"),
+        ({"image_key": "he"}, ValueError, "not a gene map"),
         ({"he_key": "he_genes"}, ValueError, "H&E"),
         ({"shapes": "nope"}, KeyError, "spots"),
         ({"cmap": "jett"}, ValueError, "magma"),
         ({"he": "over"}, ValueError, "beside"),
-        ({"quantity": "log"}, ValueError, "cp10k"),
+        ({"show": "log"}, ValueError, "cp10k"),
         ({"box": (0, 0, 10)}, ValueError, "four numbers"),
         ({"box": (10, 0, 0, 10)}, ValueError, "x0 < x1"),
         ({"box": (500, 0, 600, 10)}, ValueError, "outside"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pixnet as px
+from pixnet._sdata.rasters import channel_names
 
 from .conftest import CENTRES, MPP
 
@@ -134,7 +135,7 @@ def test_scales_takes_tables_by_name(slide):
         ("spots", {"table_key": "spots_8um"}, KeyError, "aggregate"),
         ("spots", {"table_key": "bins_genes"}, ValueError, "annotates 'bins'"),
         ("spots", {"table_key": {"bins": "bins_genes"}}, ValueError, "no entry for 'spots'"),
-        ("spots", {"image_key": "he"}, ValueError, "no gene map"),
+        ("spots", {"image_key": "he"}, ValueError, "not a gene map"),
     ],
 )
 def test_scales_wrong_arguments(slide, shapes, kwargs, error, says):
@@ -143,13 +144,14 @@ def test_scales_wrong_arguments(slide, shapes, kwargs, error, says):
 
 
 def test_a_map_of_log_sums_is_not_taken_for_densities(slide):
-    slide.attrs["pixnet"]["images"]["he_genes"]["quantity"] = "log_sum"
+    names = [*channel_names(slide["he_genes"])[:-1], "__total_log_sum__"]
+    slide.set_channel_names("he_genes", names)
     axes = px.pl.scales(slide, "EPCAM", ["cells", "spots"])
     assert [ax.get_title() for ax in axes] == ["H&E", "cells  (n = 3)", "spots  (n = 6)"]
     with pytest.raises(ValueError, match="image_key=False"):
         px.pl.scales(slide, "EPCAM", "spots", image_key="he_genes")
     with pytest.raises(ValueError, match="log_sum"):
-        px.pl.gene_map(slide, "EPCAM", quantity="cp10k")
+        px.pl.gene_map(slide, "EPCAM", show="cp10k")
     _, ax = px.pl.gene_map(slide, "EPCAM")
     assert ax.child_axes[0].get_ylabel() == "log1p CP10k / µm²"
 

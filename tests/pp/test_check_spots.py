@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 
 import pixnet as px
-from pixnet.io._raster import pyramid, raster_element
+from pixnet._sdata.rasters import pyramid, raster_element
 
 mpl.use("agg")
 
@@ -85,7 +85,9 @@ def test_picture(sdata):
     fig, ax = plt.subplots()
     px.pp.check_spots(sdata, ax=ax)
     assert len(ax.images) == 1
-    assert sum(len(points.get_offsets()) for points in ax.collections) == len(sdata["spots"])
+    drawn = np.concatenate([points.get_offsets() for points in ax.collections])
+    expected = 2.0 * np.column_stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y])  # µm
+    np.testing.assert_allclose(np.sort(drawn, axis=0), np.sort(expected, axis=0))
     assert "on tissue" in ax.get_title()
     plt.close(fig)
 
@@ -93,5 +95,14 @@ def test_picture(sdata):
 def test_refusals(sdata):
     with pytest.raises(KeyError, match="'cells'"):
         px.pp.check_spots(sdata, "cells")
-    with pytest.raises(ValueError, match="nothing to check"):
-        px.pp.check_spots(sdata, mask_key=False)
+    sdata["cells"] = sdata["spots"].copy()
+    with pytest.raises(ValueError, match="one by one"):
+        px.pp.check_spots(sdata, ["spots", "cells"])
+
+
+def test_without_a_mask_shapes_outside_the_image_are_found(sdata, warnings):
+    assert px.pp.check_spots(sdata, mask_key=False).loc["as given", "on_tissue"] == 1
+    move(sdata, lambda xy: xy + [0, 500])
+    found = px.pp.check_spots(sdata, mask_key=False).loc["as given", "on_tissue"]
+    assert found == pytest.approx((sdata["spots"].geometry.y < 600).mean())
+    assert "40 % of 'spots' lie in image 'he'" in warnings[0]

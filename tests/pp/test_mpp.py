@@ -1,4 +1,4 @@
-"""um per pixel: stated, and measured on arrays of spots and bins."""
+"""The pixel size: stated, and measured on arrays of spots and bins."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, se
 from spatialdata.transformations import Sequence as TransformSequence
 
 import pixnet as px
+from pixnet._sdata.pixel_size import find_mpp, get_mpp
 
 
 def make(geometries, radius=None, transform=None):
@@ -30,8 +31,7 @@ def hexagonal(pitch, n=12):
 def test_set_mpp_records_and_checks():
     sdata = make(shapely.points([[1, 1]]), [1.0])
     px.pp.set_mpp(sdata, "he", np.float32(0.25))
-    assert sdata.attrs["pixnet"]["mpp"] == {"he": 0.25}
-    assert type(sdata.attrs["pixnet"]["mpp"]["he"]) is float
+    assert get_mpp(sdata, "he") == 0.25
     with pytest.raises(KeyError, match="no image 'h&e'.*'he'"):
         px.pp.set_mpp(sdata, "h&e", 0.5)
     for wrong in (0, -1, float("nan"), float("inf")):
@@ -48,13 +48,13 @@ def test_set_mpp_reaches_the_store(tmp_path):
     sdata = make(shapely.points([[1, 1]]), [1.0])
     sdata.write(tmp_path / "a.zarr")
     px.pp.set_mpp(sdata, "he", 0.5)
-    assert spatialdata.read_zarr(tmp_path / "a.zarr").attrs["pixnet"]["mpp"] == {"he": 0.5}
+    assert get_mpp(spatialdata.read_zarr(tmp_path / "a.zarr"), "he") == 0.5
 
 
 def test_pitch_of_hexagonal_array():
     sdata = make(shapely.points(*hexagonal(137.0)), 20.0)
     assert px.pp.infer_mpp(sdata, "spots", pitch_um=100) == pytest.approx(100 / 137)
-    assert sdata.attrs["pixnet"]["mpp"]["he"] == pytest.approx(100 / 137)
+    assert get_mpp(sdata, "he") == pytest.approx(100 / 137)
 
 
 def test_pitch_of_square_array_with_measured_centres():
@@ -115,7 +115,7 @@ def test_distorted_transformations_are_refused(matrix):
     sdata = make(shapely.points(*hexagonal(50.0)), 10.0, distorted)
     with pytest.raises(ValueError, match="stretches one direction .*set_mpp"):
         px.pp.infer_mpp(sdata, "spots", pitch_um=100)
-    assert "he" not in sdata.attrs.get("pixnet", {}).get("mpp", {})
+    assert find_mpp(sdata, "he") is None
 
 
 def test_refusals():
@@ -129,7 +129,7 @@ def test_refusals():
     with pytest.raises(KeyError, match="'cells'.*'spots'"):
         px.pp.infer_mpp(sdata, "cells", pitch_um=100)
     scattered = make(shapely.points(np.random.default_rng(0).random((200, 2)) * 500), 3.0)
-    with pytest.raises(ValueError, match="no regular array"):
+    with pytest.raises(ValueError, match="do not form a regular array"):
         px.pp.infer_mpp(scattered, "spots", pitch_um=100)
     mixed = make(shapely.points(*hexagonal(50.0)), np.random.default_rng(0).uniform(3, 20, 144))
     with pytest.raises(ValueError, match="differ in size"):

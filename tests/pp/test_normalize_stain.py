@@ -10,7 +10,9 @@ from spatialdata.transformations import get_transformation
 
 import pixnet as px
 from pixnet._core.slide.stain import apply_table, matching_table, optical_density
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import levels
+from pixnet._sdata.record import find_entry
 
 
 def density(sdata, key):
@@ -24,7 +26,7 @@ def density(sdata, key):
 @pytest.fixture
 def model():
     net = px.models.PixNet(["A", "B"], mpp=0.5, pretrained=False)
-    net.config["stain"] = [
+    net.stain = [
         {"od_mean": [0.30, 0.34, 0.19], "od_sd": [0.20, 0.15, 0.10], "detail": 0.5, "masked": True},
         {"od_mean": [0.32, 0.36, 0.21], "od_sd": [0.22, 0.17, 0.12], "detail": 0.5, "masked": True},
     ]
@@ -68,26 +70,26 @@ def test_levels_systems_scale_and_mask_are_those_of_the_image(slide, model):
     assert [a.scale for a in ours] == [a.scale for a in theirs]
     assert [a.data.shape for a in ours] == [a.data.shape for a in theirs]
     assert get_transformation(slide["he_normalized"], get_all=True) == get_transformation(slide["he"], get_all=True)
-    record = slide.attrs["pixnet"]
-    assert record["mpp"]["he_normalized"] == record["mpp"]["he"]
-    assert record["masks"]["he_normalized"] == "he_tissue"
+    assert find_mpp(slide, "he_normalized") == find_mpp(slide, "he")
+    assert find_entry(slide, "masks", "he_normalized")["mask_key"] == "he_tissue"
     px.tl.predict(slide, model, image_key="he_normalized")
-    assert slide.attrs["pixnet"]["images"]["he_normalized_genes"]["image_key"] == "he_normalized"
+    assert find_entry(slide, "images", "he_normalized_genes")["image_key"] == "he_normalized"
 
 
 def test_channels_in_chunks_of_their_own(slide, model):
     expected = levels(px.pp.normalize_stain(slide, model, inplace=False))[0].data.values
     pixels = levels(slide["he"])[0].data.data.rechunk((1, 300, 300))
     slide["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"))
+    px.pp.set_mpp(slide, "he", 0.5)
     found = levels(px.pp.normalize_stain(slide, model, inplace=False))[0].data.values
     assert np.abs(found.astype(int) - expected).max() <= 1  # one level in place of a pyramid
 
 
 def test_a_mask_that_is_no_longer_used_is_forgotten(slide, model):
-    model.config["stain"] += [s | {"masked": False} for s in model.config["stain"]]
+    model.stain += [s | {"masked": False} for s in model.stain]
     px.pp.normalize_stain(slide, model)
     px.pp.normalize_stain(slide, model, mask_key=False, overwrite=True)
-    assert "he_normalized" not in slide.attrs["pixnet"]["masks"]
+    assert find_entry(slide, "masks", "he_normalized") is None
 
 
 def test_nothing_is_added_where_it_is_only_returned(slide, model):
@@ -103,7 +105,7 @@ def test_a_backed_object_keeps_it(slide, model, tmp_path):
     again = sd.read_zarr(tmp_path / "a.zarr")
     expected = px.pp.normalize_stain(slide, model, inplace=False)
     np.testing.assert_array_equal(levels(again["he_normalized"])[0].data.values, levels(expected)[0].data.values)
-    assert again.attrs["pixnet"]["mpp"]["he_normalized"] == 0.5
+    assert find_mpp(again, "he_normalized") == 0.5
 
 
 def test_bad_input(slide, model):

@@ -13,6 +13,7 @@ from spatialdata.transformations import Scale, get_transformation
 
 import pixnet as px
 from pixnet._core.slide.tissue import compute_mask
+from pixnet._sdata.record import find_entry
 
 
 def overlap(a, b):
@@ -46,14 +47,14 @@ def test_stain_and_resolution(stain_seed, mpp):
 
 
 def test_transform_and_record(tissue):
-    sdata = SpatialData(images={"he": tissue["he"]}, attrs={"pixnet": {"mpp": {"he": 0.5}}})
+    sdata = SpatialData(images={"he": tissue["he"]})
     assert px.pp.tissue_mask(sdata) is None
     mask = sdata["he_tissue"]
-    assert sdata.attrs["pixnet"]["masks"] == {"he": "he_tissue"}
+    assert find_entry(sdata, "masks", "he")["mask_key"] == "he_tissue"
     matrix = get_transformation(mask, "global").to_affine_matrix(("x", "y"), ("x", "y"))
     assert 4 <= matrix[0, 0] * 0.5 <= 8
     assert matrix[0, 0] * mask.shape[1] == pytest.approx(1600, abs=matrix[0, 0])
-    assert set(get_transformation(mask, get_all=True)) == {"global", "um"}
+    assert set(get_transformation(mask, get_all=True)) == {"global", "um", "pixnet_um"}
     with pytest.raises(ValueError, match="'he_tissue' exists.*overwrite=True"):
         px.pp.tissue_mask(sdata)
     px.pp.tissue_mask(sdata, overwrite=True)
@@ -80,17 +81,17 @@ def test_tissue_everywhere():
 
 
 def test_backed(tissue, tmp_path):
-    sdata = SpatialData(images={"he": tissue["he"]}, attrs={"pixnet": {"mpp": {"he": 0.5}}})
+    sdata = SpatialData(images={"he": tissue["he"]})
     sdata.write(tmp_path / "a.zarr")
     sdata = spatialdata.read_zarr(tmp_path / "a.zarr")
     px.pp.tissue_mask(sdata)
     back = spatialdata.read_zarr(tmp_path / "a.zarr")
     assert (back["he_tissue"].values == sdata["he_tissue"].values).all()
-    assert back.attrs["pixnet"]["masks"] == {"he": "he_tissue"}
+    assert find_entry(back, "masks", "he")["mask_key"] == "he_tissue"
 
 
 def test_unknown_resolution_and_key(tissue):
-    sdata = SpatialData(images={"he": tissue["he"]})
+    sdata = SpatialData(images={"he": Image2DModel.parse(np.zeros((3, 64, 64), np.uint8), dims=("c", "y", "x"))})
     with pytest.raises(ValueError, match="set_mpp"):
         px.pp.tissue_mask(sdata)
     with pytest.raises(KeyError, match="no image 'slide'.*'he'"):
@@ -107,7 +108,7 @@ def test_only_the_coarse_level_is_read():
         refuse, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8)
     )
     coarse = da.full((3, 409, 409), 255, dtype=np.uint8)
-    from pixnet.io._raster import raster_element
+    from pixnet._sdata.rasters import raster_element
 
     sdata = SpatialData(images={"he": raster_element([fine, coarse], [(1, 1), (4096 / 409,) * 2])})
     px.pp.set_mpp(sdata, "he", 0.5)

@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 
 import pixnet as px
-from pixnet._sdata.counts import counts_matrix, read_counts
+from pixnet._sdata.counts import counts_matrix, element_ids, match_rows, read_counts, totals
 
 SYMBOLS = ["ERBB2", "CD74", "ACTB", "MYH11"]
 IDS = ["ENSG00000141736", "ENSG00000019582.19", "ENSG00000075624", "ENSG00000133392"]
@@ -122,6 +122,43 @@ def test_what_is_no_raw_count_is_refused(values, message):
     np.testing.assert_array_equal(counts_matrix(table, "t", "counts"), RAW)
 
 
+TYPES = ["bool", "uint8", "int16", "int64", "uint64", "float16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_counts_of_any_type_are_added_exactly(dtype, form):
+    if dtype == "float16" and form is not np.asarray:
+        pytest.skip("scipy has no sparse matrices of float16")
+    values = np.full((2, 3000), 1 if dtype == "bool" else 100, dtype=dtype)
+    table = table_of(values.astype(float))
+    table.X = form(values)
+    matrix = counts_matrix(table, "t")
+    assert matrix.dtype == np.float32
+    assert totals(table, "t", matrix).tolist() == [float(values[0].sum(dtype=np.float64))] * 2
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64"])
+def test_counts_that_float32_does_not_hold(dtype, form):
+    large = 2**24 + 1
+    table = table_of(RAW)
+    table.X = form(np.array([[large, 0], [2**40, 2**40 + 1]], dtype=dtype))
+    matrix = counts_matrix(table, "t")
+    assert matrix.dtype == np.float64
+    assert totals(table, "t", matrix).tolist() == [large, 2**41 + 1]
+    table.X = form(np.array([[2**62, 0], [1, 1]], dtype=dtype))
+    with pytest.raises(ValueError, match="'t'.*too large to be added exactly"):
+        counts_matrix(table, "t")
+
+
+def test_totals_are_not_rounded_to_the_type_of_the_counts():
+    table = table_of(np.full((1, 4), 2.0**24 - 1, dtype=np.float32))
+    for form in (np.asarray, sparse.csr_matrix):
+        table.X = form(table_of(np.full((1, 4), 2.0**24 - 1, dtype=np.float32)).X)
+        assert totals(table, "t", counts_matrix(table, "t")).tolist() == [4 * (2**24 - 1)]
+
+
 def test_other_refusals():
     empty = anndata.AnnData(obs=table_of(RAW).obs, layers={"counts": RAW})
     with pytest.raises(ValueError, match=r"no counts in X.*'counts'"):
@@ -201,3 +238,59 @@ def test_near_misses(by_id):
         KeyError, match="lacks 1 of the 2 genes: 'NOPE'; its names look like 'ERBB2', 'CD74', 'ACTB'\"?$"
     ):
         read_counts(by_id, "p", "bins", ["ERBB2", "NOPE"])
+
+
+# labels ------------------------------------------------------------------------------------------------------------
+
+
+def labelled(dtype, numbers):
+    """Return two objects on a plane of labels, and a table of their counts."""
+    import spatialdata as sd
+    from spatialdata.models import Image2DModel, Labels2DModel, TableModel
+
+    plane = np.zeros((8, 8), dtype=dtype)
+    plane[1:3, 1:3], plane[5:8, 5:8] = numbers[0], numbers[-1]
+    table = anndata.AnnData(RAW[: len(numbers)])
+    table.obs["region"], table.obs["instance_id"] = "cells", np.array(numbers)
+    table.obs["region"] = table.obs["region"].astype("category")
+    return sd.SpatialData(
+        images={"im": Image2DModel.parse(np.ones((1, 8, 8), np.float32), dims=("c", "y", "x"))},
+        labels={"cells": Labels2DModel.parse(plane, dims=("y", "x"))},
+        tables={"counts": TableModel.parse(table, region="cells", region_key="region", instance_key="instance_id")},
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numbers"),
+    [
+        ("bool", [1]),
+        ("uint8", [3, 255]),
+        ("int16", [-4, 7]),
+        ("uint32", [7, 2**32 - 1]),
+        ("int64", [2**60, 2**60 + 1]),
+        ("uint64", [2**60, 2**60 + 1]),
+    ],
+)
+def test_labels_of_any_integer_type(dtype, numbers):
+    sdata = labelled(dtype, numbers)
+    assert element_ids(sdata, "cells").tolist() == numbers
+    assert match_rows(sdata, "counts", "cells").tolist() == list(range(len(numbers)))
+    found = px.tl.aggregate(sdata, "cells", image_key="im", agg_func="sum", inplace=False)
+    assert found.obs["instance_id"].tolist() == numbers
+    assert found.X.ravel().tolist() == ([13] if len(numbers) == 1 else [4, 9])
+
+
+def test_labels_beyond_the_ids_of_tables_are_refused():
+    from spatialdata.models import Labels2DModel
+
+    sdata = labelled("uint64", [5, 6])
+    sdata["far"] = Labels2DModel.parse(np.full((8, 8), 2**63 + 1, np.uint64), dims=("y", "x"))
+    for call in (lambda: element_ids(sdata, "far"), lambda: px.tl.aggregate(sdata, "far", image_key="im")):
+        with pytest.raises(ValueError, match="'far' go up to 9223372036854775809, beyond int64"):
+            call()
+
+
+def test_labels_that_are_not_integers_are_refused():
+    sdata = labelled("float32", [5, 6])
+    with pytest.raises(TypeError, match="labels 'cells' are float32; integers"):
+        px.tl.aggregate(sdata, "cells", image_key="im")

@@ -16,11 +16,24 @@ import spatialdata as sd
 import zarr
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
+from spatialdata.transformations import Scale, set_transformation
 
-from pixnet._sdata.store import element_store as store
+import pixnet as px
+from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.pixel_size import PIXNET_UM, get_mpp
+from pixnet._sdata.record import FORMAT
+from pixnet._sdata.store import commit as commits
 from pixnet._sdata.store import workspace as work
-from pixnet._sdata.store.element_store import forget, heal, local_store, put
-from pixnet._sdata.store.workspace import WORK
+from pixnet._sdata.store.commit import CommittedError
+from pixnet._sdata.store.element_store import (
+    heal,
+    local_store,
+    put,
+    record_entries,
+    update_element_attrs,
+    write_mpp,
+)
+from pixnet._sdata.store.workspace import WORK, write_json
 
 
 def labels(value=1, n=16):
@@ -46,7 +59,7 @@ def memory():
 @pytest.fixture
 def backed(memory, tmp_path):
     path = tmp_path / "s.zarr"
-    memory.write(path)
+    SpatialData(images=dict(memory.images)).write(path)
     return sd.read_zarr(path)
 
 
@@ -57,12 +70,12 @@ def leftovers(sdata):
 @pytest.mark.parametrize(("key", "make"), [("mask", labels), ("spots", spots), ("counts", table)])
 def test_put_sets_and_stores(memory, backed, key, make):
     for sdata in (memory, backed):
-        sdata.attrs["pixnet"] = {"mpp": {"he": 0.5}}
-        put(sdata, key, make())
+        put(sdata, key, make(), entries={"masks": {"he": {"n": 1}}})
         assert key in sdata
+        assert sdata.attrs["pixnet"]["masks"] == {"he": {"n": 1}}
     again = sd.read_zarr(backed.path)
     assert {name for _, name, _ in again.gen_elements()} == {"he", key}
-    assert again.attrs["pixnet"] == {"mpp": {"he": 0.5}}
+    assert again.attrs["pixnet"]["masks"] == {"he": {"n": 1}}
     assert backed.has_consolidated_metadata()
     assert backed.elements_paths_on_disk() == again.elements_paths_in_memory()
     assert leftovers(backed) == []
@@ -110,73 +123,6 @@ def test_an_element_can_be_made_of_the_one_it_replaces(backed):
     assert (sd.read_zarr(backed.path)["mask"].values == 2).all()
 
 
-def test_forget(backed):
-    put(backed, "mask", labels())
-    backed.attrs["pixnet"] = {"masks": {"he": "mask"}, "images": {}, "tables": {}, "mpp": {"he": 1.0}}
-    forget(backed, "mask")
-    again = sd.read_zarr(backed.path)
-    assert "mask" not in again
-    assert "mask" not in backed
-    assert again.attrs["pixnet"]["masks"] == {}
-    assert leftovers(backed) == []
-    with pytest.raises(KeyError, match="'mask'"):
-        forget(backed, "mask")
-
-
-class Crash(BaseException):
-    """A kill: no handler of the code under test takes it for an error."""
-
-
-def crash_at(monkeypatch, n):
-    """Crash at the n-th of the steps that change the store."""
-    steps = []
-
-    def wrap(owner, name):
-        original = getattr(owner, name)
-
-        def step(*args, **kwargs):
-            steps.append(name)
-            if len(steps) == n:
-                raise Crash
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, step)
-
-    wrap(Path, "rename")
-    wrap(store, "write_json")
-    wrap(work, "write_json")
-    wrap(SpatialData, "write_attrs")
-    wrap(SpatialData, "write_consolidated_metadata")
-    # a killed process clears nothing up
-    monkeypatch.setattr(store.Workspace, "remove", lambda self: self.release())
-
-
-@pytest.mark.parametrize("n", range(1, 9))
-def test_a_crash_at_any_step_leaves_a_store_that_opens_and_heals(backed, monkeypatch, n):
-    put(backed, "mask", labels(1))
-    backed.attrs["pixnet"] = {"mpp": {"he": 2.0}, "new": True}
-    with monkeypatch.context() as patch:
-        crash_at(patch, n)
-        try:
-            put(backed, "mask", labels(2, n=8), overwrite=True)
-            crashed = False
-        except Crash:
-            crashed = True
-    committed = not crashed or any((backed.path / WORK).glob("*/commit.json"))
-    opened = sd.read_zarr(backed.path)  # it opens, whatever happened
-    assert "he" in opened
-    if "mask" in opened:
-        assert opened["mask"].values.max() in {1, 2}
-    heal(opened)
-    final = sd.read_zarr(backed.path)
-    value = 2 if committed else 1
-    assert (final["mask"].values == value).all()
-    assert (opened["mask"].values == value).all()
-    assert final.attrs.get("pixnet", {}).get("new", False) == bool(committed)
-    assert leftovers(opened) == []
-    assert opened.has_consolidated_metadata()
-
-
 def test_a_failed_write_leaves_the_old_element_and_no_debris(backed, monkeypatch):
     put(backed, "mask", labels(1))
 
@@ -193,7 +139,7 @@ def test_a_failed_write_leaves_the_old_element_and_no_debris(backed, monkeypatch
 
 
 def test_the_work_of_a_live_process_is_left_alone(backed):
-    with work.work_folder(Path(backed.path), {"key": "x", "resumable": False}) as folder:
+    with work.work_folder(Path(backed.path), "x") as folder:
         heal(backed)
         assert folder.path.exists()
         put(backed, "mask", labels())
@@ -260,12 +206,155 @@ def test_tables_do_not_warn_about_their_region(backed):
 def test_the_journal_is_json(backed, monkeypatch):
     """What a later version must be able to read."""
     seen = {}
-    original = store.write_json
 
-    def spy(path, content):
+    def spy(path, content, through=None):
         seen[path.name] = json.loads(json.dumps(content))
-        original(path, content)
+        return write_json(path, content, through)
 
-    monkeypatch.setattr(store, "write_json", spy)
-    put(backed, "mask", labels())
-    assert seen["commit.json"] == {"kind": "labels", "key": "mask", "consolidated": True, "pixnet": {}}
+    monkeypatch.setattr(commits, "write_json", spy)
+    put(backed, "mask", labels(), entries={"masks": {"he": "mask"}})
+    journal = seen["commit.json"]
+    assert set(journal) == {"kind", "key", "entries", "consolidated", "replaces", "new"}
+    assert (journal["kind"], journal["key"], journal["entries"]) == ("labels", "mask", {"masks": {"he": "mask"}})
+    assert (journal["consolidated"], journal["replaces"]) == (True, {})
+
+
+# two objects, and what others do meanwhile --------------------------------------------------------------------------
+
+
+def test_what_another_object_recorded_stays(backed):
+    other = sd.read_zarr(backed.path)
+    put(backed, "a", labels(), entries={"masks": {"he": "a"}})
+    record_entries(other, {"images": {"a": {"n": 2}}})
+    third = sd.read_zarr(backed.path)
+    third.attrs["user's"] = 1
+    third.write_attrs()
+    put(backed, "b", labels(), entries={"images": {"b": {"n": 1}}})
+    record_entries(other, {"defaults": {"image_key": "he"}})
+    again = sd.read_zarr(backed.path)
+    assert set(again.labels) == {"a", "b"}
+    assert again.attrs["user's"] == 1
+    assert again.attrs["pixnet"] == {
+        "format": FORMAT,
+        "masks": {"he": "a"},
+        "images": {"a": {"n": 2}, "b": {"n": 1}},
+        "defaults": {"image_key": "he"},
+    }  # fmt: skip
+
+
+def test_entries_go_with_the_element(backed):
+    put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}, "defaults": {"mask": "a name"}})
+    put(backed, "mask", labels(2), overwrite=True)
+    for sdata in (backed, sd.read_zarr(backed.path)):
+        assert sdata.attrs["pixnet"] == {"format": FORMAT, "images": {}, "defaults": {"mask": "a name"}}
+
+
+def test_a_crop_keeps_its_own_record(backed):
+    crop = backed.subset(["he"])
+    put(backed, "mask", labels(), entries={"masks": {"he": "mask"}})
+    assert "pixnet" not in crop.attrs
+
+
+def test_an_element_that_another_object_wrote_is_not_replaced_unasked(backed):
+    other = sd.read_zarr(backed.path)
+    put(backed, "mask", labels(1))
+    with pytest.raises(ValueError, match="exists in .*not in this object.*overwrite=True"):
+        put(other, "mask", labels(2))
+    assert (sd.read_zarr(backed.path)["mask"].values == 1).all()
+    put(other, "mask", labels(2), overwrite=True)
+    assert (sd.read_zarr(backed.path)["mask"].values == 2).all()
+
+
+@pytest.fixture
+def interrupted(backed, monkeypatch):
+    """A store in which the new mask (2) was committed and is not in its place; the old one is 1."""
+    put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}})
+    write_mpp(backed, "he", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "complete", lambda root, work: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        with pytest.raises(CommittedError, match="the new 'mask' is whole.*completes it"):
+            put(backed, "mask", labels(2), overwrite=True, entries={"images": {"mask": {"n": 2}}})
+    assert len(work.work_folders(backed.path)) == 1
+    return sd.read_zarr(backed.path)
+
+
+def found(path):
+    sdata = sd.read_zarr(path)
+    return sdata["mask"].values.max(), sdata.attrs["pixnet"]["images"]["mask"]["n"], get_mpp(sdata, "he")
+
+
+def test_it_is_completed_by_whoever_looks_first(interrupted):
+    assert (interrupted["mask"].values == 1).all()
+    check_sdata(interrupted, "pl.gene_map")
+    assert (interrupted["mask"].values == 2).all()
+    assert interrupted.attrs == sd.read_zarr(interrupted.path).attrs
+    assert found(interrupted.path) == (2, 2, 0.5)
+    assert leftovers(interrupted) == []
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_healing_does_not_undo_a_corrected_pixel_size(interrupted, by_hand):
+    other = sd.read_zarr(interrupted.path)
+    other.attrs["user's"] = 1
+    other.write_attrs()
+    if by_hand:  # before anything is healed
+        set_transformation(other["he"], Scale([0.25, 0.25], ("x", "y")), PIXNET_UM, write_to_sdata=other)
+        assert heal(interrupted) == ["mask"]
+    else:
+        px.pp.set_mpp(other, "he", 0.25)
+    assert heal(interrupted) == []
+    assert found(interrupted.path) == (2, 2, 0.25)
+    assert sd.read_zarr(interrupted.path).attrs["user's"] == 1
+
+
+def test_healing_does_not_undo_what_replaced_the_element_meanwhile(interrupted):
+    del interrupted["mask"]
+    interrupted.delete_element_from_disk("mask")
+    interrupted["mask"] = labels(3, n=4)
+    interrupted.write_element("mask")
+    assert heal(interrupted) == []
+    assert found(interrupted.path) == (3, 1, 0.5)
+    assert leftovers(interrupted) == []
+    assert interrupted.has_consolidated_metadata()
+
+
+def test_an_interrupted_change_is_completed_before_the_next_of_that_name(interrupted):
+    put(interrupted, "mask", labels(4), overwrite=True, entries={"images": {"mask": {"n": 4}}})
+    heal(interrupted)
+    assert found(interrupted.path) == (4, 4, 0.5)
+
+
+def test_what_must_be_completed_and_cannot_be_is_refused(interrupted, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(work, "_open_lock", refuse)
+    with pytest.raises(PermissionError, match="interrupted and has to be completed first.*read-only"):
+        check_sdata(interrupted, "tl.aggregate")
+    for folder in work.work_folders(interrupted.path):
+        (folder / "commit.json").unlink()
+    check_sdata(interrupted, "tl.aggregate")  # only debris: a store that is read is left as it is
+
+
+# attributes of elements -----------------------------------------------------------------------------------------------
+
+
+def test_attributes_of_an_element(backed):
+    stale = sd.read_zarr(backed.path)
+    update_element_attrs(backed, "images", "he", lambda attrs: {**attrs, "a": 1})
+    update_element_attrs(stale, "images", "he", lambda attrs: {**attrs, "b": attrs["a"] + 1})
+    for group in (zarr.open_group(backed.path)["images/he"], zarr.open_group(backed.path / "images" / "he")):
+        assert (group.attrs["a"], group.attrs["b"]) == (1, 2)
+    assert "he" in sd.read_zarr(backed.path)
+    assert backed.has_consolidated_metadata()
+    with pytest.raises(FileNotFoundError, match="holds no 'x' among its images"):
+        update_element_attrs(backed, "images", "x", dict)
+
+
+def test_a_store_that_is_not_consolidated_stays_so(memory, tmp_path):
+    memory.write(tmp_path / "s.zarr", consolidate_metadata=False)
+    put(memory, "mask", labels())
+    update_element_attrs(memory, "images", "he", lambda attrs: {**attrs, "a": 1})
+    record_entries(memory, {"images": {"he": {"n": 1}}})
+    assert not memory.has_consolidated_metadata()
+    assert set(sd.read_zarr(memory.path).labels) == {"mask"}

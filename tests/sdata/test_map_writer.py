@@ -12,8 +12,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, get_channel_names
 from spatialdata.transformations import Identity, Scale, get_transformation
 
-from pixnet._core.parallel import run_tasks
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, _mean_level, store_level
+from pixnet._core.parallel import run
+from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 
 
 def spec_of(shape, chunk=16, factors=(2, 2), dtype="float32", channels=("a", "b", "__total__")):
@@ -40,47 +40,37 @@ def write(sdata, values, spec, tile=32, key="map"):
                 stream.arrays[0][:, i * tile : (i + 1) * tile, j * tile : (j + 1) * tile] = part
                 stream.mark(i, j)
                 written.append((i, j))
-    for level in range(1, len(stream.arrays)):
-        tasks = stream.level_tasks(level, written, tile)
-        list(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks))
+    scale = 1
+    for level, factor in enumerate(spec.scale_factors, 1):
+        scale *= factor
+        tasks = stream.level_tasks(level, scale, written, tile)
+        list(run(store_level, [stream.arrays[level - 1], stream.arrays[level], factor], tasks))
     stream.finish(sdata)
     return sdata[key]
 
 
-def nan_mean(below, shape):
-    """Area means, dense and slow."""
-    ry, rx = below.shape[1] / shape[0], below.shape[2] / shape[1]
-
-    def shares(n, size, r):
-        lo, hi = np.arange(n)[:, None] * r, (np.arange(n)[:, None] + 1) * r
-        return np.clip(np.minimum(np.arange(size) + 1, hi) - np.maximum(np.arange(size), lo), 0, None)
-
-    wy, wx = shares(shape[0], below.shape[1], ry), shares(shape[1], below.shape[2], rx)
-    valid = ~np.isnan(below)
-    area = wy @ valid @ wx.T
-    with np.errstate(invalid="ignore"):
-        return np.where(area > 1e-6, (wy @ np.where(valid, below, 0) @ wx.T) / area, np.nan)
+def nan_mean(below, factor=2):
+    """Means of blocks, one by one."""
+    channels, height, width = (n // f for n, f in zip(below.shape, (1, factor, factor)))
+    out = np.full((channels, height, width), np.nan)
+    for c, i, j in np.ndindex(out.shape):
+        block = below[c, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
+        if not np.isnan(block).all():
+            out[c, i, j] = np.nanmean(block, dtype=float)
+    return out
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (75, 103), (17, 200)])
-def test_levels_are_means_without_nan(sdata, shape):
+@pytest.mark.parametrize(("shape", "factors"), [((64, 96), (2, 2)), ((75, 103), (2, 2)), ((17, 200), (3, 4))])
+def test_levels_are_means_without_nan(sdata, shape, factors):
     rng = np.random.default_rng(0)
     values = rng.random((3, *shape)).astype(np.float32) * 1e4
     values[:, rng.random(shape) < 0.3] = np.nan
     values[:, : shape[0] // 2, 40:80] = np.nan
-    found = write(sdata, values, spec_of(shape))
+    found = write(sdata, values, spec_of(shape, factors=factors))
     arrays = [found[level]["image"].values for level in ("scale0", "scale1", "scale2")]
     np.testing.assert_array_equal(arrays[0], values)
-    for below, level in zip(arrays, arrays[1:]):
-        assert level.shape[1:] == (below.shape[1] // 2, below.shape[2] // 2)
-        np.testing.assert_allclose(level, nan_mean(below, level.shape[1:]), rtol=1e-5)
-
-
-def test_float16_levels_do_not_overflow(sdata):
-    values = np.full((3, 64, 64), 6e4, np.float16)
-    found = write(sdata, values, spec_of((64, 64), dtype="float16"))
-    assert found["scale0"]["image"].dtype == np.float16
-    np.testing.assert_array_equal(found["scale2"]["image"].values, np.full((3, 16, 16), 6e4, np.float16))
+    for factor, below, level in zip(factors, arrays, arrays[1:]):
+        np.testing.assert_allclose(level, nan_mean(below, factor), rtol=1e-5)
 
 
 def test_the_element_is_what_spatialdata_reads(sdata):
@@ -96,7 +86,19 @@ def test_the_element_is_what_spatialdata_reads(sdata):
     assert sdata.is_self_contained("map")
     ome = zarr.open_group(sdata.path / "images" / "map").attrs["ome"]
     scales = [d["coordinateTransformations"][0]["scale"] for d in ome["multiscales"][0]["datasets"]]
-    np.testing.assert_allclose(scales, [[1, 1, 1], [1, 2, 2], [1, 50 / 12, 4]])
+    np.testing.assert_allclose(scales, [[1, 1, 1], [1, 2, 2], [1, 4, 4]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 1)])
+def test_an_axis_that_is_shorter_than_a_block_becomes_one_pixel(sdata, shape):
+    values = np.arange(3 * shape[0] * shape[1], dtype=np.float32).reshape(3, *shape)
+    spec = spec_of(shape, factors=(2, 4))
+    assert all(scale <= size for scales in spec.scales for scale, size in zip(scales, shape))
+    found = write(sdata, values, spec)
+    assert found["scale1"]["image"].shape[1:] == tuple(max(1, n // 2) for n in shape)
+    assert not np.isnan(found["scale2"]["image"].values).any()
+    extent = sd.get_extent(sd.read_zarr(sdata.path)["map"])
+    assert (extent["x"], extent["y"]) == ((0, 4 * shape[1]), (0, 4 * shape[0]))
 
 
 @pytest.mark.parametrize("factors", [(), (2,), (3, 2)])
@@ -129,25 +131,20 @@ def test_chunks_hold_few_channels_and_share_them_evenly():
 
 def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
     from pixnet import settings
-    from pixnet._sdata.store import workspace as work
+    from pixnet._sdata.store import scratch
 
-    monkeypatch.setattr(work, "_scratch", None)
+    monkeypatch.setattr(scratch, "_scratch", None)
     monkeypatch.setattr(settings, "scratch_dir", tmp_path)
     image = Image2DModel.parse(np.zeros((3, 16, 16), np.uint8), dims=("c", "y", "x"))
     sdata = SpatialData(images={"he": image})
     found = write(sdata, np.ones((3, 50, 40), np.float32), spec_of((50, 40)))
     assert not sdata.is_backed()
     assert (found["scale0"]["image"].values == 1).all()
-    root = work.scratch_root()
+    root = scratch.scratch_root()
     assert root.parent == tmp_path
-    work._clear_scratch(root, -1)  # a forked child
+    scratch._clear_scratch(root, -1)  # a forked child
     assert root.exists()
-    work._clear_scratch(root, os.getpid())
+    scratch._clear_scratch(root, os.getpid())
     assert not root.exists()
-
-
-def test_mean_level_takes_parts_of_pixels():
-    below = np.array([[[1.0, 2.0, 3.0]]], np.float32)
-    out = np.empty((1, 1, 2), np.float32)
-    _mean_level(below, out, 0.0, 0.0, 1.0, 1.5)
-    np.testing.assert_allclose(out[0, 0], [(1 + 2 * 0.5) / 1.5, (2 * 0.5 + 3) / 1.5])
+    with pytest.raises(FileNotFoundError, match="goes with the process that predicted the map"):
+        found["scale0"]["image"].values.any()  # not NaN

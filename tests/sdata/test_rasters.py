@@ -9,8 +9,7 @@ import spatialdata as sd
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine, Identity, Scale, set_transformation
 
-from pixnet._sdata.rasters import full_resolution, levels
-from pixnet.io._raster import extend, raster_element
+from pixnet._sdata.rasters import extend, full_resolution, levels, raster_element
 
 
 def scanned(scales, transformations=None, height=4641, width=3001):

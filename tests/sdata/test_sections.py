@@ -6,7 +6,7 @@ import pytest
 import spatialdata as sd
 
 import pixnet as px
-from pixnet._sdata.sections import open_section, resolve_sources
+from pixnet._sdata.sections import open_measured, open_section
 
 SEEDS = {"a": 0, "b": 1}
 
@@ -20,22 +20,20 @@ def slides():
 
 @pytest.mark.parametrize("one_table", [False, True])
 def test_slides_in_one_object_are_told_apart_by_coordinate_system(one_table):
-    # As spatialdata concatenates: attrs are lost, and names of elements and coordinate systems have the slide's added.
+    # As spatialdata concatenates: attrs are lost, names of elements and coordinate systems have the slide's added, and
+    # each image keeps its pixel size.
     both = sd.concatenate(slides(), concatenate_tables=one_table)
     alone = slides()
     with pytest.raises(ValueError, match=r"several elements may be the H&E image: 'he-a', 'he-b'.*image_key="):
         px.pp.tissue_mask(both)
-    for name in SEEDS:
-        px.pp.set_mpp(both, f"he-{name}", 1.0)
     apart = {name: both.filter_by_coordinate_system(f"global-{name}") for name in SEEDS}
     tables = {name: "spots_counts" if one_table else f"spots_counts-{name}" for name in SEEDS}
-    sources = resolve_sources(apart, None, None, None, None, False)
+    sources = open_measured(apart, mask_key=False)
     assert [(s.slide.key, s.slide.mpp, s.pairs) for s in sources] == [
         (f"he-{name}", 1.0, {f"spots-{name}": tables[name]}) for name in SEEDS
     ]
     assert px.pp.select_genes(apart, n_top=5) == px.pp.select_genes(alone, n_top=5)
-    options = {"layer": None, "total_key": None}
-    for source, single in zip(sources, resolve_sources(alone, None, None, None, None, False)):
-        found, expected = (open_section(s, ["TUM1", "FIB1"], 1.0, 2, **options) for s in (source, single))
+    for source, single in zip(sources, open_measured(alone, mask_key=False)):
+        found, expected = (open_section(s, s.tables(["TUM1", "FIB1"]), 1.0, 2) for s in (source, single))
         assert (found.targets[0].cp10k == expected.targets[0].cp10k).all()
-        assert found.targets[0].geometries.bounds == pytest.approx(expected.targets[0].geometries.bounds)
+        assert found.targets[0].shapes.bounds == pytest.approx(expected.targets[0].shapes.bounds)

@@ -91,8 +91,12 @@ def test_a_transformation_that_is_not_affine_is_an_error(monkeypatch):
         def to_affine_matrix(self, input_axes, output_axes):
             raise NotImplementedError
 
+    def transformation(*_, get_all=False, **__):
+        warp = Warp([1.0], axes=("x",))
+        return {"global": warp} if get_all else warp
+
     sdata = SpatialData(images={"im": image()}, shapes={"s": shapes([shapely.box(0, 0, 1, 1)])})
-    monkeypatch.setattr("pixnet._sdata.transforms.get_transformation", lambda *_, **__: Warp([1.0], axes=("x",)))
+    monkeypatch.setattr("pixnet._sdata.transforms.get_transformation", transformation)
     with pytest.raises(ValueError, match="not affine .Warp"):
         pixel_shapes(sdata, "s", "im")
 

@@ -67,6 +67,18 @@ def coloured_slide(seed: int = 0, size: int = 768, pitch: float = 48.0) -> Spati
     return sdata
 
 
+def with_cells(slide: SpatialData, shift: float = 9.0) -> SpatialData:
+    """Add an element of smaller circles beside the spots, and their counts."""
+    rng = np.random.default_rng(0)
+    cells = slide["spots"].copy()
+    cells["geometry"] = [Point(p.x + shift, p.y - 7) for p in slide["spots"].geometry]
+    cells["radius"] = 4.0
+    slide["cells"] = cells
+    counts = rng.poisson(2, (len(cells), 4))
+    slide["cells_counts"] = table_for("cells", list(cells.index), counts, ["PINK", "BLUE", "FLAT", "REST"])
+    return slide
+
+
 QUICK = {"encoder": "patch-test", "hidden": 16, "window": 256, "halo": 64, "mask_key": False, "variants": 1, "lr": 1e-2,
          "genes": ["PINK", "BLUE", "FLAT"]}  # fmt: skip
 

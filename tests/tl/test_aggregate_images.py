@@ -21,8 +21,8 @@ from spatialdata.transformations import Scale
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.zonal import zonal_statistics
-from pixnet._names import TOTAL
-from pixnet._sdata.record import record
+from pixnet._names import TOTAL, TOTALS
+from pixnet._sdata.store.element_store import write_mpp
 from pixnet.tl._aggregate import aggregate
 
 H, W = 60, 70
@@ -99,7 +99,7 @@ def test_channels_named_by_numbers():
     made = holding(image(COUNTS.astype(np.uint8), c_coords=[10, 20, 30]))
     whole = aggregate(made, "cells", image_key="im", inplace=False)
     assert whole.var_names.tolist() == ["10", "20", "30"]
-    for genes in ([30, 10], ["30", "10"], np.array([30, 10]), pd.Index(["30", "10"])):
+    for genes in (["30", "10"], np.array(["30", "10"]), pd.Index(["30", "10"])):
         part = aggregate(made, "cells", image_key="im", genes=genes, inplace=False)
         assert part.var_names.tolist() == ["30", "10"]
         np.testing.assert_array_equal(part.X, whole.X[:, [2, 0]])
@@ -133,13 +133,13 @@ def test_labels_held_in_any_way(kind, tmp_path):
         made.write(tmp_path / "s.zarr")
         made = sd.read_zarr(tmp_path / "s.zarr")
     aggregate(made, ["areas", "cells"], image_key="im")
-    table = made.tables["areas_genes"]
+    table = made.tables["areas_im"]
     assert table.obs["instance_id"].tolist() == [7, 65_000]
     expected = [COUNTS[:, labels == label].mean(axis=1) for label in (7, 65_000)]
     np.testing.assert_allclose(table.X, expected, rtol=1e-6)
     assert table.obs["area"].tolist() == [(labels == 7).sum(), (labels == 65_000).sum()]
-    np.testing.assert_allclose(made.tables["cells_genes"].X, means(COUNTS), rtol=1e-6)
-    assert len(sd.match_table_to_element(made, element_name="areas", table_name="areas_genes")) == 2
+    np.testing.assert_allclose(made.tables["cells_im"].X, means(COUNTS), rtol=1e-6)
+    assert len(sd.match_table_to_element(made, element_name="areas", table_name="areas_im")) == 2
 
 
 # gene maps ---------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def gene_map(seed, missing=0.0):
         images={"m": image(data, c_coords=["A", "B", TOTAL], chunks=(2, 32, 32))},
         shapes={"bins": polygons(squares), "spots": polygons(spots)},
     )
-    record(made)["images"]["m"] = {"mpp": 2.0}
+    write_mpp(made, "m", 2.0)
     return made, data, owner
 
 
@@ -188,8 +188,8 @@ def test_a_map_of_the_paper_s_quantity_is_summed_up_before_the_logarithm_is_undo
     data[1] -= 0.02  # values of a linear head may fall below zero
     data[-1] = rng.gamma(4, 2500, (H, W))
     data[:, :, 40:] = np.nan
-    made = holding(image(data, c_coords=["A", "B", TOTAL]))
-    record(made)["images"]["im"] = {"mpp": 2.0, "quantity": "log_sum", "model": "the paper's"}
+    made = holding(image(data, c_coords=["A", "B", TOTALS["log_sum"]]))
+    write_mpp(made, "im", 2.0)
     table = aggregate(made, "cells", agg_func=["mean", "sum", "max"], inplace=False)
     cover = coverage(ShapeArrays.from_geometries(CELLS), (0, 0, H, W)).toarray()
     flat, valid = data.reshape(3, -1).astype(float), ~np.isnan(data[-1].ravel())
@@ -207,17 +207,17 @@ def test_a_map_of_the_paper_s_quantity_is_summed_up_before_the_logarithm_is_undo
     assert parameters["quantity"] == "log_sum"
     assert parameters["unit"] == "CP10k"
     assert parameters["layer_units"]["sum"] == "log1p CP10k"
-    del record(made)["images"]["im"]["quantity"]
-    assert aggregate(made, "cells", inplace=False).uns["pixnet"]["quantity"] == "density"
 
 
 def test_a_quantity_that_cannot_be_summed_is_refused():
-    made = holding(image(COUNTS.astype(np.float32), c_coords=["A", "B", TOTAL]))
-    record(made)["images"]["im"] = {"quantity": "log_sum"}
-    with pytest.raises(ValueError, match="'im'.*um per pixel is unknown.*set_mpp"):
+    made = holding(image(COUNTS.astype(np.float32), c_coords=["A", "B", TOTALS["log_sum"]]))
+    with pytest.raises(ValueError, match="'im'.*pixel size is unknown.*set_mpp"):
         aggregate(made, "cells")
-    record(made)["images"]["im"] = {"mpp": 1.0, "quantity": "rank"}
-    with pytest.raises(ValueError, match="'rank'.*'density', 'log_sum'"):
+    made = holding(image(COUNTS.astype(np.float32), c_coords=["A", "B", "__total_rank__"]))
+    with pytest.raises(ValueError, match="'__total_rank__'.*'__total__', '__total_log_sum__'"):
+        aggregate(made, "cells")
+    made = holding(image(COUNTS.astype(np.float32), c_coords=["A", TOTAL, TOTALS["log_sum"]]))
+    with pytest.raises(ValueError, match="several totals"):
         aggregate(made, "cells")
     assert not made.tables
 
@@ -298,13 +298,13 @@ def test_squidpy_and_spatialdata_plot_take_the_table():
 
     made = holding(image(COUNTS.astype(np.float32), c_coords=["CD3", "CD8", "DAPI"]))
     aggregate(made, "cells", image_key="im")
-    table = made.tables["cells_genes"]
+    table = made.tables["cells_im"]
     squidpy.gr.spatial_neighbors(table, n_neighs=3, coord_type="generic")
     squidpy.gr.spatial_autocorr(table, mode="moran", n_perms=None, n_jobs=1, show_progress_bar=False)
     assert set(table.uns["moranI"].index) == {"CD3", "CD8", "DAPI"}
     figure, ax = plt.subplots()
     try:
-        made.pl.render_shapes("cells", color="CD8", cmap="viridis", table_name="cells_genes").pl.show(
+        made.pl.render_shapes("cells", color="CD8", cmap="viridis", table_name="cells_im").pl.show(
             ax=ax, coordinate_systems="global"
         )
         figure.canvas.draw()

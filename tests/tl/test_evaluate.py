@@ -150,7 +150,7 @@ class TestCrossValidate:
     def test_blocks_keep_their_distance(self, gap_um):
         """What trains and what chooses the epoch lies a gap away from what is tested; every shape is tested once."""
         slide = coloured_slide(1)
-        sources = px.tl._cross_validate.resolve_sources({"0": slide}, None, None, None, None)
+        sources = px.tl._cross_validate.open_measured({"0": slide})
         folds = px.tl._cross_validate._blocks(sources, 3, gap_um)
         places = slide["spots"].geometry.get_coordinates()
         axis = next(a for a in "xy" if places.loc[folds[0].test["0"]["spots"].index, a].max() < 400)
@@ -170,13 +170,13 @@ class TestCrossValidate:
         )
         objects = [coloured_slide(1), coloured_slide(2)]
         options = {"mask_key": False, "max_epochs": 10, "variants": 1, "lr": 2e-2, "refit": False}
-        before = [dict(one.attrs["pixnet"]) for one in objects]
+        before = [dict(one.attrs) for one in objects]
         frame = px.tl.cross_validate(objects, groups=["P", "Q"], model=model, **options)
         values = frame[frame["metric"] == "mse"].groupby("gene")["value"].mean()
         assert values.max() < 0.5, "spots of the size trained on have the right values, not only the right order"
         assert frame[(frame["metric"] == "pearson") & (frame["gene"] == "BLUE")]["value"].min() > 0.5
         assert not model.history
-        assert [dict(one.attrs["pixnet"]) for one in objects] == before
+        assert [dict(one.attrs) for one in objects] == before
 
     def test_a_trained_model_is_refused(self, quick_model):
         with pytest.raises(ValueError, match="was trained before"):

@@ -48,7 +48,9 @@ def model():
 def backed(tmp_path):
     pixels = np.random.default_rng(1).integers(90, 220, (3, 500, 620), dtype=np.uint8)
     image = Image2DModel.parse(pixels, dims=("c", "y", "x"), scale_factors=(2,), chunks=(3, 128, 128))
-    SpatialData(images={"he": image}, attrs={"pixnet": {"mpp": {"he": 0.5}}}).write(tmp_path / "s.zarr")
+    sdata = SpatialData(images={"he": image})
+    px.pp.set_mpp(sdata, "he", 0.5)
+    sdata.write(tmp_path / "s.zarr")
     return sd.read_zarr(tmp_path / "s.zarr")
 
 
@@ -73,9 +75,9 @@ def locally(sdata, model, **kwargs):
 
 
 def _loaded():
-    from pixnet._core.predict import portable_model
+    from pixnet._core.predict.portable_model import n_cached
 
-    return os.getpid(), len(portable_model._READY)
+    return os.getpid(), n_cached()
 
 
 def test_workers_write_the_same_bytes(client, backed, model):

@@ -1,233 +1,150 @@
-"""Run many independent tasks: on threads of this process, on a scheduler that dask is set to, or on a cluster."""
+"""Run many independent tasks: on threads, on the scheduler that dask is configured for, or on a Dask cluster."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import itertools
 import os
 import sys
-import threading
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, tee
+from typing import Any
 
-import dask.base
+import dask
+import dask.threaded
+
+BATCH = 64
+"""Tasks given to a scheduler of dask at a time: results come while others wait."""
 
 
-def run_tasks(
-    function: Any, shared: Sequence[Any], items: Sequence[tuple[int, int]], threads: int = 3
-) -> Iterator[Any]:
-    """Run ``function(*shared, i, j)`` for all items and yield the results as they come.
+def run(
+    function: Callable[..., Any],
+    shared: Sequence[Any],
+    items: Iterable[tuple[Any, ...]],
+    *,
+    ordered: bool = False,
+    threads: int | None = None,
+) -> Generator[tuple[tuple[Any, ...], Any], None, None]:
+    """Call ``function(*shared, *item)`` for each item and yield ``(item, result)``.
 
-    The tasks run on the ``dask.distributed`` client in scope, on the scheduler that dask is configured for, or on threads.
+    The calls run on the ``dask.distributed`` client in scope, on the scheduler that dask is configured for
+    (``dask.config.set(scheduler=...)``), or on threads of this process. The first error ends them all. Close the
+    iterator to be sure that no call is running any more.
 
     Parameters
     ----------
     function
-        The task.
+        The task. It must pickle where tasks run in other processes.
     shared
-        Its first arguments: they travel to a worker once.
+        Its first arguments. They travel to each worker once.
     items
-        Its last two arguments, one pair a task.
+        Its other arguments, a tuple for each call. A dask collection among them is computed where the call runs.
+    ordered
+        Take only a few items ahead, and yield in their order. Otherwise a cluster gets all items at once, and results
+        come as they are ready.
     threads
-        Threads, where neither a client nor a scheduler is set.
+        Number of threads, where neither a client nor another scheduler is in use. None: `n_threads`.
     """
-    get = dask.base.get_scheduler()
     client = cluster_client()
     if client is not None:
-        yield from _on_cluster(client, function, shared, items)
-    elif get is not None and "thread" not in getattr(get, "__module__", ""):
-        yield from _on_scheduler(get, function, shared, items)
+        yield from _on_cluster(client, function, shared, items, ordered)
+    elif runs_here():
+        yield from in_threads(lambda item: (item, function(*shared, *_computed(item))), items, threads)
     else:
-        yield from _on_threads(function, shared, items, threads)
+        yield from _on_scheduler(function, shared, items)
 
 
-def cluster_client() -> Any:
-    """Return the ``dask.distributed`` client in scope; None where there is none, or another scheduler is configured."""
+def in_threads(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+) -> Generator[Any, None, None]:
+    """Call ``function(item)`` on threads of this process, a few items ahead, and yield the results in order.
+
+    Items are taken in the caller's thread, between two results.
+    """
+    threads = n_threads() if threads is None else threads
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet")
+    try:
+        yield from _in_order((pool.submit(function, item) for item in items), threads)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def runs_here() -> bool:
+    """Whether `run` uses threads of this process."""
+    return dask.base.get_scheduler() in (None, dask.threaded.get)
+
+
+def cluster_client() -> Any | None:
+    """Return the ``dask.distributed`` client in scope; None if there is none, or dask is set to another scheduler."""
     if "distributed" not in sys.modules:
         return None
     owner = getattr(dask.base.get_scheduler(), "__self__", None)
     return owner if isinstance(owner, sys.modules["distributed"].Client) else None
 
 
-def _on_threads(function: Any, shared: Sequence[Any], items: Sequence[Any], threads: int) -> Iterator[Any]:
-    """Tasks run on threads that read and write; the caller's thread runs the model for them."""
-    desk = _Desk()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="pixnet", initializer=_serve, initargs=(desk,))
-    waiting, running = iter(items), 0
+def n_threads() -> int:
+    """Return the number of threads for tasks: ``num_workers`` of dask's configuration, else one a core, at most 8."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(dask.config.get("num_workers", None) or min(available, 8))
+
+
+def _in_order(futures: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Yield the results of futures in order, and take up to ``ahead`` more futures before waiting for one."""
+    waiting: deque[Any] = deque()
     try:
-        with memory_kept():
-            while True:
-                for item in itertools.islice(waiting, threads - running):
-                    pool.submit(function, *shared, *item).add_done_callback(desk.events.put)
-                    running += 1
-                if not running:
-                    return
-                event = desk.events.get()
-                if isinstance(event, _Request):
-                    event.run()
-                else:
-                    running -= 1
-                    yield event.result()
+        for future in futures:
+            waiting.append(future)
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        # Ctrl-C may have come between any two steps above and lost an event, so none is counted on here.
-        desk.closed = True
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
 
 
-class _Desk:
-    """Where threads hand in what the caller's thread has to do or know."""
-
-    def __init__(self) -> None:
-        self.events: SimpleQueue[Any] = SimpleQueue()
-        self.closed = False
+def _computed(item: tuple[Any, ...]) -> list[Any]:
+    """Compute the dask collections of an item in this thread."""
+    return [arg.compute(scheduler="synchronous") if dask.is_dask_collection(arg) else arg for arg in item]
 
 
-_LOCAL = threading.local()
+def _on_scheduler(function: Callable[..., Any], shared: Sequence[Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Run tasks on the scheduler that dask is configured for."""
+    held = [dask.delayed(value, name=f"pixnet-{uuid.uuid4().hex}", traverse=False) for value in shared]
+    task = dask.delayed(function, pure=False, traverse=False)
+    items = iter(items)
+    while batch := list(islice(items, BATCH)):
+        yield from zip(batch, dask.compute(*(task(*held, *item) for item in batch)))
 
 
-def _serve(desk: _Desk) -> None:
-    _LOCAL.desk = desk
-
-
-class _Request:
-    """A forward pass that a thread asks the caller's thread for, and waits for."""
-
-    def __init__(self, function: Any) -> None:
-        self.function, self.future = function, Future()
-
-    def run(self) -> None:
-        try:
-            self.future.set_result(self.function())
-        except BaseException as error:
-            self.future.set_exception(error)
-            if not isinstance(error, Exception):  # Ctrl-C falls on this thread
-                raise
-
-    def answer(self, desk: _Desk) -> Any:
-        """Wait for the result, or until nobody is there any more to give one."""
-        while not self.future.done():
-            if desk.closed:
-                raise CancelledError
-            wait([self.future], timeout=0.2)
-        return self.future.result()
-
-
-def in_callers_thread(function: Any) -> Any:
-    """Call a function in the thread that called :func:`run_tasks`, or here if this is none of its threads."""
-    desk = getattr(_LOCAL, "desk", None)
-    if desk is None:
-        return function()
-    request = _Request(function)
-    desk.events.put(request)
-    return request.answer(desk)
-
-
-@contextlib.contextmanager
-def memory_kept() -> Iterator[None]:
-    """Have glibc keep freed memory, and give it back at the end.
-
-    A forward pass frees and allocates hundreds of megabytes over and over. glibc asks the kernel for each large piece
-    anew, and clearing those pages took a quarter of the time of a pass. It keeps them only in the main thread's arena,
-    which is why the model runs there.
-    """
-    libc = None
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.gnu_get_libc_version  # noqa: B018  other libraries do not have it
-            libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    try:
-        yield
-    finally:
-        if libc is not None:
-            with contextlib.suppress(AttributeError):
-                # what glibc itself arrives at in a process that frees large arrays
-                libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-                libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-                libc.malloc_trim(0)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def _graph(function: Any, shared: Sequence[Any], items: Sequence[Any]) -> tuple[dict[Any, Any], list[Any]]:
-    token = uuid.uuid4().hex
-    names = [f"pixnet-shared-{k}-{token}" for k in range(len(shared))]
-    graph: dict[Any, Any] = dict(zip(names, shared))
-    keys = [(f"pixnet-{function.__name__.strip('_')}-{token}", *item) for item in items]
-    graph.update({key: (function, *names, *item) for key, item in zip(keys, items)})
-    return graph, keys
-
-
-def _on_scheduler(get: Any, function: Any, shared: Sequence[Any], items: Sequence[Any]) -> Iterator[Any]:
-    # A few tasks at a time, so that results come while others run.
-    for start in range(0, len(items), 64):
-        graph, keys = _graph(function, shared, items[start : start + 64])
-        yield from get(graph, keys)
-
-
-def _on_cluster(client: Any, function: Any, shared: Sequence[Any], items: Sequence[Any]) -> Iterator[Any]:
+def _on_cluster(
+    client: Any, function: Callable[..., Any], shared: Sequence[Any], items: Iterable[Any], ordered: bool
+) -> Iterator[Any]:
+    """Run tasks on the workers of a client."""
     from distributed import as_completed
 
-    graph, keys = _graph(function, shared, items)
-    with warnings.catch_warnings():  # the model is in the graph on purpose: scattered, it would die with its worker
+    with warnings.catch_warnings():
+        # A result of a task is made again if its worker dies; scattered, the shared arguments would be lost with it.
         warnings.filterwarnings("ignore", message="Sending large graph")
-        futures = client.get(graph, keys, sync=False)
+        held = [client.submit(_same, value, pure=False) for value in shared]
+
+    def submit(item: tuple[Any, ...]) -> Any:
+        computed = [client.compute(arg) if dask.is_dask_collection(arg) else arg for arg in item]
+        return client.submit(function, *held, *computed, pure=False)
+
+    if ordered:
+        items, taken = tee(items)
+        yield from zip(items, _in_order(map(submit, taken), 2 * max(1, sum(client.nthreads().values()))))
+        return
+    waiting = {future.key: (item, future) for item in items for future in [submit(item)]}
     try:
-        for _, result in as_completed(futures, with_results=True):
-            yield result
+        for future, result in as_completed([future for _, future in waiting.values()], with_results=True):
+            yield waiting.pop(future.key)[0], result
     finally:
-        client.cancel(futures)
+        client.cancel([future for _, future in waiting.values()])
 
 
-# ordered tasks ---------------------------------------------------------------------------------------------------
-
-Task = TypeVar("Task")
-
-
-def client_in_scope() -> Any | None:
-    """Return the dask.distributed client that is in scope, if there is one (the module is loaded then)."""
-    distributed = sys.modules.get("distributed")
-    if distributed is None:
-        return None
-    try:
-        return distributed.get_client()
-    except ValueError:
-        return None
-
-
-def n_threads() -> int:
-    """Return how many threads this process may keep busy, at most 8."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available, 8))
-
-
-def in_threads(tasks: Iterable[Task], run: Callable[[Task], Any]) -> Iterator[tuple[Task, Any]]:
-    """Run tasks in threads, a few ahead of the one whose result is taken."""
-    workers = n_threads()
-    with ThreadPoolExecutor(workers, thread_name_prefix="pixnet") as pool:
-        yield from in_order(tasks, lambda task: pool.submit(run, task), workers + 1)
-
-
-def in_order(tasks: Iterable[Task], submit: Callable[[Task], Any], ahead: int) -> Iterator[tuple[Task, Any]]:
-    """Keep up to ``ahead`` futures going, and yield ``(task, result)`` in the order of the tasks."""
-    waiting: deque = deque()
-    try:
-        for task in tasks:
-            waiting.append((task, submit(task)))
-            if len(waiting) >= ahead:
-                task, future = waiting.popleft()
-                yield task, future.result()
-        while waiting:
-            task, future = waiting.popleft()
-            yield task, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
+def _same(value: Any) -> Any:
+    return value

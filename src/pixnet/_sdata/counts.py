@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,12 @@ from spatialdata import SpatialData
 
 from pixnet._names import listed
 from pixnet._sdata.genes import gene_positions
-from pixnet._sdata.keys import annotated_regions
 from pixnet._sdata.rasters import full_resolution
+from pixnet._sdata.shapes import label_ids
+from pixnet._sdata.store.bound import bound
+
+EXACT = {np.float32: 2**24, np.float64: 2**53}
+"""Up to which every whole number is exact."""
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
@@ -29,7 +34,7 @@ class Counts:
     rows
         Position in the shapes element of each observation, ``(n,)``.
     counts
-        Raw counts of the chosen genes, ``(n, genes)`` float32.
+        Raw counts of the chosen genes, ``(n, genes)`` float32 or float64.
     total
         All UMI of each observation, ``(n,)`` float64.
     """
@@ -39,15 +44,27 @@ class Counts:
     total: np.ndarray
 
 
-def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
+def annotated_regions(table: Any) -> list[str]:
+    """Return the elements that a table annotates (SpatialData's ``region``)."""
+    region = table.uns.get("spatialdata_attrs", {}).get("region")
+    if region is None:
+        return []
+    return [region] if isinstance(region, str) else [str(r) for r in region]
+
+
+def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
     """Return the matrix of raw counts of a table, observations by genes, sparse or dense, in memory.
+
+    Whatever type they are stored in, counts are float32 here, or float64 where one is too large for that.
 
     Raises
     ------
     KeyError
         If there is no such layer.
+    TypeError
+        If it does not hold numbers.
     ValueError
-        If it holds NaN, negative or fractional values: no raw counts.
+        If it holds NaN, negative or fractional values, or values that are too large to be exact.
     """
     if layer is not None and layer not in table.layers:
         raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {listed(table.layers)}")
@@ -70,21 +87,34 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None):
         raise TypeError(f"{where} is {values.dtype}; counts are numbers")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError(
-            f"{where} holds NaN or infinite values; counts are whole numbers from 0: mend or drop those rows"
+            f"{where} holds NaN or infinite values; counts are whole numbers from 0: fix or drop those rows"
         )
     if values.size and values.min() < 0:
         raise ValueError(
-            f"{where} holds negative values: these are no raw counts; name the layer that has them with layer="
+            f"{where} holds negative values: these are not raw counts; name the layer that has them with layer="
         )
     if values.dtype.kind == "f" and values.size and (values != np.rint(values)).any():
         raise ValueError(
             f"{where} holds fractions such as {float(values[values != np.rint(values)][0]):g}: it looks normalised. "
             f"Raw counts are needed; name the layer that has them with layer= ({listed(table.layers)})"
         )
-    return matrix
+    most = int(values.max()) if values.size else 0
+    if most > EXACT[np.float64]:
+        raise ValueError(
+            f"{where} holds a count of {most:.3g}, which is too large to be added exactly; is it a hash or an id?"
+        )
+    return matrix.astype(np.float32 if most <= EXACT[np.float32] else np.float64, copy=False)
 
 
-def totals(table: AnnData, table_key: str, matrix, total_key: str | None = None) -> np.ndarray:
+def _row_sums(matrix: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+    if sparse.issparse(matrix):  # which sums in its own precision, whatever it is asked for
+        return np.asarray(matrix.astype(np.float64).sum(axis=1)).ravel()
+    return matrix.sum(axis=1, dtype=np.float64)
+
+
+def totals(
+    table: AnnData, table_key: str, matrix: sparse.csr_matrix | np.ndarray, total_key: str | None = None
+) -> np.ndarray:
     """Return all UMI of each observation, ``(n,)``: ``obs[total_key]``, else the sum over all columns.
 
     Raises
@@ -94,7 +124,7 @@ def totals(table: AnnData, table_key: str, matrix, total_key: str | None = None)
     ValueError
         If it holds NaN or negative values, or less than the counts of the table's own genes.
     """
-    sums = np.asarray(matrix.sum(axis=1), dtype=np.float64).ravel()
+    sums = _row_sums(matrix)
     if total_key is None:
         return sums
     if total_key not in table.obs:
@@ -124,7 +154,7 @@ def check_totals_alike(columns: dict[str, int], total_key: str | None) -> None:
     """
     if total_key is not None or len(columns) < 2:
         return
-    least, most = min(columns, key=columns.get), max(columns, key=columns.get)
+    least, *_, most = sorted(columns, key=lambda name: columns[name])
     if columns[most] > SUM_RATIO * columns[least]:
         raise ValueError(
             f"tables {least!r} ({columns[least]} genes) and {most!r} ({columns[most]} genes) sum over too different sets of "
@@ -136,8 +166,10 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     """Return the ids of a shapes element, or the labels (without 0) of a labels element, in order."""
     if shapes_key in sdata.shapes:
         return sdata.shapes[shapes_key].index
-    labels = np.unique(np.asarray(full_resolution(sdata.labels[shapes_key]).data))
-    return pd.Index(labels[labels != 0])
+    element = sdata.labels[shapes_key]
+    with bound(element, f"labels {shapes_key!r}"):
+        labels = np.unique(np.asarray(full_resolution(element).data))
+    return pd.Index(label_ids(labels[labels != 0], shapes_key))
 
 
 def read_counts(
@@ -163,10 +195,14 @@ def read_counts(
     rows = match_rows(sdata, table_key, shapes_key)
     matrix = counts_matrix(table, table_key, layer)
     total = totals(table, table_key, matrix, total_key)
-    counts = matrix[:, positions]
-    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    counts = dense(matrix[:, positions])
     here = rows >= 0
-    return Counts(rows[here], counts[here].astype(np.float32), total[here])
+    return Counts(rows[here], counts[here], total[here])
+
+
+def dense(matrix: Any) -> np.ndarray:
+    """Return a matrix, sparse or not, as an array."""
+    return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
 
 
 def match_rows(sdata: SpatialData, table_key: str, shapes_key: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which genes a table has, and what to say when it lacks those that are asked for."""
+"""Find genes in a table, and say where they may be if it lacks them."""
 
 from __future__ import annotations
 

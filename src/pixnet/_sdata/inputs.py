@@ -7,17 +7,22 @@ from typing import Any
 
 from spatialdata import SpatialData
 
+from pixnet._sdata.legacy import bring_over
+from pixnet._sdata.store.element_store import heal
+
 SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
-"""What functions take that work on one or several objects."""
+"""One or several objects, as functions take them."""
 
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:
     """Return objects by name: a single one and those of a list are called "0", "1", ...
 
+    What a crash left undone in their stores is completed.
+
     Raises
     ------
     TypeError
-        If anything in it is no SpatialData object.
+        If anything in it is not a SpatialData object.
     ValueError
         If it is empty, or one object is in it twice.
     """
@@ -38,10 +43,15 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
             raise TypeError(f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed")
     if len({id(one) for one in objects.values()}) < len(objects):
         raise ValueError(f"{argument} holds the same object twice")
+    for one in objects.values():
+        heal(one)
+        bring_over(one)
     return objects
 
 
 def check_sdata(sdata: Any, function: str) -> None:
-    """Refuse anything but a SpatialData object."""
+    """Refuse anything but a SpatialData object; complete what a crash left undone, bring over earlier versions."""
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")
+    heal(sdata)
+    bring_over(sdata)

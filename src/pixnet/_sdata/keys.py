@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL, listed
+from pixnet._logging import logger
+from pixnet._names import listed
+from pixnet._sdata.counts import annotated_regions
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
-from pixnet._sdata.record import is_predicted_table, recorded
-
-# what pixnet recorded --------------------------------------------------------------------------------------------
-
-
-# rasters ---------------------------------------------------------------------------------------------------------
-
-
-# keys ------------------------------------------------------------------------------------------------------------
+from pixnet._sdata.record import find_entry, is_predicted_table, recorded
 
 
 def _check_known(key: Any, candidates: Iterable[str], what: str, argument: str) -> str:
@@ -46,22 +41,22 @@ def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
     KeyError
         If the object has no image of that name.
     TypeError
-        If its pixels are no uint8.
+        If its pixels are not uint8.
     ValueError
-        If it is no RGB image, is a gene map, or if none is named and none or several could be meant.
+        If it is not an RGB image, is a gene map, or if none is named and none or several could be meant.
     """
     if image_key is not None:
         _check_known(image_key, sdata.images, "image", "image_key")
         _check_he(sdata, image_key)
         return image_key
     default = recorded(sdata, "defaults").get("image_key")
-    if default in sdata.images:
+    if isinstance(default, str) and default in sdata.images:
         _check_he(sdata, default)
         return default
     candidates = [key for key in sdata.images if not is_gene_map(sdata.images[key])]
     if len(candidates) > 1:
         looks_rgb = [key for key in candidates if full_resolution(sdata.images[key]).sizes.get("c") == 3]
-        known = [key for key in looks_rgb if key in recorded(sdata, "mpp")]
+        known = [key for key in looks_rgb if find_mpp(sdata, key) is not None]
         candidates = known or looks_rgb or candidates
     key = _only(candidates, "H&E image", "image_key", "add one, for instance with pixnet.io.slide")
     _check_he(sdata, key)
@@ -72,14 +67,14 @@ def _check_he(sdata: SpatialData, key: str) -> None:
     image = sdata.images[key]
     data = full_resolution(image)
     if is_gene_map(image):
-        raise ValueError(f"image {key!r} is a gene map (its last channel is {TOTAL!r}); an H&E image is needed")
+        raise ValueError(f"image {key!r} is a gene map (it has a channel of totals); an H&E image is needed")
     n = data.sizes.get("c", 0)
     if "z" in data.dims:
         raise ValueError(f"image {key!r} is three-dimensional; pixnet works on 2D images")
     if n != 3:
         kind = {1: " (greyscale)", 4: " (RGBA?)"}.get(n, "")
-        mend = "drop the alpha channel: image.isel(c=slice(0, 3))" if n == 4 else "pass an RGB image"
-        raise ValueError(f"image {key!r} has {n} channels{kind}; an H&E image has 3 (R, G, B): {mend}")
+        fix = "drop the alpha channel: image.isel(c=slice(0, 3))" if n == 4 else "pass an RGB image"
+        raise ValueError(f"image {key!r} has {n} channels{kind}; an H&E image has 3 (R, G, B): {fix}")
     if data.dtype != np.uint8:
         raise TypeError(
             f"image {key!r} is {data.dtype}; H&E must be uint8 (0 to 255): rescale it, for instance "
@@ -93,11 +88,14 @@ def resolve_any_image(sdata: SpatialData, image_key: str | None = None) -> str:
     """Return the name of the image that is to be summed over shapes: the one named, else the gene map."""
     if image_key is not None:
         return _check_known(image_key, sdata.images, "image", "image_key")
-    known = [key for key in recorded(sdata, "images") if key in sdata.images]
-    if len(known) == 1:
-        return known[0]
-    maps = known or [key for key in sdata.images if is_gene_map(sdata.images[key])]
-    return _only(maps, "gene map", "image_key", "call pixnet.tl.predict(sdata) first, or name an image with image_key=")
+    maps = [key for key in sdata.images if is_gene_map(sdata.images[key])]
+    predicted = [key for key in maps if find_entry(sdata, "images", key) is not None]
+    return _only(
+        predicted or maps,
+        "gene map",
+        "image_key",
+        "call pixnet.tl.predict(sdata) first, or name an image with image_key=",
+    )
 
 
 def resolve_shapes(
@@ -107,7 +105,7 @@ def resolve_shapes(
     candidates = [*sdata.shapes, *sdata.labels]
     if shapes is None:
         default = recorded(sdata, "defaults").get("shapes")
-        if default in candidates:
+        if isinstance(default, str) and default in candidates:
             return [default]
         return [_only(list(sdata.shapes), "shapes element", argument, "add the spots or cells as a shapes element")]
     names = [shapes] if isinstance(shapes, str) else shapes
@@ -126,14 +124,6 @@ def resolve_shapes(
     return list(names)
 
 
-def annotated_regions(table: Any) -> list[str]:
-    """Return the elements that a table annotates (SpatialData's ``region``)."""
-    region = table.uns.get("spatialdata_attrs", {}).get("region")
-    if region is None:
-        return []
-    return [region] if isinstance(region, str) else [str(r) for r in region]
-
-
 def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str | None = None) -> str:
     """Return the name of the measured table, the one that annotates ``shapes`` where that is given."""
     if table_key is not None:
@@ -143,14 +133,14 @@ def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str 
                 f"table {table_key!r} does not annotate {shapes!r} but {listed(annotated_regions(sdata.tables[table_key]))}"
             )
         return table_key
-    measured = [key for key in sdata.tables if not is_predicted_table(sdata, key)]
+    measured = [key for key in sdata.tables if not is_predicted_table(sdata.tables[key])]
     if shapes is not None:
         measured = [key for key in measured if shapes in annotated_regions(sdata.tables[key])]
         if f"{shapes}_counts" in measured:
             return f"{shapes}_counts"
     else:
         default = recorded(sdata, "defaults").get("table_key")
-        if default in measured:
+        if isinstance(default, str) and default in measured:
             return default
         shapes_default = recorded(sdata, "defaults").get("shapes")
         if shapes_default is not None and f"{shapes_default}_counts" in measured:
@@ -181,10 +171,7 @@ def check_replaces(sdata: SpatialData, key: str, kind: str) -> None:
             )
 
 
-# um per pixel, coordinate systems, masks ---------------------------------------------------------------------------
-
-
-def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) -> str | bool | None:
+def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) -> str | Literal[False] | None:
     """Return the labels element that marks tissue; ``False``: everything is tissue; ``None``: it has to be computed."""
     if mask_key is False:
         return False
@@ -192,8 +179,16 @@ def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) 
         raise TypeError("mask_key is True; pass the name of a labels element, None or False")
     if mask_key is not None:
         return _check_known(mask_key, sdata.labels, "labels element", "mask_key")
-    known = recorded(sdata, "masks").get(image_key)
-    if known in sdata.labels:
-        return known
-    usual = f"{image_key}_tissue"
-    return usual if usual in sdata.labels else None
+    entry = find_entry(sdata, "masks", image_key)
+    if entry is not None and entry["mask_key"] in sdata.labels:
+        return entry["mask_key"]
+    # "he_tissue"; "he-a_tissue", or "he_tissue-a" where `spatialdata.concatenate` renamed both
+    usual = [key for key in sdata.labels if key.replace("_tissue", "", 1) == image_key and key != image_key]
+    other = recorded(sdata, "masks").get(image_key)
+    if not usual and isinstance(other, dict) and other.get("mask_key") in sdata.labels:
+        logger.warning(
+            "the mask %r was made for another image %r and is not used; name it with mask_key= if it fits this one",
+            other["mask_key"],
+            image_key,
+        )
+    return min(usual, key=len, default=None)

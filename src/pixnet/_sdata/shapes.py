@@ -14,7 +14,10 @@ from xarray import DataArray, DataTree
 
 from pixnet._core.coverage import ShapeArrays
 from pixnet._sdata.rasters import full_resolution
+from pixnet._sdata.store.bound import bound
 from pixnet._sdata.transforms import affine_to_pixels
+
+_MAX_ID = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def pixel_shapes(
     Raises
     ------
     TypeError
-        If the index is neither text nor integers, or a geometry is no polygon, multipolygon or circle.
+        If the index is neither text nor integers, or a geometry is not a polygon, multipolygon or circle.
     ValueError
         If ids repeat, or a geometry is missing, empty, invalid or three-dimensional (the first few are named by id).
     """
@@ -73,8 +76,9 @@ def read_shapes(
     if isinstance(element, GeoDataFrame):
         return PixelShapes(pack_element(element, shapes_key).transform(matrix), element.index)
     check_element(sdata, shapes_key)
-    geometries, ids = _label_rectangles(full_resolution(element))
-    return PixelShapes(geometries.transform(matrix), pd.Index(ids))
+    with bound(element, f"labels {shapes_key!r}"):
+        geometries, ids = _label_rectangles(full_resolution(element))
+    return PixelShapes(geometries.transform(matrix), pd.Index(label_ids(ids, shapes_key)))
 
 
 def check_element(sdata: SpatialData, key: str) -> None:
@@ -99,6 +103,10 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     ids = element.index
     if not (pd.api.types.is_integer_dtype(ids.dtype) or pd.api.types.is_string_dtype(ids.dtype)):
         raise TypeError(f"the index of {key!r} is {ids.dtype}; ids of shapes must be integers or text")
+    if ids.dtype.kind == "u" and len(ids) and ids.max() > _MAX_ID:
+        raise ValueError(
+            f"the index of {key!r} goes up to {ids.max()}, beyond int64; number the shapes anew, from 1 on"
+        )
     if not ids.is_unique:
         raise ValueError(
             f"the index of {key!r} has duplicate ids: {_some(ids, ids.duplicated())}; make them unique, for instance "
@@ -109,12 +117,12 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     point = types == shapely.GeometryType.POINT
     polygon = (types == shapely.GeometryType.POLYGON) | (types == shapely.GeometryType.MULTIPOLYGON)
 
-    def refuse(wrong: NDArray[np.bool_], fault: str, mend: str, error: type[Exception] = ValueError) -> None:
+    def refuse(wrong: NDArray[np.bool_], fault: str, fix: str, error: type[Exception] = ValueError) -> None:
         if wrong.any():
-            raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {mend}")
+            raise error(f"{key!r} has geometries that {fault}: {_some(ids, wrong)}; {fix}")
 
     refuse(types < 0, "are missing", "drop those rows")
-    refuse(~(point | polygon), "are no polygon, multipolygon or circle", "drop or buffer them", TypeError)
+    refuse(~(point | polygon), "are not polygons, multipolygons or circles", "drop or buffer them", TypeError)
     refuse(shapely.is_empty(geometries), "are empty", "drop those rows")
     flatten = f"flatten them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.force_2d()"
     refuse(shapely.has_z(geometries), "have z coordinates", flatten)
@@ -134,8 +142,8 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     wrong[suspects] = ~shapely.is_valid(geometries[suspects])
     if wrong.any():
         reason = shapely.is_valid_reason(geometries[np.flatnonzero(wrong)[0]])
-        mend = f"mend them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
-        refuse(wrong, f"are invalid (the first: {reason})", mend)
+        fix = f"fix them with sdata[{key!r}].geometry = sdata[{key!r}].geometry.make_valid()"
+        refuse(wrong, f"are invalid (the first: {reason})", fix)
     return arrays
 
 
@@ -144,8 +152,15 @@ def check_labels(element: DataArray | DataTree, key: str) -> None:
     data = full_resolution(element)
     if data.dims != ("y", "x"):
         raise ValueError(f"labels {key!r} have dimensions {data.dims}; pixnet works on 2D labels (y, x)")
-    if data.dtype.kind not in "iu":
+    if data.dtype.kind not in "iub":
         raise TypeError(f"labels {key!r} are {data.dtype}; integers are needed")
+
+
+def label_ids(labels: NDArray, key: str) -> NDArray[np.int64]:
+    """Return label numbers as int64, which tables hold as ids."""
+    if labels.dtype.kind == "u" and labels.size and labels.max() > _MAX_ID:
+        raise ValueError(f"labels {key!r} go up to {labels.max()}, beyond int64; number the objects anew, from 1 on")
+    return labels.astype(np.int64)
 
 
 def _some(ids: pd.Index, wrong: NDArray[np.bool_], n: int = 5) -> str:
@@ -156,7 +171,7 @@ def _some(ids: pd.Index, wrong: NDArray[np.bool_], n: int = 5) -> str:
 
 
 def _label_rectangles(labels: DataArray) -> tuple[ShapeArrays, NDArray]:
-    """Every label but 0 as a union of rectangles: runs of equal pixels, joined down the rows where they line up."""
+    """Return each label but 0 as a union of rectangles: runs of equal pixels, joined down the rows where they line up."""
     data = labels.data
     heights = getattr(data, "chunks", ((labels.shape[0],),))[0]
     found = []

@@ -14,6 +14,7 @@ from pixnet._core.slide.reader import SlideReader
 from pixnet._sdata.keys import resolve_image, tissue_key
 from pixnet._sdata.pixel_size import get_mpp
 from pixnet._sdata.rasters import Level, levels
+from pixnet._sdata.store.bound import check_bound
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,28 @@ class Slide:
     mask_key: str | Literal[False] | None
 
     @classmethod
-    def open(
-        cls, sdata: SpatialData, image_key: str | None = None, mask_key: str | Literal[False] | None = None
-    ) -> Slide:
+    def open(cls, sdata: SpatialData, image_key: str | None = None, mask_key: str | bool | None = None) -> Slide:
         """Resolve an image and its mask, and check them; reads no pixel.
 
         Raises
         ------
+        FileNotFoundError
+            If the store of the pixels is gone.
         KeyError
             If there is no such image or labels element.
+        RuntimeError
+            If another image was written in its place.
         TypeError
             If the pixels are not uint8.
         ValueError
             If the image is not RGB, several could be meant, or its pixel size is unknown.
         """
         key = resolve_image(sdata, image_key)
-        return cls(sdata, key, get_mpp(sdata, key), levels(sdata.images[key]), tissue_key(sdata, key, mask_key))
+        slide = cls(sdata, key, get_mpp(sdata, key), levels(sdata.images[key]), tissue_key(sdata, key, mask_key))
+        check_bound(sdata.images[key], f"image {key!r}")
+        if isinstance(slide.mask_key, str):
+            check_bound(sdata.labels[slide.mask_key], f"mask {slide.mask_key!r}")
+        return slide
 
     @property
     def image(self) -> DataArray:
@@ -63,7 +70,7 @@ class Slide:
 
     @property
     def transformations(self) -> dict[str, Any]:
-        """Transformations of the full-resolution level to each of its coordinate systems."""
+        """Transformations of the full-resolution level to each of its coordinate systems, the pixel size among them."""
         return dict(get_transformation(self.image, get_all=True))
 
     def grid(self, mpp: float, stride: int) -> ModelGrid:

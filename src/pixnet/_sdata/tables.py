@@ -1,4 +1,4 @@
-"""What was summed over shapes, as a table that annotates them."""
+"""Make a table of what was summed over shapes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from xarray import DataArray
 from pixnet._core.coverage import Weights
 from pixnet._core.zonal import Mean, Statistic, Sum, ZonalStatistics
 from pixnet._logging import logger
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 
-QUANTITIES = {"density": "density", "log_sum": "log1p CP10k / um^2", "log_mean": "log1p CP10k"}
-"""What a gene map may hold, with the unit of its values."""
+UNITS = {"density": "density", "log_sum": "log1p CP10k / um^2"}
+"""Unit of the values of a gene map, by quantity."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was asked for, resolved and checked.
+    """A request, resolved and checked.
 
     Attributes
     ----------
     image_key, data
         The image, and its full-resolution level.
-    is_map, quantity
-        Whether it is a gene map, and what that holds, of :data:`QUANTITIES` (None where it is none).
+    gene_map
+        The image as a gene map; None if it is not one.
     names, channels
         Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
     statistics
@@ -42,13 +43,14 @@ class Plan:
     systems
         Coordinate system of each shapes element.
     mpp
-        um per pixel, if known.
+        Pixel size (µm/px), if known.
+    model
+        Name of the model that made the map, if known.
     """
 
     image_key: str
     data: DataArray
-    is_map: bool
-    quantity: str | None
+    gene_map: GeneMap | None
     names: list[str]
     channels: list[int]
     statistics: list[Statistic]
@@ -56,25 +58,26 @@ class Plan:
     min_coverage: float
     systems: dict[str, str]
     mpp: float | None
+    model: str | None
 
     @property
     def computed(self) -> list[Statistic]:
         """The statistics to compute: those asked for, and those that the CP10k of a gene map is made of."""
-        needed: list[Statistic] = [Mean()] if self.is_map else []
-        if self.quantity == "log_sum":
+        needed: list[Statistic] = [] if self.gene_map is None else [Mean()]
+        if self.gene_map is not None and self.gene_map.quantity == "log_sum":
             needed.append(Sum())
         return list({s.name: s for s in [*needed, *self.statistics]}.values())
 
 
 class Rows(NamedTuple):
-    """What a table says of its shapes whatever the pixels are."""
+    """The part of a table that needs no pixels."""
 
     obs: pd.DataFrame
     centroids: NDArray[np.float64]
 
 
 def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) -> Rows:
-    """Return ids, areas (um^2 or pixels) and centroids (in the coordinate system) of the shapes of one element."""
+    """Return ids, areas (µm² or pixels) and centroids (in the coordinate system) of the shapes of one element."""
     obs = pd.DataFrame(index=pd.Index(element.ids.astype(str), name=None))
     obs["region"] = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), categories=[name])
     integer = pd.api.types.is_integer_dtype(element.ids.dtype)
@@ -94,11 +97,14 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
     obs["coverage"] = np.where(coverage > 1 - 1e-9, 1.0, coverage)
     thin = obs["coverage"].to_numpy() < plan.min_coverage
 
-    values, layers, units = _map_values(plan, sums, obs) if plan.is_map else _image_values(plan, sums)
+    if plan.gene_map is None:
+        values, layers, units = _image_values(plan, sums)
+    else:
+        values, layers, units = _map_values(plan, plan.gene_map, sums, obs)
     if thin.any():
         for value in (values, *layers.values()):
             value[thin] = np.nan
-        if plan.is_map:
+        if plan.gene_map is not None:
             obs.loc[thin, "total"] = np.nan
     empty = int((seen == 0).sum())
     if empty or thin.any():
@@ -120,9 +126,8 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
     }
     if plan.mpp is not None:
         parameters["mpp"] = plan.mpp
-    model = sdata.attrs.get("pixnet", {}).get("images", {}).get(plan.image_key, {}).get("model")
-    if model is not None:
-        parameters["model"] = model
+    if plan.model is not None:
+        parameters["model"] = plan.model
     table = AnnData(
         X=values,
         obs=obs,
@@ -135,35 +140,33 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
 
 
 def _map_values(
-    plan: Plan, sums: ZonalStatistics, obs: pd.DataFrame
+    plan: Plan, gene_map: GeneMap, sums: ZonalStatistics, obs: pd.DataFrame
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """CP10k of a gene map, and statistics of its values."""
+    """Return CP10k of a gene map, and statistics of its values."""
     mean = sums.values.pop(Mean.name)
     density, total = np.ascontiguousarray(mean[:, :-1]), mean[:, -1].astype(np.float64) / 1e4
     del mean  # it is as large as the table
     obs["total"] = total
-    unit = QUANTITIES[plan.quantity]
+    unit = UNITS[gene_map.quantity]
     layers, units = {"density": density}, {"density": unit}
     for statistic in plan.computed:
         if statistic.name in sums.values:
-            px_area = plan.mpp**2 if statistic.extensive else 1.0
-            layers[statistic.name] = sums.values.pop(statistic.name)[:, :-1] * np.float32(px_area)
+            area = gene_map.pixel_um2 if statistic.extensive else 1.0
+            layers[statistic.name] = sums.values.pop(statistic.name)[:, :-1] * np.float32(area)
             units[statistic.name] = statistic.unit(unit, "um^2")
-    if plan.quantity == "log_sum":
+    if gene_map.quantity == "log_sum":
         values = np.expm1(layers[Sum.name])
-    elif plan.quantity == "log_mean":
-        values = np.expm1(density)
     else:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
     asked = {"density", *(s.name for s in plan.statistics)}
     layers = {name: layer for name, layer in layers.items() if name in asked}
     units = {name: unit for name, unit in units.items() if name in asked}
-    return values, layers, {"unit": "CP10k", "quantity": plan.quantity, "layer_units": units}
+    return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
 
 
 def _image_values(plan: Plan, sums: ZonalStatistics) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
-    """Plain statistics, the first of them as X."""
+    """Return plain statistics, the first of them as X."""
     first, *further = plan.statistics
     units = {s.name: s.unit("value", "pixel") for s in plan.statistics}
     layers = {s.name: sums.values[s.name] for s in further}

@@ -1,28 +1,23 @@
-"""The tissue mask of a slide: found at a coarse resolution, or opened as tl functions use it."""
+"""The tissue mask of a slide: computed at a coarse resolution, or opened as tl functions use it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pixnet._core.slide.mask import SlideExtent, TissueMask
-from pixnet._core.slide.tissue import compute_mask
+from pixnet._core.slide.mask import TissueMask
+from pixnet._core.slide.tissue import ISLAND_SHARE, ISLAND_UM2, compute_mask
 from pixnet._logging import logger
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.slide import Slide
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
-# The mask is made at about this many um per pixel: fine enough for the outline, coarse enough to be quick.
+# About the pixel size of the mask (µm/px): fine enough for the outline, coarse enough to be quick.
 TARGET_MPP = 5.5
 
 
 def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
-    """Read an image as `pixnet._core.tissue.compute_mask` takes it.
-
-    Returns
-    -------
-    tuple
-        Pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, um per pixel.
-    """
+    """Return coarse pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, and their pixel size (µm/px)."""
     import dask.array as da
 
     mpp, pyramid = slide.mpp, slide.levels
@@ -35,25 +30,33 @@ def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
     if factor > 1:
         data = da.coarsen(np.mean, da.asarray(data), {1: factor, 2: factor}, trim_excess=True)
     scale = (scale_y * factor, scale_x * factor)
-    return np.asarray(data).round().astype(np.uint8), scale, mpp * float(np.sqrt(scale[0] * scale[1]))
+    pixels = np.asarray(data)
+    check_bound(level.data, f"image {slide.key!r}")
+    return pixels.round().astype(np.uint8), scale, mpp * float(np.sqrt(scale[0] * scale[1]))
 
 
 def find_tissue(slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return where tissue is on an image.
-
-    Returns
-    -------
-    tuple
-        Mask ``bool (y, x)``, and level-0 pixels of the image per pixel of it, ``(y, x)``.
-    """
+    """Compute the tissue mask ``bool (y, x)`` of an image, and level-0 pixels per pixel of it, ``(y, x)``."""
     small, scale, mpp = _read_coarse(slide)
     mask = compute_mask(small, mpp)
     share = float(mask.mean())
     if share == 0:
-        logger.warning("no tissue found on image %r", slide.key)
+        logger.warning("%s", no_tissue(slide))
     else:
         logger.info("tissue covers %.0f %% of image %r", 100 * share, slide.key)
     return mask, scale
+
+
+def no_tissue(slide: Slide) -> str:
+    """Return the sentence that says that a slide has no tissue, and by which rule."""
+    if slide.mask_key:
+        return f"the mask {slide.mask_key!r} of image {slide.key!r} has no tissue"
+    width, height = (slide.mpp * slide.image.sizes[axis] for axis in ("x", "y"))
+    return (
+        f"no tissue found on image {slide.key!r} of {width:.4g} x {height:.4g} µm at {slide.mpp:g} µm/px: pieces smaller than "
+        f"{ISLAND_UM2:,.0f} µm², or {ISLAND_SHARE:.0%} of a small image, count as debris. If the pixel size is wrong, fix it "
+        "with pixnet.pp.set_mpp"
+    )
 
 
 def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
@@ -67,14 +70,13 @@ def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     if slide.mask_key is None:
         mask, (scale_y, scale_x) = find_tissue(slide)
         return mask, np.diag([1 / scale_x, 1 / scale_y, 1.0])
-    labels = np.asarray(full_resolution(slide.sdata.labels[slide.mask_key]).data)
+    element = slide.sdata.labels[slide.mask_key]
+    labels = np.asarray(full_resolution(element).data)
+    check_bound(element, f"mask {slide.mask_key!r}")
     return labels != 0, np.linalg.inv(affine_to_pixels(slide.sdata, slide.mask_key, slide.key))
 
 
-def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask | SlideExtent:
+def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask:
     """Return the tissue mask of a slide, to be asked per output pixel of ``out_px`` level-0 pixels ``(y, x)``."""
-    if slide.mask_key is False:
-        sizes = slide.image.sizes
-        return SlideExtent((sizes["y"] / out_px[0], sizes["x"] / out_px[1]))
     mask, to_mask = read_mask(slide)
-    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]))
+    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]), masked=slide.mask_key is not False)

@@ -8,14 +8,23 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from pixnet._names import listed
+from pixnet._sdata.pixel_size import is_pixel_size
 
 _AXES = ("x", "y")
 
 
+def coordinate_systems(sdata: SpatialData, key: str) -> list[str]:
+    """Return the coordinate systems that place an element; a pixel size places nothing."""
+    return [name for name in get_transformation(sdata[key], get_all=True) if not is_pixel_size(name)]
+
+
 def shared_coordinate_system(sdata: SpatialData, key_a: str, key_b: str, coordinate_system: str | None = None) -> str:
     """Return the coordinate system in which two elements meet: the one asked for, "global" if shared, else the first shared."""
-    systems_a = list(get_transformation(sdata[key_a], get_all=True))
-    systems_b = list(get_transformation(sdata[key_b], get_all=True))
+    if coordinate_system is not None and is_pixel_size(coordinate_system):
+        raise ValueError(
+            f"coordinate system {coordinate_system!r} tells the pixel size of an image and aligns no elements; name another one"
+        )
+    systems_a, systems_b = coordinate_systems(sdata, key_a), coordinate_systems(sdata, key_b)
     shared = [name for name in systems_a if name in systems_b]
     if coordinate_system is not None:
         if coordinate_system not in shared:
@@ -26,7 +35,7 @@ def shared_coordinate_system(sdata: SpatialData, key_a: str, key_b: str, coordin
         return coordinate_system
     if not shared:
         raise ValueError(
-            f"{key_a!r} ({listed(systems_a)}) and {key_b!r} ({listed(systems_b)}) share no coordinate system; "
+            f"{key_a!r} ({listed(systems_a)}) and {key_b!r} ({listed(systems_b)}) share no coordinate system that places them; "
             "register one of them with spatialdata.transformations.set_transformation"
         )
     return "global" if "global" in shared else shared[0]

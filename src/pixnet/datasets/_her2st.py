@@ -25,33 +25,33 @@ BASE_URL = f"https://raw.githubusercontent.com/almaan/her2st/{COMMIT}/data/"
 ATTEMPTS = 3
 
 
-def her2st(section: str = "C2", path: str | PathLike[str] | None = None) -> SpatialData:
+def her2st(section: str = "C2", *, path: str | PathLike[str] | None = None) -> SpatialData:
     """Load a section of the HER2-positive breast tumours of Andersson et al. (Nature Communications 2021).
 
-    36 sections of 8 patients (A to H), legacy Spatial Transcriptomics: spots 100 um across, 200 um apart, with the H&E
-    picture of the same section. Files come from the public repository ``almaan/her2st`` at a fixed commit (about 5 MB a
-    section), are kept under ``settings.cache_dir`` and checked against the repository's own hashes at each use.
+    There are 36 sections of 8 patients (A to H), measured by legacy Spatial Transcriptomics: spots of 100 µm, 200 µm apart,
+    with the H&E picture of the same section. Files come from the public repository ``almaan/her2st`` at a fixed commit
+    (about 5 MB per section), are kept under ``settings.cache_dir`` and checked against the repository's hashes at each use.
 
     Parameters
     ----------
     section
-        ``"A1"`` ... ``"H3"``: letter of the patient and number of the section.
+        Letter of the patient and number of the section: ``"A1"`` to ``"H3"``.
     path
-        Folder in the layout of the public repository, the one that holds ``ST-cnts``, ``ST-imgs`` and
-        ``ST-spotfiles``; nothing is downloaded then. ``None`` looks for ``her2st`` in the folder that the environment
-        variable ``PIXNET_DATA_DIR`` names, and downloads otherwise.
+        Folder that holds ``ST-cnts``, ``ST-imgs`` and ``ST-spotfiles`` of the public repository; nothing is downloaded
+        then. ``None`` looks for ``her2st`` in the folder that the environment variable ``PIXNET_DATA_DIR`` names, and
+        downloads otherwise.
 
     Returns
     -------
     SpatialData
         Image ``"he"`` (multiscale), circles ``"spots"`` (selected spots that have a row of counts, index
         ``"{x}x{y}"``), table ``"spots_counts"`` (raw counts, all genes). Coordinate systems ``"global"`` (pixels) and
-        ``"um"``; um/px is measured on the section from the pitch of its spots.
+        ``"um"``; the pixel size is measured on the section from the pitch of its spots.
 
     Raises
     ------
     ValueError
-        If there is no such section, or a downloaded file is not the one of the fixed commit.
+        If there is no such section, or a downloaded file differs from that of the fixed commit.
     FileNotFoundError
         If ``path`` lacks a file of the section.
     ConnectionError
@@ -78,7 +78,7 @@ def her2st(section: str = "C2", path: str | PathLike[str] | None = None) -> Spat
                 name for name in sections() if all((folder / file).is_file() for file in _section_files(name).values())
             ]
             raise FileNotFoundError(
-                f"section {section!r} is not whole in {folder}: no {', '.join(missing)}; whole sections there: "
+                f"section {section!r} is not complete in {folder}: no {', '.join(missing)}; complete sections there: "
                 f"{', '.join(here) or 'none'}. To download it, leave path=None and unset PIXNET_DATA_DIR"
             )
         for name, file in zip(parts.values(), found.values()):
@@ -88,18 +88,19 @@ def her2st(section: str = "C2", path: str | PathLike[str] | None = None) -> Spat
 
 
 def sections() -> list[str]:
-    """Names of the sections, ``"A1"`` to ``"H3"``."""
+    """Return the names of the sections, ``"A1"`` to ``"H3"``."""
     return sorted(name.split("/")[-1].split(".")[0] for name in _registry() if name.startswith("ST-cnts/"))
 
 
 @cache
 def _registry() -> dict[str, str]:
-    """File, relative to the repository's ``data`` folder -> git blob id."""
+    """Return the git blob id of each file, by its path in the repository's ``data`` folder."""
     lines = files("pixnet.datasets").joinpath("her2st_registry.tsv").read_text().splitlines()[1:]
     return {name.removeprefix("data/"): sha1 for name, sha1 in (line.split("\t") for line in lines if line)}
 
 
 def _section_files(section: str) -> dict[str, str]:
+    """Return the files of a section: counts, spots and image."""
     valid = sections()
     if section not in valid:
         raise ValueError(f"her2st has no section {section!r}; it has {', '.join(valid)}")
@@ -112,11 +113,12 @@ def _section_files(section: str) -> dict[str, str]:
 
 
 def _local_folder(path: str | PathLike[str] | None) -> Path | None:
+    """Return the folder to read from; None where files have to be downloaded."""
     if path is not None:
         folder = Path(path).expanduser()
         if not (folder / "ST-cnts").is_dir():
             raise FileNotFoundError(
-                f"path {str(folder)!r} holds no ST-cnts; give the folder that does, or None to download"
+                f"path {str(folder)!r} has no folder ST-cnts; give the folder that has one, or None to download"
             )
         return folder
     root = os.environ.get("PIXNET_DATA_DIR")
@@ -124,12 +126,12 @@ def _local_folder(path: str | PathLike[str] | None) -> Path | None:
         folder = Path(root).expanduser() / "her2st"
         if (folder / "ST-cnts").is_dir():
             return folder
-        logger.info("PIXNET_DATA_DIR is %s, which holds no her2st/ST-cnts: downloading", root)
+        logger.info("PIXNET_DATA_DIR is %s, which has no her2st/ST-cnts: downloading", root)
     return None
 
 
 def git_blob_sha1(path: Path) -> str:
-    """Git's id of a file's content."""
+    """Return git's id of a file's content."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
@@ -174,13 +176,15 @@ def _fetch(name: str) -> Path:
 
 
 def _by_hand() -> str:
+    """Return the part of a message that says how to do without the download."""
     return f"Try again, or clone https://github.com/almaan/her2st at {COMMIT[:8]} and give path= the folder that holds ST-cnts"
 
 
 def _bar(name: str) -> tqdm | bool:
+    """Return a progress bar for a download, or False for none."""
     from tqdm import tqdm
 
     if not settings.progress:
         return False
-    # pooch sets the total, and takes a bar of total 0 for none
+    # pooch sets the total, and takes a bar of total 0 for no bar
     return tqdm(total=1, unit="B", unit_scale=True, desc=name.split("/")[-1], file=sys.stderr, leave=False)

@@ -1,4 +1,4 @@
-"""Pixels of files that are too large to decode whole: array-likes that read a region when asked."""
+"""Pixels of files that are too large to decode at once: array-likes that read a region at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 
-from pixnet.io._raster import CHUNK
+from pixnet._core.slide.pyramid import CHUNK
 
 _openslide_lock = threading.Lock()
 
@@ -30,7 +30,7 @@ class FileLevel:
         self.path = str(path)
         self.level = level
         self.shape = (3, *shape)
-        # A file that was replaced must not be read through the old handle, nor found in a cache of dask's.
+        # A file that was replaced must not be read through the old handle, nor be found in a cache of dask.
         self.stamp = path.stat().st_mtime_ns
 
     def region(self, y: slice, x: slice) -> np.ndarray:
@@ -38,11 +38,11 @@ class FileLevel:
         raise NotImplementedError
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        index = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in index:
-            at = index.index(Ellipsis)
-            index = (*index[:at], *[slice(None)] * (4 - len(index)), *index[at + 1 :])
-        c, y, x = (*index, *[slice(None)] * (3 - len(index)))
+        key = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis not in key:
+            key.append(Ellipsis)
+        at = key.index(Ellipsis)
+        c, y, x = key[:at] + [slice(None)] * (4 - len(key)) + key[at + 1 :]
         y, x = (slice(*part.indices(size)[:2]) for part, size in zip((y, x), self.shape[1:]))
         if y.stop <= y.start or x.stop <= x.start:
             return np.empty((3, max(0, y.stop - y.start), max(0, x.stop - x.start)), dtype=np.uint8)[c]
@@ -64,7 +64,7 @@ class FileLevel:
 
 
 def flatten_alpha(pixels: np.ndarray) -> np.ndarray:
-    """RGBA ``(y, x, 4)`` laid on white; RGB is returned as it is."""
+    """Lay RGBA ``(y, x, 4)`` on white; return RGB as it is."""
     if pixels.shape[-1] == 3:
         return pixels
     alpha = pixels[..., 3:].astype(np.uint16)
@@ -93,6 +93,7 @@ class TiffLevel(FileLevel):
 
 @lru_cache(maxsize=32)
 def _open_tiff(path: str, stamp: int, series: int, level: int, process: int) -> Any:
+    """Open a level of a TIFF, once per process."""
     import tifffile
     import zarr
 
@@ -118,6 +119,7 @@ class OpenSlideLevel(FileLevel):
 
 @lru_cache(maxsize=8)
 def _open_openslide(path: str, stamp: int, process: int) -> Any:
+    """Open a scanner's file, once per process."""
     import openslide
 
     with _openslide_lock:

@@ -1,4 +1,4 @@
-"""Legacy Spatial Transcriptomics (spots of 100 um on a 200 um grid): tables and a picture into SpatialData."""
+"""Legacy Spatial Transcriptomics (spots of 100 µm on a 200 µm grid): tables and a picture into SpatialData."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from anndata import AnnData
 from scipy import sparse
 
 from pixnet._logging import logger
-from pixnet.io._raster import pyramid, raster_element, read_picture
+from pixnet._sdata.rasters import pyramid, raster_element
+from pixnet.io._picture import read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -40,13 +41,13 @@ def legacy_st(
     spots
         Table of spots with columns ``x`` and ``y`` (place in the array) and ``pixel_x``, ``pixel_y`` (centre in pixels
         of ``image``); where a column ``selected`` exists, spots with 0 are left out. Columns ``new_x``, ``new_y``
-        (place in the array, adjusted to the measured centre) serve to measure the resolution.
+        (place in the array, adjusted to the measured centre) serve to measure the pixel size.
     image
         The H&E picture (8-bit RGB JPEG, PNG or TIFF), or an array ``uint8 (y, x, 3)``.
     mpp
-        um per pixel of ``image``; ``None`` measures it from the spots and ``pitch_um``.
+        Pixel size of ``image`` (µm/px); ``None`` measures it from the spots and ``pitch_um``.
     pitch_um, diameter_um
-        Distance between the centres of neighbouring spots, and diameter of a spot, in um.
+        Distance between the centres of neighbouring spots, and diameter of a spot (µm).
     image_key, shapes_key, table_key
         Names of the elements; ``table_key=None`` is ``"{shapes_key}_counts"``.
 
@@ -55,7 +56,7 @@ def legacy_st(
     SpatialData
         Multiscale image ``"he"``, circles ``"spots"`` (selected spots that have counts, index ``"{x}x{y}"``), table
         ``"spots_counts"`` (raw counts, sparse float32). Coordinate systems ``"global"`` (pixels of the image) and
-        ``"um"``. um/px is recorded as by :func:`pixnet.pp.set_mpp`.
+        ``"um"``. The pixel size is recorded as by :func:`pixnet.pp.set_mpp`.
 
     Raises
     ------
@@ -73,8 +74,8 @@ def legacy_st(
     ...     {"x": [1, 2, 1, 2], "y": [1, 1, 2, 2], "pixel_x": [100, 300, 100, 300], "pixel_y": [100, 100, 300, 300]}
     ... )
     >>> sdata = px.io.legacy_st(counts, spots, np.full((400, 400, 3), 255, dtype=np.uint8))
-    >>> round(sdata.attrs["pixnet"]["mpp"]["he"], 6)
-    1.0
+    >>> sdata["spots"].radius.round(6).tolist()  # px: spots are 100 µm across, and 1 µm/px is found
+    [50.0, 50.0, 50.0, 50.0]
     """
     import geopandas
     import shapely
@@ -82,7 +83,8 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)
@@ -101,7 +103,7 @@ def legacy_st(
     if mpp is None:
         mpp = pitch_um / _pitch_px(places)
     if not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp is {mpp!r}; a positive number of um per pixel is needed")
+        raise ValueError(f"mpp is {mpp!r}; a positive number (µm/px) is needed")
     places, matrix = places.loc[common], matrix.loc[common]
 
     pixels = _read_image(image)
@@ -141,18 +143,19 @@ def legacy_st(
         shapes={shapes_key: ShapesModel.parse(circles, transformations=dict(transformations))},
         tables={table_key: TableModel.parse(adata, region=shapes_key, region_key="region", instance_key="instance_id")},
     )
-    entry = record(sdata)
-    entry["mpp"][image_key] = float(mpp)
-    entry["defaults"].update({"image_key": image_key, "shapes": shapes_key})
-    entry["tables"][table_key] = {"kind": "counts", "shapes": shapes_key}
+    write_mpp(sdata, image_key, float(mpp))
+    note(sdata, "defaults", "image_key", image_key)
+    note(sdata, "defaults", "shapes", shapes_key)
     return sdata
 
 
 def _some(names: pd.Index) -> str:
+    """Return the first names, as an error shows them."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _read_table(source: str | PathLike[str] | pd.DataFrame, what: str, index_col: int | None) -> pd.DataFrame:
+    """Return a table, from a file or as it is given."""
     if isinstance(source, pd.DataFrame):
         return source
     path = Path(source)
@@ -166,6 +169,7 @@ def _read_table(source: str | PathLike[str] | pd.DataFrame, what: str, index_col
 
 
 def _read_spots(source: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
+    """Return the selected spots, indexed by id."""
     table = _read_table(source, "spots", None)
     missing = [name for name in ("x", "y", "pixel_x", "pixel_y") if name not in table.columns]
     if missing:
@@ -185,6 +189,7 @@ def _read_spots(source: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_counts(source: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
+    """Return raw counts, spots in rows; genes named more than once are summed."""
     table = _read_table(source, "counts", 0)
     table.index = table.index.astype(str)
     if table.index.has_duplicates:
@@ -208,6 +213,7 @@ def _read_counts(source: str | PathLike[str] | pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_image(image: str | PathLike[str] | np.ndarray) -> np.ndarray:
+    """Return the picture as ``uint8 (3, y, x)``."""
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"image is {image.dtype} {image.shape}; uint8 (y, x, 3) is needed")
@@ -219,11 +225,11 @@ def _read_image(image: str | PathLike[str] | np.ndarray) -> np.ndarray:
 
 
 def _pitch_px(places: pd.DataFrame) -> float:
-    """Pixels between neighbouring spots: the linear fit of pixel positions on array positions."""
+    """Return the pixels between neighbouring spots: the linear fit of pixel positions on array positions."""
     columns = ["new_x", "new_y"] if {"new_x", "new_y"} <= set(places.columns) else ["x", "y"]
     array = np.column_stack([places[columns].to_numpy(float), np.ones(len(places))])
     if len(places) < 3 or np.linalg.matrix_rank(array - array.mean(0) * [1, 1, 0]) < 3:
-        raise ValueError("the spots are too few or in one line to measure um per pixel; give mpp=")
+        raise ValueError("the spots are too few or in one line to measure the pixel size; give mpp= (µm/px)")
     fit = np.linalg.lstsq(array, places[["pixel_x", "pixel_y"]].to_numpy(float), rcond=None)[0][:2]
     pitch = float(np.sqrt(abs(np.linalg.det(fit))))
     long, short = np.linalg.svd(fit, compute_uv=False)

@@ -6,38 +6,40 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import dask.array as da
 import numpy as np
 
 from pixnet._logging import logger
+from pixnet._sdata.rasters import Array, Scales, extend, pyramid, raster_element
 from pixnet.io import _tiff
 from pixnet.io._lazy import OpenSlideLevel, TiffLevel
-from pixnet.io._raster import MAX_WHOLE_PIXELS, extend, open_picture, pyramid, raster_element, read_picture
+from pixnet.io._picture import MAX_WHOLE_PIXELS, open_picture, read_picture
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-# The coarsest level that a file brings may be this much larger than wanted before levels are added to it.
+# Levels are added to a file whose coarsest level has more pixels than this along its longer side.
 COARSEST = 4096
 _MULTI_FILE = {".mrxs", ".dcm", ".vms", ".vmu", ".svslide", ".czi"}
 
 
-def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_key: str = "he") -> SpatialData:
+def slide(
+    path: str | PathLike[str], *, mpp: float | Literal[False] | None = None, image_key: str = "he"
+) -> SpatialData:
     """Open a whole-slide image; pixels are read when they are used.
 
-    Reads Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and whatever else
-    OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions, and plain JPEG
-    and PNG. All but JPEG and PNG need the extra ``pixnet[io]``.
+    The formats are Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and all
+    others that OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions, and
+    plain JPEG and PNG. All but JPEG and PNG need the extra ``pixnet[io]``.
 
     Parameters
     ----------
     path
         The file.
     mpp
-        um per pixel of the finest level, in place of what the file states. ``False`` leaves it unknown, to be measured
-        with :func:`pixnet.pp.infer_mpp`.
+        Pixel size of the finest level (µm/px), in place of what the file states. ``False`` leaves it unknown, to be
+        measured with :func:`pixnet.pp.infer_mpp`.
     image_key
         Name of the image element.
 
@@ -45,14 +47,18 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     -------
     SpatialData
         One multiscale image ``uint8 (3, y, x)`` in coordinate systems ``"global"`` (pixels of the finest level) and
-        ``"um"``, with um/px recorded as by :func:`pixnet.pp.set_mpp`. Transparent pixels are white.
+        ``"um"``, with the pixel size recorded as by :func:`pixnet.pp.set_mpp`. Transparent pixels are white. An image of
+        one row or column has a single scale.
 
     Raises
     ------
     FileNotFoundError, IsADirectoryError
-        If ``path`` is no file.
+        If ``path`` is not a file.
     ValueError
-        If the file states no um/px and none is given, is truncated, damaged or absurdly large, or is no 8-bit RGB.
+        If the file is truncated or damaged, is not 8-bit RGB, cannot be read tile by tile and is too large to be decoded
+        at once, or states no pixel size where ``mpp`` is None.
+    OSError
+        When pixels are read, if the file is damaged there.
     ImportError
         If the reader is not installed.
 
@@ -68,7 +74,8 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import record
+    from pixnet._sdata.record import note
+    from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
     if path.is_dir():
@@ -78,7 +85,7 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     if mpp is True or (mpp is not None and mpp is not False and not (np.isfinite(mpp) and mpp > 0)):
-        raise ValueError(f"mpp is {mpp!r}; a positive number of um per pixel, None or False is needed")
+        raise ValueError(f"mpp is {mpp!r}; a positive number (µm/px), None or False is needed")
 
     levels, scales, stated = _read(path)
     value = _resolution(path, mpp, stated)
@@ -86,42 +93,41 @@ def slide(path: str | PathLike[str], *, mpp: float | bool | None = None, image_k
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    entry = record(sdata)
-    entry["defaults"]["image_key"] = image_key
+    note(sdata, "defaults", "image_key", image_key)
     if value is not None:
-        entry["mpp"][image_key] = value
+        write_mpp(sdata, image_key, value)
     return sdata
 
 
-def _resolution(path: Path, mpp: float | bool | None, stated: tuple[float, float] | None) -> float | None:
+def _resolution(path: Path, mpp: float | Literal[False] | None, stated: tuple[float, float] | None) -> float | None:
+    """Return the pixel size (µm/px) to record: the one given, else the one that the file states."""
     if mpp is False:
         return None
     if mpp is not None:
         if stated is not None and abs(np.log(mpp / stated[0])) > np.log(1.05):
-            logger.warning("%s states %.4g um per pixel; mpp=%g is taken as asked", path.name, stated[0], mpp)
+            logger.warning("%s states %.4g µm/px; mpp=%g is used instead", path.name, stated[0], mpp)
         return float(mpp)
     if stated is None:
         raise ValueError(
-            f"{path} does not state its resolution: give mpp= (um per pixel, about 0.25 at 40x and 0.5 at 20x), or "
+            f"{path} does not state its pixel size: give mpp= (µm/px, about 0.25 at 40x and 0.5 at 20x), or "
             "mpp=False and record it later with pixnet.pp.set_mpp or pixnet.pp.infer_mpp"
         )
     x, y = stated
     if abs(x - y) > 0.01 * max(x, y):
         raise ValueError(
-            f"{path} states {x:.4g} um per pixel in x and {y:.4g} in y; square pixels are needed: give mpp="
+            f"{path} states {x:.4g} µm/px in x and {y:.4g} µm/px in y; square pixels are needed: give mpp="
         )
     return float((x + y) / 2)
 
 
-Levels = tuple[Sequence[np.ndarray | da.Array], Sequence[tuple[float, float]], tuple[float, float] | None]
+Levels = tuple[Sequence[Array], Sequence[Scales], tuple[float, float] | None]
 
 
 def _read(path: Path) -> Levels:
-    """Levels finest first, their scales in level-0 pixels (y, x), and the stated um/px (x, y)."""
+    """Return the levels, finest first, their scales in level-0 pixels (y, x), and the stated µm/px (x, y)."""
     if _tiff.is_tiff(path):
         _need("imagecodecs", "tifffile")
         with _tiff.open_tiff(path) as tiff:
-            _tiff.check_whole(tiff, path)
             scanner = any(getattr(tiff, f"is_{name}", False) for name in ("svs", "ndpi", "scn", "bif", "philips"))
         if scanner:
             _need("openslide")
@@ -136,12 +142,14 @@ def _read(path: Path) -> Levels:
 
 
 def _need(*modules: str) -> None:
+    """Refuse to go on without the packages that read this kind of file."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise ImportError(f"reading this file needs {', '.join(missing)}: pip install 'pixnet[io]'")
 
 
 def _vendor(path: Path) -> str | None:
+    """Return the format that OpenSlide recognises, if any."""
     import openslide
 
     try:
@@ -151,6 +159,7 @@ def _vendor(path: Path) -> str | None:
 
 
 def _read_openslide(path: Path) -> Levels:
+    """Open a file with OpenSlide."""
     import openslide
 
     try:
@@ -159,10 +168,11 @@ def _read_openslide(path: Path) -> Levels:
             properties = dict(file.properties)
     except openslide.OpenSlideError as error:
         raise ValueError(f"{path} is damaged, or lacks the files that belong to it: {error}") from error
-    levels, scales = [], []
+    levels: list[Array] = []
+    scales = []
     for i, ((width, height), down) in enumerate(zip(dimensions, downsamples)):
-        tile = tuple(int(properties.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("height", "width"))
-        levels.append(OpenSlideLevel(path, i, (height, width), down).lazy(tile))
+        rows, columns = (int(properties.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("height", "width"))
+        levels.append(OpenSlideLevel(path, i, (height, width), down).lazy((rows, columns)))
         scales.append(_scale(dimensions[0][::-1], (height, width)))
     try:
         stated = _tiff.plausible(float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"]))
@@ -172,6 +182,7 @@ def _read_openslide(path: Path) -> Levels:
 
 
 def _read_tiff(path: Path) -> Levels:
+    """Open a TIFF tile by tile, or decode a small one at once."""
     content = _tiff.inspect(path)
     rows, columns = content.tile
     if rows * columns > _tiff.MAX_TILE_PIXELS or max(content.shape) <= 2048:
@@ -183,7 +194,7 @@ def _read_tiff(path: Path) -> Levels:
         whole = TiffLevel(path, content.series, 0, content.axes, content.levels[0])[:]
         return *pyramid(whole), content.mpp
     y, x = content.axes.index("Y"), content.axes.index("X")
-    levels = [
+    levels: list[Array] = [
         TiffLevel(path, content.series, i, content.axes, sizes).lazy(content.tile)
         for i, sizes in enumerate(content.levels)
     ]
@@ -192,15 +203,16 @@ def _read_tiff(path: Path) -> Levels:
 
 
 def _read_picture(path: Path) -> Levels:
+    """Decode a JPEG or PNG."""
     picture = open_picture(path)
-    # Pillow gives dots per inch; 72 and the like are defaults of no meaning.
+    # Pillow gives dots per inch; 72 and the like are meaningless defaults.
     dots = picture.info.get("dpi", (0, 0))
     stated = _tiff.plausible(25_400 / float(dots[0]), 25_400 / float(dots[1])) if min(dots) > 0 else None
     return *pyramid(read_picture(path)), stated
 
 
 def _scale(full: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """Level-0 pixels per pixel: the whole number that scanners mean, where the sizes allow it."""
+    """Return level-0 pixels per pixel: the whole number that scanners mean, where the sizes allow it."""
     scales = []
     for large, small in zip(full, size):
         whole = round(large / small)

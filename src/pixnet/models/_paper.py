@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixnet.models._decoder import ATTENTION_PX, SeparableAttentionFusion, _spare, _trim
-
-FILTERS = (64, 128, 256, 512, 512, 512)
-"""Channels of the published decoder, finest level first."""
-
-COARSEST = 32
-"""Stride of the deepest level: 8 x 8 positions of the 256 px image of the decoder that PixNet builds on (MCADS)."""
+from pixnet.models._decoder import BLOCK_PX, ChannelNorm, droppable_halo, trim
 
 SHALLOW = 3
 """Levels that are fused with the encoder's maps by attention; the deeper ones are unfolded from depth to space."""
 
-RECIPE: dict[str, Any] = {
+PAPER_TRAINING: dict[str, Any] = {
     "max_epochs": 200,
     "patience": 20,
     "lr": 5e-4,
@@ -30,12 +25,7 @@ RECIPE: dict[str, Any] = {
     "ema": 0.0,
     "adapt_norms": False,
 }
-"""Its settings of training: passes, rate, decay and loss as published; patience and the plain rest are ours."""
-
-
-def n_levels(stride: int) -> int:
-    """Return how many levels lie between the output stride and the deepest."""
-    return (COARSEST // stride).bit_length()
+"""Its training: passes, rate, decay and loss as published; patience and the plain rest are ours."""
 
 
 class NormConvBlock(nn.Sequential):
@@ -79,6 +69,55 @@ class BilinearUp(nn.Module):
         return self.after(x)
 
 
+class SeparableAttentionFusion(nn.Module):
+    """Fuse an encoder map with the map decoded so far by separable convolutions and attention along image rows (SAFB).
+
+    Attention runs along the rows, inside segments of ``segment`` positions anchored at the slide's origin, so that the
+    result does not depend on how a slide is tiled.
+
+    Parameters
+    ----------
+    skip
+        Channels of the encoder's map.
+    up
+        Channels of the decoded map; the output has as many.
+    segment
+        Positions of a row that attend to each other.
+
+    References
+    ----------
+    PixNet (arXiv 2503.01347), official figure 2: ``D = U + A``; the block of MCADS-Decoder.
+    """
+
+    def __init__(self, skip: int, up: int, segment: int) -> None:
+        super().__init__()
+        self.segment = segment
+        self.mid = nn.Sequential(
+            nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.SiLU(), nn.Conv2d(skip, up, 1), ChannelNorm(up)
+        )
+        self.direct = nn.Sequential(nn.Conv2d(skip, skip, 3, padding=1, groups=skip), nn.Conv2d(skip, up, 1))
+        self.norm = nn.BatchNorm2d(up)
+        self.qkv = nn.Conv2d(2 * up, 3 * up, 1)
+
+    def forward(self, skip: Tensor, up: Tensor) -> Tensor:
+        """Return the fused map ``(N, up, H, W)``."""
+        fused = self.norm(F.silu(self.direct(skip) + self.mid(skip)))
+        query, key, value = self.qkv(torch.cat([fused, up], dim=1)).chunk(3, dim=1)
+        return up + self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        n, c, h, w = query.shape
+        length = min(self.segment, w)
+
+        def rows(x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1).reshape(n * h, w // length, length, c)
+
+        # Written out: with segments this short, the fused kernel's backward pass is six times slower on a CPU.
+        query, key, value = rows(query), rows(key), rows(value)
+        weights = torch.softmax(query @ key.transpose(-1, -2) * c**-0.5, dim=-1)
+        return (weights @ value).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
 class PaperDecoder(nn.Module):
     """U-Net decoder with depth-to-space blocks at the deep levels and attention fusion at the three shallow ones.
 
@@ -92,7 +131,7 @@ class PaperDecoder(nn.Module):
         Of the encoder's maps, finest first; the deepest level takes the last, the shallow ones those that follow from the one
         nearest to the output stride.
     widths
-        Channels of the levels, finest first: as many as `n_levels` says.
+        Channels of the levels, finest first: one for each.
     stride
         Output stride.
     """
@@ -113,11 +152,11 @@ class PaperDecoder(nn.Module):
         self.lift = nn.ModuleList(BilinearUp(widths[level], widths[level - 1]) for level in finer)
         self.skip = nn.ModuleList(nn.Conv2d(channels[s], widths[i], 1) for i, s in enumerate(self.sources))
         self.fuse = nn.ModuleList(
-            SeparableAttentionFusion(width, width, max(ATTENTION_PX // self.level_strides[i], 1), nn.BatchNorm2d)
+            SeparableAttentionFusion(width, width, max(BLOCK_PX // self.level_strides[i], 1))
             for i, width in enumerate(widths[:shallow])
         )
 
-    def forward(self, features: Sequence[Tensor], crop: int = 0) -> Tensor:
+    def forward(self, features: Mapping[int, Tensor], crop: int = 0) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
         last = features[self.used[-1]]
         height, width = (n * self.strides[self.used[-1]] for n in last.shape[-2:])
@@ -131,14 +170,14 @@ class PaperDecoder(nn.Module):
             return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
         x = self.deep(at(self.enter(last), len(self.level_strides) - 1))
-        out, done = self.level_strides[0], 0
+        out, dropped = self.level_strides[0], 0
         for level in reversed(range(len(self.fuse))):
             stride = self.level_strides[level]
             if level < len(self.lift):
                 x = self.lift[len(self.lift) - 1 - level](x)
-            # As in the other decoders, a level leaves out what of the halo the finer ones no longer need.
-            spare = _spare(crop * out, level + 1)
+            # Each level drops the part of the halo that the finer ones no longer need.
+            droppable = droppable_halo(crop * out, level + 1)
             skip = at(self.skip[level](features[self.sources[level]]), level)
-            x = self.fuse[level](_trim(skip, spare // stride), _trim(x, (spare - done) // stride))
-            done = spare
-        return _trim(x, crop - done // out)
+            x = self.fuse[level](trim(skip, droppable // stride), trim(x, (droppable - dropped) // stride))
+            dropped = droppable
+        return trim(x, crop - dropped // out)

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pixnet._checked import given
 from pixnet._names import TOTAL, check_genes
-from pixnet.models._decoder import DECODERS, fitted_widths
-from pixnet.models._encoders import Enlarged, build_encoder, check_encoder
+from pixnet.models._checkpoint import Header, write_checkpoint
+from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity, Stride, Zoom, paper_levels
+from pixnet.models._encoders import Encoder, Enlarged, build_encoder, check_encoder, encoder_name
 from pixnet.models._member import Member
-from pixnet.models._paper import FILTERS, RECIPE, n_levels
-from pixnet.models._quantity import LINKS, QUANTITIES, baseline, linked
-
-MAX_MAP_UM = 4.0
-"""A map is kept at this many um per pixel or finer."""
-
-
-def default_stride(mpp: float) -> int:
-    """Return the largest of 4, 2, 1 that keeps the map at 4 um per pixel or finer (1 where none does)."""
-    return next((s for s in (4, 2) if s * mpp <= MAX_MAP_UM * 1.02), 1)
-
-
-def default_zoom(mpp: float) -> int:
-    """Return how many times images are enlarged for the encoder: to 1 um per pixel or so where they are coarse."""
-    return 2 if mpp >= 1.5 else 1
+from pixnet.models._paper import PAPER_TRAINING
+from pixnet.models._quantity import UNITS, baseline, linked, log_expression
 
 
 class PixNet(nn.Module):
@@ -41,47 +31,42 @@ class PixNet(nn.Module):
     Parameters
     ----------
     genes
-        Names of the genes, the channels of the map.
+        Name or names of the genes, the channels of the map.
     mpp
-        um per pixel of the images it sees.
+        Pixel size (µm/px) of the images that the model sees. None: 0.5.
     stride
-        Image pixels per map pixel: 4, 2 or 1. None: the largest that keeps the map at 4 um per pixel or finer.
+        Image pixels per map pixel: 4, 2 or 1. None: the largest that keeps the map at 4 µm/px or finer.
     encoder
-        A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol.
+        A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol. None:
+        ``"efficientnet_lite0"``.
     decoder
-        ``"none"``: no U-Net; all maps of the encoder are stacked at the output stride and a perceptron runs on each pixel.
-        ``"safb"``: beside that, a U-Net with separable attention fusion; ``"plain"``: the same with concatenation in place of
-        attention; ``"paper"``: the published one (see `paper`).
+        ``"pixel_mlp"``: all maps of the encoder are stacked at the output stride, and a perceptron runs on each pixel.
+        ``"paper"``: the published U-Net (see `paper`). None: ``"pixel_mlp"``.
     widths
-        Channels of the U-Net at each of the encoder's levels, finest first; one number for all. Of ``decoder="paper"``: of its
-        levels, from the output stride to 32. None: 16 to 128, for any number of levels. With ``decoder="none"`` leave it at
-        None.
+        Channels of the published decoder's levels, from the output stride to 32. None: as published.
     hidden
-        Channels of the decoded map, and of the layer after it that sees one pixel at a time.
+        Channels of the decoded map, and of the layer after it that sees one pixel at a time. None: 128.
     members
-        Decoders side by side on the one encoder; the map is their mean.
-    link
-        ``"exp"`` or ``"softplus"``: what makes densities nonnegative.
+        Decoders side by side on the one encoder; the map is their mean. None: 1.
     quantity
-        What a gene's channel holds. ``"density"``: the linear density of its transcripts. ``"log_sum"``: a value per um^2 whose
-        sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was trained on).
-        ``"log_mean"``: a value whose mean over a shape is. Gene channels of logs have no link and may be negative; the total
-        is a linear density whatever this says.
+        Quantity that a gene's channel holds. ``"density"``: the linear density of its transcripts. ``"log_sum"``: a value
+        per µm² whose sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was
+        trained on), and may be negative. The total is a linear density in both cases. None: ``"density"``.
     zoom
-        How many times an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to 1 um/px.
-        None: 2 where ``mpp`` is 1.5 or coarser, else 1.
-    window
-        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted. None: 1024 /
-        ``zoom``.
-    halo
-        Image pixels that a window sees beyond each of its edges. None: 320 / ``zoom``, rounded up to a multiple of 64.
+        Factor by which an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to
+        1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
+    window, halo
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what they see
+        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64.
     pretrained
         Load the encoder's pretrained weights.
 
     Raises
     ------
+    TypeError
+        If genes are not strings.
     ValueError
-        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` are given without a U-Net.
+        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` do not fit the decoder.
 
     References
     ----------
@@ -95,103 +80,75 @@ class PixNet(nn.Module):
     torch.Size([1, 3, 32, 32])
     """
 
+    config: ModelConfig
+    """The settings as they were resolved. With the weights they are the function that the model computes."""
+    history: list[dict[str, Any]]
+    """One dict for each pass of training that was validated; those of one training have the same ``run``."""
+    provenance: dict[str, Any]
+    """How the model was trained."""
+    stain: list[Any]
+    """Statistics of the stain of the training slides."""
+    training_options: dict[str, Any]
+    """Settings of training that `pixnet.tl.train` takes from the model unless they are given."""
+
+    encoder: Encoder
+    members: list[Member]  # an nn.ModuleList
+    area_um2: Tensor
+
     def __init__(
         self,
-        genes: Sequence[str],
+        genes: str | Sequence[str],
         *,
-        mpp: float = 0.5,
-        stride: int | None = None,
-        encoder: str | nn.Module = "efficientnet_lite0",
-        decoder: str = "none",
-        widths: int | Sequence[int] | None = None,
-        hidden: int = 128,
-        members: int = 1,
-        link: str = "exp",
-        quantity: str = "density",
-        zoom: int | None = None,
+        mpp: float | None = None,
+        stride: Stride | None = None,
+        encoder: str | nn.Module | None = None,
+        decoder: Decoder | None = None,
+        widths: Sequence[int] | None = None,
+        hidden: int | None = None,
+        members: int | None = None,
+        quantity: Quantity | None = None,
+        zoom: Zoom | None = None,
         window: int | None = None,
         halo: int | None = None,
         pretrained: bool = True,
     ) -> None:
         super().__init__()
-        genes = check_genes(genes)
-        if not mpp > 0:
-            raise ValueError(f"mpp is {mpp!r}; um per pixel must be positive")
-        stride = default_stride(mpp) if stride is None else stride
-        if stride not in {1, 2, 4}:
-            raise ValueError(f"stride is {stride!r}; valid: 4, 2, 1")
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder is {decoder!r}; valid: {', '.join(map(repr, DECODERS))}")
-        if link not in LINKS:
-            raise ValueError(f"link is {link!r}; valid: {', '.join(map(repr, LINKS))}")
-        if quantity not in QUANTITIES:
-            raise ValueError(f"quantity is {quantity!r}; valid: {', '.join(map(repr, QUANTITIES))}")
-        if members < 1:
-            raise ValueError(f"members is {members!r}; at least 1 is needed")
-        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-            raise ValueError(f"hidden is {hidden!r}; a positive whole number is needed")
-        zoom = default_zoom(mpp) if zoom is None else zoom
-        if zoom not in {1, 2, 4}:
-            raise ValueError(f"zoom is {zoom!r}; valid: 1, 2, 4")
-        # An enlarged image brings the encoder's reach, and the memory of a window, down to fewer of its own pixels.
-        window = 1024 // zoom if window is None else window
-        halo = -(-320 // (64 * zoom)) * 64 if halo is None else halo
-        for name, value in (("window", window), ("halo", halo)):
-            if value % 64 or value < (64 if name == "window" else 0):
-                raise ValueError(f"{name} is {value!r}; a multiple of 64 is needed")
-        name, module = build_encoder(encoder, pretrained)
-        check_encoder(name, module)
-        if zoom > 1:
-            module = Enlarged(module, zoom)
-        if decoder == "paper":
-            widths = fitted_widths(widths, n_levels(stride), f"the published decoder at stride {stride}")
-        elif decoder != "none":
-            widths = fitted_widths(widths, len(module.channels), f"encoder {name!r}")
-        elif widths is not None:
-            raise ValueError("widths are those of a U-Net, which decoder='none' lacks; pass decoder='safb' or hidden=")
-
-        self.config: dict[str, Any] = {
-            "genes": genes,
-            "mpp": float(mpp),
-            "stride": stride,
-            "encoder": name,
-            "decoder": decoder,
-            "widths": widths,
-            "hidden": hidden,
-            "zoom": zoom,
-            "members": members,
-            "link": link,
-            "window": window,
-            "halo": halo,
-            "quantity": quantity,
-            "unit": QUANTITIES[quantity],
-        }
-        if quantity == "log_sum":
-            # What the head's values are divided by, so that they are of the size of logs; training sets it.
-            self.config["area_um2"] = 1000.0
-        self.history: list[dict[str, float]] = []
-        self.encoder = module
-        self.members = nn.ModuleList(
-            Member(module.channels, module.strides, widths, hidden, stride, decoder, len(genes)) for _ in range(members)
-        )
-        for i, channels in enumerate(module.channels):
-            self.register_buffer(f"feature_mean_{i}", torch.zeros(channels))
-            self.register_buffer(f"feature_sd_{i}", torch.ones(channels))
+        config = ModelConfig(
+            **given(
+                genes=genes, mpp=mpp, stride=stride, decoder=decoder, widths=widths, hidden=hidden, members=members,
+                encoder=None if encoder is None else encoder_name(encoder),
+                quantity=quantity, zoom=zoom, window=window, halo=halo,
+            )
+        )  # fmt: skip
+        module = build_encoder(config.encoder if encoder is None else encoder, pretrained)
+        check_encoder(config.encoder, module)
+        self.config, self.history, self.provenance, self.stain, self.training_options = config, [], {}, [], {}
+        self.encoder = Enlarged(module, config.zoom) if config.zoom > 1 else module
+        channels, strides = self.encoder.channels, self.encoder.strides
+        members_ = (Member(config, channels, strides) for _ in range(config.members))
+        self.members = nn.ModuleList(members_)  # type: ignore[assignment]
+        for i, n in enumerate(channels):
+            self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
+            self.register_buffer(f"feature_sd_{i}", torch.ones(n))
+        if config.quantity == "log_sum":
+            # Logits are divided by the mean area of the training shapes, so that they are of the size of logs.
+            self.register_buffer("area_um2", torch.tensor(1000.0))
 
     @classmethod
     def paper(
         cls,
-        genes: Sequence[str],
+        genes: str | Sequence[str],
         *,
         encoder: str | nn.Module = "timm/hf-hub:MahmoodLab/UNI2-h",
-        mpp: float = 0.5,
-        stride: int = 1,
-        widths: Sequence[int] = FILTERS,
-        quantity: str = "log_sum",
+        mpp: float | None = None,
+        stride: Stride = 1,
+        widths: Sequence[int] = PAPER_FILTERS,
+        members: int | None = None,
+        quantity: Quantity = "log_sum",
+        zoom: Zoom | None = None,
         window: int = 512,
         halo: int = 128,
         pretrained: bool = True,
-        **options: Any,
     ) -> PixNet:
         """Build PixNet as published, to be trained with ``pixnet.tl.train(sdata, model=...)``.
 
@@ -199,7 +156,7 @@ class PixNet(nn.Module):
         depth-to-space blocks, the three intermediate ones are fused in by separable attention at the three finest levels,
         and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the shape's
         library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model carries these
-        settings in ``config["recipe"]``; `pixnet.tl.train` uses them unless told otherwise.
+        settings in ``training_options``; `pixnet.tl.train` uses them unless told otherwise, and logs them.
 
         Parameters
         ----------
@@ -208,8 +165,8 @@ class PixNet(nn.Module):
         encoder
             As for `PixNet`. The published one is UNI2-h: it needs ``pixnet[timm]`` and access to its weights, which Hugging
             Face gives to whoever accepts their terms. Any other works too.
-        mpp
-            um per pixel of the images it sees.
+        mpp, members, zoom, window, halo, pretrained
+            As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
             Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has the
             levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three fusions.
@@ -217,12 +174,6 @@ class PixNet(nn.Module):
             Filters of the levels, finest first; as many of them as there are levels are used.
         quantity
             ``"log_sum"`` as published, else as for `PixNet`.
-        window, halo
-            As for `PixNet`; here windows with their halo are whole blocks of the ViT.
-        pretrained
-            Load the encoder's pretrained weights.
-        **options
-            Passed on to `PixNet`: ``members``, ``link``.
 
         Returns
         -------
@@ -249,9 +200,8 @@ class PixNet(nn.Module):
         - *Fusion* is ``D = U + A``, as in the paper's figure. Attention runs along image rows inside segments of 64 px, not
           whole rows, so that a prediction does not depend on how a slide is tiled.
         - *Sum.* A log summed over an area fits shapes of one size: the target is the same for a shape twice as large. Shapes
-          weigh their edge pixels by exact area, and values are per um^2, divided by the mean area of the training shapes.
-        - *Target.* log1p of CP10k, the total being all UMI of the shape.
-        - *Total.* The paper predicts none; here it has a channel and a term of its own as in every PixNet.
+          weigh their edge pixels by exact area, and values are per µm², divided by the mean area of the training shapes.
+        - *Target.* log1p of CP10k, the total being all UMI of the shape, which has a channel and a loss of its own here.
         - *Batches* are those of the package, of one section each; 8 crops at stride 1. The published 200 passes are the most
           that are made: validation chooses their number. The rate rises and falls as in the package. Crops are flipped and
           turned, not restained.
@@ -260,24 +210,22 @@ class PixNet(nn.Module):
         --------
         >>> import pixnet as px
         >>> model = px.models.PixNet.paper(["ERBB2", "CD74"], encoder="efficientnet_lite0", stride=4)
-        >>> model.config["quantity"], model.config["recipe"]["lr"]
+        >>> model.quantity, model.training_options["lr"]
         ('log_sum', 0.0005)
         """
-        if stride not in {1, 2, 4}:
-            raise ValueError(f"stride is {stride!r}; valid: 4, 2, 1")
+        if stride in {1, 2, 4}:  # any other is refused by the configuration
+            widths = list(widths)[: paper_levels(stride)]
         model = cls(
-            genes, mpp=mpp, stride=stride, encoder=encoder, decoder="paper", widths=list(widths)[: n_levels(stride)],
-            quantity=quantity, window=window, halo=halo, pretrained=pretrained, **options,
+            genes, mpp=mpp, stride=stride, encoder=encoder, decoder="paper", widths=widths, members=members,
+            quantity=quantity, zoom=zoom, window=window, halo=halo, pretrained=pretrained,
         )  # fmt: skip
-        model.config["recipe"] = RECIPE | {"batch_crops": 8 * stride}
+        model.training_options = PAPER_TRAINING | {"batch_crops": 8 * stride}
         return model
-
-    # what it is --------------------------------------------------------------------------------------------------
 
     @property
     def genes(self) -> list[str]:
         """Names of the gene channels; ``__total__`` follows them."""
-        return self.config["genes"]
+        return list(self.config.genes)
 
     @property
     def channels(self) -> list[str]:
@@ -286,72 +234,61 @@ class PixNet(nn.Module):
 
     @property
     def mpp(self) -> float:
-        """Return the um per pixel of the images it sees."""
-        return self.config["mpp"]
+        """Pixel size (µm/px) of the images that the model sees."""
+        return self.config.mpp
 
     @property
     def stride(self) -> int:
         """Image pixels per map pixel."""
-        return self.config["stride"]
+        return self.config.stride
 
     @property
     def quantity(self) -> str:
-        """What a gene's channel holds: ``"density"``, ``"log_sum"`` or ``"log_mean"``."""
-        return self.config["quantity"]
+        """Quantity that a gene's channel holds: ``"density"`` or ``"log_sum"``."""
+        return self.config.quantity
+
+    @property
+    def unit(self) -> str:
+        """Unit of the map, in words."""
+        return UNITS[self.quantity]
 
     @property
     def window(self) -> int:
         """Size of its windows in image pixels."""
-        return self.config["window"]
+        return self.config.window
 
     @property
     def halo(self) -> int:
         """Image pixels seen beyond each edge of a window."""
-        return self.config["halo"]
-
-    def extra_repr(self) -> str:
-        """Return the line that `print` shows first."""
-        c = self.config
-        return (
-            f"{len(self.genes)} genes, {c['mpp']:g} um/px in, {c['mpp'] * c['stride']:g} um/px out, "
-            f"encoder={c['encoder']}, decoder={c['decoder']}, members={c['members']}"
-        )
+        return self.config.halo
 
     def __repr__(self) -> str:
-        n = sum(p.numel() for p in self.parameters()) / 1e6
-        return f"PixNet({self.extra_repr()}, {n:.1f} M parameters)"
+        c, n = self.config, sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"PixNet({len(c.genes)} genes, {c.mpp:g} µm/px in, {c.mpp * c.stride:g} µm/px out, "
+            f"encoder={c.encoder}, decoder={c.decoder}, members={c.members}, {n:.1f} M parameters)"
+        )
 
     def copy(self) -> PixNet:
         """Return a copy that shares nothing with this model."""
         return copy.deepcopy(self)
 
-    def with_genes(self, genes: Sequence[str]) -> PixNet:
+    def with_genes(self, genes: str | Sequence[str]) -> PixNet:
         """Return a copy that predicts other genes: heads of genes it knows are kept, those of others start anew.
 
         Parameters
         ----------
         genes
-            Names of the genes.
+            Name or names of the genes.
         """
         genes = check_genes(genes)
         new = self.copy()
         if genes == self.genes:
             return new
-        known = {gene: i for i, gene in enumerate(self.channels)}
-        new.config["genes"] = genes
+        new.config = replace(self.config, genes=tuple(genes))
         for member in new.members:
-            old = member.head
-            member.head = nn.Conv2d(old.in_channels, len(genes) + 1, 1)
-            nn.init.normal_(member.head.weight, std=0.01)
-            # A gene that is new starts from the composition of the average gene.
-            nn.init.constant_(member.head.bias, float(old.bias.data[:-1].mean()))
-            for i, gene in enumerate([*genes, TOTAL]):
-                if gene in known:
-                    member.head.weight.data[i] = old.weight.data[known[gene]]
-                    member.head.bias.data[i] = old.bias.data[known[gene]]
+            member.set_channels(self.channels, new.channels)
         return new
-
-    # what it does ------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Predict the map.
@@ -376,54 +313,66 @@ class PixNet(nn.Module):
             )
         return self.decode(self.encode(image), channels, crop)
 
-    def encode(self, image: Tensor) -> list[Tensor]:
+    def encode(self, image: Tensor) -> dict[int, Tensor]:
         """Return the encoder's features, standardised by their statistics over the training tissue."""
         return self.standardise(self.encoder(image))
 
     @property
     def levels(self) -> list[int]:
-        """Positions of the encoder's maps that the decoder uses; standardised features of others are None."""
+        """Positions of the encoder's maps that the decoder uses."""
         return self.members[0].decoder.used
 
-    def standardise(self, features: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return features with the mean and standard deviation of the training tissue taken off."""
-        out: list[Tensor | None] = [None] * len(features)
+    def standardise(self, features: Sequence[Tensor] | Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return the features in use, by level, with the mean and standard deviation of the training tissue taken off."""
+        out = {}
         for i in self.levels:
-            mean, sd = getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
-            f = features[i]
+            f, mean, sd = features[i], getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
             out[i] = (f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None]
         return out
 
-    def decode(self, features: Sequence[Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
+    def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
         maps = [self.density(member(features, channels, crop)) for member in self.members]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
 
     def density(self, logits: Tensor) -> Tensor:
         """Return the map of logits, whose last channel is the total's and the others the genes'."""
-        return linked(logits, self.quantity, self.config["link"], self.config.get("area_um2", 1.0))
+        return linked(logits, self.area_um2 if self.quantity == "log_sum" else None)
+
+    def log_expression(self, sums: Tensor, covered: Tensor, pixel_um2: float) -> Tensor:
+        """Return the log1p CP10k of shapes from sums of the map over their pixels.
+
+        Parameters
+        ----------
+        sums
+            Sums of the map over each shape, ``(shapes, genes + 1)``, the total last.
+        covered
+            Map pixels that each shape covers, ``(shapes,)``.
+        pixel_um2
+            Area of a map pixel in µm².
+        """
+        return log_expression(sums, self.quantity, pixel_um2)
 
     def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
-        """Start from what is the same everywhere.
+        """Start from a map that is the same everywhere.
 
         Parameters
         ----------
         level
-            Of densities, each gene's mean share of all transcripts, ``(G,)``; of logs, its mean log1p CP10k.
+            For densities, each gene's mean share of all transcripts, ``(G,)``; for logs, its mean log1p CP10k.
         area_um2
-            Mean area of the training shapes; needed for ``"log_sum"``.
+            Mean area of the training shapes in µm²; needed for ``"log_sum"``.
         """
         if self.quantity == "log_sum":
             if area_um2 is None or not area_um2 > 0:
                 raise ValueError(f"area_um2 is {area_um2!r}; a map of log sums needs the mean area of its shapes")
-            self.config["area_um2"] = float(area_um2)
+            self.area_um2.fill_(area_um2)
+        genes, total = baseline(level, self.quantity)
         for member in self.members:
-            genes, total = baseline(level, self.quantity, self.config["link"])
-            member.head.bias.data[:-1].copy_(genes)
-            member.head.bias.data[-1] = total
+            member.set_baseline(genes, total)
 
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
-        """Write the model to one ``.safetensors`` file: weights, genes, um/px, configuration and history.
+        """Write the model to one ``.safetensors`` file: weights, configuration, provenance and history.
 
         Parameters
         ----------
@@ -441,6 +390,11 @@ class PixNet(nn.Module):
         ValueError
             If the path does not end in ``.safetensors``.
         """
-        from pixnet.models._checkpoint import save
-
-        save(self, path, dtype=dtype, overwrite=overwrite)
+        header = Header(
+            config=self.config,
+            training_options=self.training_options,
+            provenance=self.provenance,
+            stain=self.stain,
+            history=self.history,
+        )
+        write_checkpoint(path, header, self.state_dict(), dtype=dtype, overwrite=overwrite)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import pkgutil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixnet.models._timm_models import known_timm_model
+
 VIT_BLOCK = 256
 """A ViT sees blocks of this many pixels, anchored at its window: its attention never depends on the tiling."""
 
-UNI2_H = "hf-hub:MahmoodLab/UNI2-h"
-_UNI2_ARCHITECTURE = "vit_giant_patch14_224"
-_UNI2_OPTIONS = {
-    # What Hugging Face's model card of UNI2-h gives for timm.create_model.
-    "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
-    "mlp_ratio": 2.66667 * 2, "num_classes": 0, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True,
-}  # fmt: skip
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -47,18 +43,21 @@ class TimmEncoder(nn.Module):
         If timm has no such model, or it has no feature maps.
     """
 
+    net: Any
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, pretrained: bool = True, **options: Any) -> None:
         super().__init__()
         timm = _import_timm()
-        uni2 = name.rstrip("/").endswith("/UNI2-h")
-        # A folder is a place on one machine; a checkpoint is read on others.
-        self.name = f"timm/{UNI2_H if uni2 else name}"
-        if uni2:
-            options = _uni2_options() | options
-            if not pretrained:
-                name = _UNI2_ARCHITECTURE  # nothing of the hub is needed for it
+        known = known_timm_model(name)
+        if known is not None:
+            layers = {argument: pkgutil.resolve_name(layer) for argument, layer in known.layers.items()}
+            options = {**known.options, **layers, **options}
+            if not pretrained and known.architecture is not None:
+                name = known.architecture
         with torch.device("meta"):
-            plain = _create(timm, name, False, options)
+            plain: Any = _create(timm, name, False, options)
         # Several families have blocks, only ViTs have tokens beside those of the patches.
         self.is_vit = hasattr(plain, "blocks") and hasattr(plain, "patch_embed") and hasattr(plain, "num_prefix_tokens")
         if self.is_vit:
@@ -71,7 +70,9 @@ class TimmEncoder(nn.Module):
         self.net = _create(timm, name, pretrained, options | {"features_only": True})
         info = self.net.feature_info
         config = getattr(self.net, "pretrained_cfg", None) or {}
-        mean, std = _IMAGENET if uni2 else (config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1]))
+        mean, std = config.get("mean", _IMAGENET[0]), config.get("std", _IMAGENET[1])
+        if known is not None:
+            mean, std = known.mean or mean, known.sd or std
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         if self.is_vit:
@@ -108,20 +109,19 @@ class TimmEncoder(nn.Module):
         return out
 
 
-def _import_timm():
+def _import_timm() -> Any:
     try:
         import timm
-    except (ImportError, RuntimeError) as err:
+    except ImportError as err:
         raise ImportError(
-            f"encoders named 'timm/...' need timm and a torchvision built for this torch: pip install 'pixnet[timm]' ({err})"
+            f"encoders named 'timm/...' need timm: install it with pip install 'pixnet[timm]' ({err})"
+        ) from err
+    except RuntimeError as err:
+        raise ImportError(
+            "timm does not import, because the installed torchvision was built for another version of torch: install the "
+            f"torchvision that belongs to torch {torch.__version__} (https://pytorch.org/get-started) ({err})"
         ) from err
     return timm
-
-
-def _uni2_options() -> dict[str, Any]:
-    from timm.layers import SwiGLUPacked
-
-    return _UNI2_OPTIONS | {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
 
 
 def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

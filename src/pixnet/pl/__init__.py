@@ -1,4 +1,4 @@
-"""Look: gene maps, tables at several scales, training and evaluation as figures."""
+"""Figures of gene maps, of tables at several scales, of training and of evaluation."""
 
 from pixnet.pl._compare import compare
 from pixnet.pl._evaluation import evaluation

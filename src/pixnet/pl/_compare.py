@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
+from pixnet._correlation import pearson
 from pixnet._sdata.inputs import check_sdata
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
@@ -59,19 +60,19 @@ def compare(
     ax
         Axes to draw in: one, which is divided, or one for each panel. ``None``: a new figure.
     box
-        Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E; ``None``: where
-        the shapes are.
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in µm from the upper left corner of the H&E; ``None``: the
+        part that has shapes.
     percentiles
         Lower and upper percentile at which colours end.
     shared_scale
         Give both the same colour limits. By default each has its own, since predictions vary less than counts.
     scalebar
-        Draw a scale bar in um below the first panel.
+        Draw a scale bar (µm) below the first panel.
 
     Returns
     -------
     ndarray of Axes
-        H&E (where shown), measured, predicted. The last one's title gives Pearson's r over the shapes.
+        H&E (where shown), measured, predicted. The title of the last gives Pearson's r over the shapes.
 
     Raises
     ------
@@ -106,14 +107,16 @@ def compare(
     chosen = colour_map(cmap, "magma")
     own = [limits(v.to_numpy(), percentiles) for v in (measured, predicted)]
     pooled = limits(np.concatenate([measured.to_numpy(), predicted.to_numpy()]), percentiles)
-    r, n = _pearson(measured.loc[both].to_numpy(), predicted.loc[both].to_numpy())
+    pairs = np.column_stack([measured.loc[both], predicted.loc[both]])
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    r = pearson(*pairs.T)
 
     with style():
         axes = panels(2 + (he_key is not None), ax, ncols=3, aspect=frame.aspect)
         if he_key is not None:
             draw_he(axes[0], frame, he_key)
             axes[0].set_title("H&E")
-        titles = (f"{gene}, measured", f"predicted  (r = {r:.2f}, n = {n:,})")
+        titles = (f"{gene}, measured", f"predicted  (r = {r:.2f}, n = {len(pairs):,})")
         for panel, values, norm, title in zip(axes[-2:], (measured, predicted), own, titles, strict=True):
             table_panel(
                 panel, frame, he_key, shapes, values,
@@ -122,11 +125,3 @@ def compare(
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
-    known = np.isfinite(a) & np.isfinite(b)
-    a, b = a[known], b[known]
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return float("nan"), len(a)
-    return float(np.corrcoef(a, b)[0, 1]), len(a)

@@ -1,4 +1,4 @@
-"""How well genes are predicted."""
+"""Accuracy of each gene's prediction."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def evaluation(
     Parameters
     ----------
     df
-        What :func:`pixnet.tl.evaluate` returns, or several by name, for instance one for each scale. A table with a
-        column ``section`` makes a curve for each of its sections, and what :func:`pixnet.tl.cross_validate` returns one
-        for each held-out group.
+        The result of :func:`pixnet.tl.evaluate`, or several by name, for instance one for each scale. A table with a
+        column ``section`` gives a curve for each of its sections, the result of :func:`pixnet.tl.cross_validate` one for
+        each held-out group.
     n_named
-        How many of the best and of the worst genes are named on each curve; ``None``: 5 on a single one, 2 on each of
+        Number of the best and of the worst genes to name on each curve; ``None``: 5 on a single one, 2 on each of
         several.
     ax
         Axes to draw in; ``None``: a new figure.
@@ -42,7 +42,7 @@ def evaluation(
     KeyError
         If a table has no column ``pearson``.
     TypeError
-        If ``df`` is no DataFrame nor a mapping of them, or ``ax`` no Axes.
+        If ``df`` is neither a DataFrame nor a mapping of them, or ``ax`` is not Axes.
     ValueError
         If no gene has a finite Pearson's r, or ``n_named`` is negative.
 
@@ -51,7 +51,7 @@ def evaluation(
     >>> import pandas as pd
     >>> import pixnet as px
     >>> scores = pd.DataFrame({"pearson": [0.6, 0.4, 0.1]}, index=["FASN", "ERBB2", "ACTB"])
-    >>> ax = px.pl.evaluation({"spots": scores, "8 um": scores * 0.6}, n_named=1)
+    >>> ax = px.pl.evaluation({"spots": scores, "8 µm": scores * 0.6}, n_named=1)
     """
     curves = _curves(df)
     if n_named is not None and (isinstance(n_named, bool) or not isinstance(n_named, (int, np.integer)) or n_named < 0):
@@ -94,9 +94,9 @@ def evaluation(
 
 
 def _curves(df: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
-    """Sorted Pearson's r by name of the curve."""
+    """Return the sorted Pearson's r of each curve, by its name."""
     if isinstance(df, pd.DataFrame):
-        if {"group", "gene", "metric", "value"} <= set(df.columns):  # of cross_validate
+        if {"group", "gene", "metric", "value"} <= set(df.columns):  # from cross_validate
             pearson = df[df["metric"] == "pearson"].rename(columns={"value": "pearson"}).set_index("gene")
             by = ["group", *(["shapes"] if "shapes" in df.columns else [])]
             frames = {
@@ -126,6 +126,7 @@ def _curves(df: pd.DataFrame | Mapping[str, pd.DataFrame]) -> dict[str, pd.Serie
 
 
 def _positions(n: int) -> np.ndarray:
+    """Return the rank of each gene in percent."""
     return np.array([50.0]) if n == 1 else np.linspace(0, 100, n)
 
 

@@ -1,4 +1,4 @@
-"""The frame that a figure is drawn in: micrometres on the slide, whatever coordinate systems the elements are in."""
+"""The frame that a figure is drawn in: µm on the slide, whatever coordinate systems the elements are in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from spatialdata import SpatialData
 from xarray import DataArray
 
 from pixnet._logging import logger
-from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, levels
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.transforms import affine_to_pixels
 
 Box = tuple[float, float, float, float]
@@ -24,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Frame:
-    """Micrometres from the upper left corner of one raster, x to the right, y down.
+    """Coordinates in µm from the upper left corner of one raster, x to the right, y down.
 
     Attributes
     ----------
@@ -35,7 +37,7 @@ class Frame:
     unit_per_pixel
         Frame units for each full-resolution pixel of the anchor.
     unit
-        ``"µm"``, or ``"px"`` where the um per pixel is unknown.
+        ``"µm"``, or ``"px"`` where the pixel size is unknown.
     box
         The part that is shown, ``(x0, y0, x1, y1)`` in frame units.
     """
@@ -68,13 +70,8 @@ class Frame:
         ax.set_aspect("equal")
 
 
-def recorded(sdata: SpatialData, role: str) -> dict[str, Any]:
-    """Return one part of what pixnet recorded; looking at an object changes nothing in it."""
-    return sdata.attrs.get("pixnet", {}).get(role, {})
-
-
 def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = None) -> Frame:
-    """Return the frame of a raster, the whole of it or a box in um.
+    """Return the frame of a raster, of all of it or of a box in µm.
 
     Raises
     ------
@@ -84,7 +81,7 @@ def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = No
     mpp = _anchor_mpp(sdata, anchor)
     if mpp is None:
         logger.warning(
-            "the um per pixel of %r is unknown, so the scale bar counts pixels; pixnet.pp.set_mpp records it", anchor
+            "the pixel size of %r is unknown, so the scale bar counts pixels; pixnet.pp.set_mpp records it", anchor
         )
     per_pixel = mpp or 1.0
     sizes = full_resolution(sdata[anchor]).sizes
@@ -105,8 +102,7 @@ def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = No
 
 def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
     """Return the box that holds what a gene map predicts, in frame units, with a margin: slides are mostly glass."""
-    last = full_resolution(frame.sdata[key]).sizes["c"] - 1
-    pixels = read_pixels(frame, key, 400, [last])
+    pixels = read_pixels(frame, key, 400, [GeneMap.open(frame.sdata, key).total])
     known = np.isfinite(pixels.values[0])
     if not known.any():
         return frame.box
@@ -116,26 +112,29 @@ def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
     low, high = corners.min(axis=1), corners.max(axis=1)
     pad = margin * (high - low).max()
     bounds = [*np.maximum(low - pad, frame.box[:2]), *np.minimum(high + pad, frame.box[2:])]
-    return tuple(float(v) for v in bounds)
+    left, top, right, bottom = (float(v) for v in bounds)
+    return left, top, right, bottom
 
 
 def _anchor_mpp(sdata: SpatialData, anchor: str) -> float | None:
-    """Um per pixel of a raster: recorded, or by way of an image whose um per pixel is recorded."""
-    known = map_mpp(sdata, anchor)
+    """Return the pixel size of a raster (µm/px): its own, or by way of an image whose pixel size is known."""
+    known = find_mpp(sdata, anchor)
     if known is not None:
         return known
-    for other, mpp in recorded(sdata, "mpp").items():
-        if other in sdata:
-            try:
-                matrix = affine_to_pixels(sdata, anchor, other)
-            except ValueError:  # no shared coordinate system
-                continue
-            return float(mpp) * math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    for other in sdata.images:
+        mpp = find_mpp(sdata, other)
+        if mpp is None:
+            continue
+        try:
+            matrix = affine_to_pixels(sdata, anchor, other)
+        except ValueError:  # no shared coordinate system
+            continue
+        return mpp * math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
     return None
 
 
 @dataclass(frozen=True)
-class Pixels:
+class PlacedRaster:
     """Part of a raster at the resolution that a panel can show.
 
     Attributes
@@ -150,13 +149,13 @@ class Pixels:
     affine: np.ndarray
 
 
-def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[int] | None = None) -> Pixels:
+def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[int] | None = None) -> PlacedRaster:
     """Read what the frame shows of a raster, from the coarsest pyramid level that still fills the panel.
 
     Parameters
     ----------
     frame
-        What is shown.
+        Frame of the figure.
     key
         An image or labels element.
     panel_pixels
@@ -176,22 +175,24 @@ def read_pixels(frame: Frame, key: str, panel_pixels: float, channels: Sequence[
     )
     sy, sx = chosen.scale
     data = chosen.data
+    check_bound(data, repr(key))
     rows = slice(math.floor(y0 / sy), min(math.ceil(y1 / sy), data.sizes["y"]))
     cols = slice(math.floor(x0 / sx), min(math.ceil(x1 / sx), data.sizes["x"]))
     data = data.isel(y=rows, x=cols)
     if channels is not None:
         data = data.isel(c=list(channels))
-    # A raster without a pyramid is thinned out block by block, so that the whole never stands in memory.
+    # A raster without a pyramid is reduced block by block, so that it is never in memory as a whole.
     step = max(1, math.floor(wanted / math.sqrt(sx * sy)))
     if step > 1:
         data = _thin(data, step)
     placed = to_frame @ np.array(
         [[sx * step, 0.0, cols.start * sx], [0.0, sy * step, rows.start * sy], [0.0, 0.0, 1.0]]
     )
-    return Pixels(np.asarray(data.values), placed)
+    return PlacedRaster(np.asarray(data.values), placed)
 
 
 def _thin(data: DataArray, step: int) -> DataArray:
+    """Return fewer pixels: means of an image, one in so many of labels."""
     step_y, step_x = min(step, data.sizes["y"]), min(step, data.sizes["x"])
     if "c" not in data.dims:  # labels are names, not amounts
         return data.isel(y=slice(step_y // 2, None, step_y), x=slice(step_x // 2, None, step_x))
@@ -200,7 +201,7 @@ def _thin(data: DataArray, step: int) -> DataArray:
 
 
 def _window(to_pixels: np.ndarray, box: Box, width: int, height: int) -> tuple[float, float, float, float]:
-    """Bounds, in level-0 pixels of a raster, of a box of the frame; at least one pixel."""
+    """Return the bounds, in level-0 pixels of a raster, of a box of the frame; at least one pixel."""
     x0, y0, x1, y1 = box
     corners = to_pixels[:2] @ np.array([[x0, x1, x1, x0], [y0, y0, y1, y1], [1.0, 1.0, 1.0, 1.0]])
     low = np.floor(corners.min(axis=1))
@@ -211,8 +212,8 @@ def _window(to_pixels: np.ndarray, box: Box, width: int, height: int) -> tuple[f
     return left, top, right, bottom
 
 
-def draw_image(ax: Axes, values: np.ndarray, affine: np.ndarray, **kwargs: object) -> AxesImage:
-    """Draw an array ``(y, x)`` or ``(y, x, 3 | 4)`` where its affine puts it: scaled, turned or mirrored."""
+def draw_image(ax: Axes, values: np.ndarray, affine: np.ndarray, **kwargs: Any) -> AxesImage:
+    """Draw an array ``(y, x)`` or ``(y, x, 3 | 4)`` as its affine places it: scaled, turned or mirrored."""
     height, width = values.shape[:2]
     return ax.imshow(
         values,
@@ -225,6 +226,6 @@ def draw_image(ax: Axes, values: np.ndarray, affine: np.ndarray, **kwargs: objec
 
 
 def panel_pixels(ax: Axes) -> float:
-    """Screen pixels across Axes, generously: figures are often saved at twice the screen's resolution."""
+    """Return generous screen pixels across Axes: figures are often saved at twice the screen's resolution."""
     width = ax.get_window_extent().width
     return max(2.0 * width, 400.0)

@@ -11,15 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL
+from pixnet._names import check_genes, is_total
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.rasters import channel_names, is_gene_map
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import LABELS, check_genes, check_quantity, gene_title, map_quantity, to_cp10k
+from pixnet.pl._values import to_cp10k
+
+_UNITS = {"density": "density of transcripts", "cp10k": "CP10k", "log_sum": "log1p CP10k / µm²"}
 
 
 def gene_map(
@@ -33,7 +35,7 @@ def gene_map(
     cmap: str | Colormap | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     he: Literal["beside", "under"] = "beside",
-    quantity: Literal["density", "cp10k"] = "density",
+    show: Literal["density", "cp10k"] = "density",
     box: Sequence[float] | Literal["slide"] | None = None,
     percentiles: tuple[float, float] = (1.0, 99.0),
     vmin: float | None = None,
@@ -46,7 +48,7 @@ def gene_map(
     """Show the map of one or several genes, with the H&E beside or under it.
 
     The picture is read from the pyramid level that fits the figure, so that slides of any size show at once. Pixels
-    without prediction (background) are transparent.
+    without a prediction (background) are transparent.
 
     Parameters
     ----------
@@ -61,7 +63,7 @@ def gene_map(
     shapes
         Shapes or labels elements to outline.
     ncols
-        Panels a row.
+        Panels per row.
     cmap
         Colour map; ``None``: ``"magma"``, or ``"viridis"`` over H&E. Both are perceptually uniform and safe for any
         colour vision.
@@ -70,14 +72,15 @@ def gene_map(
     he
         ``"beside"``: the H&E is the first panel. ``"under"``: the map lies over the H&E, clearer where expression is
         low.
-    quantity
-        ``"density"``: what the map holds, which reads as CP10k where tissue is of average richness (of a map that is
-        recorded as "log_sum": log1p of CP10k per um^2). ``"cp10k"``: the gene's part of 10,000 transcripts at each
-        pixel (``"__total__"`` stays a density).
+    show
+        ``"density"``: the density of transcripts that the map holds, bright where a gene is a large share of the
+        transcripts or where tissue is rich in them (of the published model's maps: log1p of CP10k per µm²).
+        ``"cp10k"``: the gene's part of 10,000 transcripts at each pixel, as in :func:`pixnet.pl.compare`
+        (``"__total__"`` stays a density).
     box
-        Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E (of the map where
-        no H&E is shown). In pixels where um per pixel is unknown. ``None``: where the map has predictions;
-        ``"slide"``: all.
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in µm from the upper left corner of the H&E (of the map where
+        no H&E is shown), in pixels where the pixel size is unknown. ``None``: the part with predictions; ``"slide"``:
+        all.
     percentiles
         Lower and upper percentile of the shown pixels at which colours end.
     vmin, vmax
@@ -89,7 +92,7 @@ def gene_map(
     outline_width
         Line width of the outlines, in points.
     scalebar
-        Draw a scale bar in um below the first panel.
+        Draw a scale bar (µm) below the first panel.
 
     Returns
     -------
@@ -103,7 +106,7 @@ def gene_map(
     TypeError
         If ``sdata``, ``genes`` or ``ax`` is of the wrong type.
     ValueError
-        If the image is no gene map, a value is not one of those listed, or CP10k is asked of a "log_sum" map.
+        If the image is not a gene map, a value is not one of those listed, or CP10k is asked of a "log_sum" map.
 
     See Also
     --------
@@ -121,26 +124,23 @@ def gene_map(
     """
     check_sdata(sdata, "pl.gene_map")
     image_key = resolve_any_image(sdata, image_key)
-    names = channel_names(sdata[image_key])
-    if not is_gene_map(sdata[image_key]):
+    gene_map = GeneMap.open(sdata, image_key)
+    genes = check_genes(genes, among=gene_map.channels, where=f"gene map {image_key!r}")
+    if show not in ("density", "cp10k"):
+        raise ValueError(f"show is {show!r}; valid: 'density', 'cp10k'")
+    held = gene_map.quantity
+    if show == "cp10k" and held != "density":
         raise ValueError(
-            f"image {image_key!r} is no gene map (its last channel is not {TOTAL!r}); make one with pixnet.tl.predict"
-        )
-    genes = check_genes(genes, names, f"gene map {image_key!r}")
-    check_quantity(quantity)
-    held = map_quantity(sdata, image_key)
-    if quantity == "cp10k" and held != "density":
-        raise ValueError(
-            f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave quantity='density' "
-            "to show the map as it is, or show a table: pixnet.pl.scales(..., image_key=False)"
+            f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave show='density' to "
+            "draw the map as it is, or draw a table: pixnet.pl.scales(..., image_key=False)"
         )
     if he not in ("beside", "under"):
         raise ValueError(f"he is {he!r}; valid: 'beside', 'under' (he_key=False shows none)")
     outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
     he_key = shown_he(sdata, image_key, he_key)
+    under = he_key if he == "under" else None
     # One Axes for one gene is a map: there is no room for a second picture, unless it lies under.
-    beside = he_key is not None and he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1)
-    under = he_key is not None and he == "under"
+    beside = he_key if he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1) else None
     if isinstance(box, str) and box != "slide":
         raise ValueError(f"box is {box!r}; valid: (x0, y0, x1, y1), 'slide', None")
     chosen = colour_map(cmap, "viridis" if under else "magma")
@@ -150,35 +150,34 @@ def gene_map(
         frame = replace(frame, box=predicted_box(frame, image_key))
 
     with style():
-        axes = panels(len(genes) + beside, ax, ncols=ncols, aspect=frame.aspect)
+        axes = panels(len(genes) + bool(beside), ax, ncols=ncols, aspect=frame.aspect)
         if beside:
-            draw_he(axes[0], frame, he_key)
+            draw_he(axes[0], frame, beside)
             axes[0].set_title("H&E")
-        values, affine = _read(frame, image_key, genes, names, quantity, panel_pixels(axes[-1]))
+        values, affine = _read(frame, gene_map, genes, show, panel_pixels(axes[-1]))
         shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
-        # The unit of the genes stands once, beside the last of them.
-        bar_labels = dict.fromkeys(genes, "")
-        bar_labels.update(
-            dict.fromkeys(
-                [g for g in genes if g != TOTAL][-1:], LABELS.get(quantity if held == "density" else held, held)
-            )
-        )
-        bar_labels[TOTAL] = LABELS[TOTAL]
-        for panel, gene, picture in zip(axes[beside:], genes, values, strict=True):
+        # The unit of the genes is written once, beside the last of them.
+        last = next((g for g in reversed(genes) if not is_total(g)), None)
+        units = {last: _UNITS[show if held == "density" else held]}
+        units[gene_map.channels[gene_map.total]] = "density of all transcripts"
+        for panel, gene, picture in zip(axes[bool(beside) :], genes, values, strict=True):
             if under:
-                draw_he(panel, frame, he_key)
+                draw_he(panel, frame, under)
             norm = shared or limits(picture, percentiles, vmin, vmax)
             # Over H&E, low values let the tissue through.
             alpha = np.nan_to_num(np.clip(0.25 + 0.6 * norm(picture).filled(0), 0, 0.85)) if under else None
             image = draw_image(panel, np.ma.masked_invalid(picture), affine, cmap=chosen, norm=norm, alpha=alpha)
-            panel.set_title(gene_title(gene), style="italic" if gene != TOTAL else "normal")
+            if is_total(gene):
+                panel.set_title("all transcripts")
+            else:
+                panel.set_title(gene, style="italic")
             frame.show(panel)
             bare(panel)
-            if shared is None or gene == genes[-1]:  # one bar speaks for all that share it
-                bar = colour_bar(panel, image, picture if shared is None else values, bar_labels[gene])
+            if shared is None or gene == genes[-1]:  # one bar is enough for all that share it
+                bar = colour_bar(panel, image, picture if shared is None else values, units.get(gene, ""))
                 bar.solids.set_alpha(1)
         for i, panel in enumerate(axes):
-            on_he = under or (beside and i == 0)
+            on_he = under is not None or (beside is not None and i == 0)
             for key in outlined:
                 draw_outlines(
                     panel, frame, key, color=outline_color or ("black" if on_he else "white"), linewidth=outline_width
@@ -188,16 +187,14 @@ def gene_map(
     return returned(axes)
 
 
-def _read(
-    frame: Frame, image_key: str, genes: list[str], names: list[str], quantity: str, width: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values ``(gene, y, x)`` and where they lie."""
-    where = [names.index(gene) for gene in genes]
-    if quantity == "density":
-        pixels = read_pixels(frame, image_key, width, where)
+def _read(frame: Frame, gene_map: GeneMap, genes: list[str], show: str, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values ``(gene, y, x)`` and the matrix that places them."""
+    where = [gene_map.channels.index(gene) for gene in genes]
+    if show == "density":
+        pixels = read_pixels(frame, gene_map.key, width, where)
         return pixels.values, pixels.affine
-    pixels = read_pixels(frame, image_key, width, [*where, len(names) - 1])
+    pixels = read_pixels(frame, gene_map.key, width, [*where, gene_map.total])
     cp10k = to_cp10k(pixels.values[:-1], pixels.values[-1])
-    if TOTAL in genes:  # its part of itself says nothing
-        cp10k[genes.index(TOTAL)] = pixels.values[-1]
+    if gene_map.total in where:  # its part of itself says nothing
+        cp10k[where.index(gene_map.total)] = pixels.values[-1]
     return cp10k, pixels.affine

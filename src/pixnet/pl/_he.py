@@ -1,4 +1,4 @@
-"""The H&E picture: which one to show, and drawing it."""
+"""The H&E image: choosing it and drawing it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from pixnet._sdata.keys import resolve_image
-from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels, recorded
+from pixnet._sdata.record import find_entry
+from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels
 from pixnet.pl._style import bare
 
 
@@ -19,17 +20,17 @@ def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[Fals
         return None
     if he_key is not None:
         return resolve_image(sdata, he_key)
-    source = recorded(sdata, "images").get(map_key, {}).get("image_key")
+    source = (find_entry(sdata, "images", map_key) or {}).get("image_key") if map_key else None
     if source in sdata.images:
         return source
     try:
         return resolve_image(sdata)
     except (TypeError, ValueError):
-        return None  # no H&E, or several: a map shows without
+        return None  # no H&E, or several: the map is shown without
 
 
 def draw_he(ax: Axes, frame: Frame, he_key: str, *, faint: bool = False) -> None:
-    """Draw the H&E image and nothing else; faint and grey where it is to lie under coloured shapes."""
+    """Draw the H&E image; faint and grey where coloured shapes will lie on it."""
     pixels = read_pixels(frame, he_key, panel_pixels(ax))
     picture = np.moveaxis(pixels.values, 0, -1)
     if faint:

@@ -1,4 +1,4 @@
-"""What figures of tables share: the frame that holds the shapes, and a panel of shapes filled by a value for each."""
+"""Parts of the figures of tables: the frame that holds the shapes, and a panel of shapes filled by their values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pixnet.pl._style import bare, colour_bar
 
 
 def shapes_frame(sdata: SpatialData, shapes: str, he_key: str | None, box: Sequence[float] | None) -> Frame:
-    """Return the frame of shapes on the H&E, or on whatever raster shares a coordinate system with them.
+    """Return the frame of shapes on the H&E, or else on another raster of the object.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def shapes_frame(sdata: SpatialData, shapes: str, he_key: str | None, box: Seque
 
 
 def unit(log: bool) -> str:
-    """Return what a table's values are called."""
+    """Return the unit of a table's values."""
     return "log1p CP10k" if log else "CP10k"
 
 
@@ -58,7 +58,7 @@ def table_panel(
     Parameters
     ----------
     ax, frame
-        Where.
+        Axes to draw in, and the frame that they show.
     he_key
         The H&E image; ``None``: none.
     shapes, values
@@ -68,11 +68,12 @@ def table_panel(
     title
         Title of the panel.
     bar
-        What the colour bar is called; ``None``: no bar.
+        Label of the colour bar; ``None``: no bar.
 
     Returns
     -------
-    What a colour bar is made from.
+    ScalarMappable
+        The drawing that a colour bar is made from.
     """
     if he_key is not None:
         draw_he(ax, frame, he_key, faint=True)

@@ -10,16 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import TOTAL, listed
+from pixnet._names import check_genes, listed
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.pixel_size import map_mpp
-from pixnet._sdata.rasters import channel_names, is_gene_map
-from pixnet.pl._frame import draw_image, panel_pixels, read_pixels, recorded
+from pixnet._sdata.rasters import is_gene_map
+from pixnet._sdata.record import find_entry
+from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import check_genes, map_quantity, table_values, to_cp10k
+from pixnet.pl._values import table_values, to_cp10k
 
 
 def scales(
@@ -41,7 +42,7 @@ def scales(
     shared_scale: bool = True,
     scalebar: bool = True,
 ) -> Axes | np.ndarray:
-    """Show one gene at several scales: the map itself, then as summed over each kind of shapes.
+    """Show one gene at several scales: the map itself, then the map summed over each kind of shapes.
 
     All panels are in CP10k, which means the same at every scale, so they share their colours by default.
 
@@ -64,25 +65,25 @@ def scales(
     log
         Show log1p of CP10k; ``False``: CP10k.
     ncols
-        Panels a row.
+        Panels per row.
     cmap
         Colour map; ``None``: ``"magma"``.
     ax
         Axes to draw in: one, which is divided, or one for each panel. ``None``: a new figure.
     box
-        Part of the slide to show, ``(x0, y0, x1, y1)`` in um from the upper left corner of the H&E; ``None``: where
-        the shapes are.
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in µm from the upper left corner of the H&E; ``None``: the
+        part that has shapes.
     percentiles
         Lower and upper percentile at which colours end.
     shared_scale
         Give all panels the same colour limits.
     scalebar
-        Draw a scale bar in um below the first panel.
+        Draw a scale bar (µm) below the first panel.
 
     Returns
     -------
     Axes or ndarray of Axes
-        H&E and map where shown, then one for each shapes element; the Axes itself where only one panel is drawn.
+        H&E and map where shown, then one for each shapes element; a single Axes where only one panel is drawn.
 
     Raises
     ------
@@ -91,7 +92,7 @@ def scales(
     TypeError
         If an argument is of the wrong type.
     ValueError
-        If ``table_key`` does not fit ``shapes``, or ``image_key`` is no gene map of densities.
+        If ``table_key`` does not fit ``shapes``, or ``image_key`` is not a gene map of densities.
 
     Examples
     --------
@@ -118,42 +119,42 @@ def scales(
     chosen = colour_map(cmap, "magma")
 
     with style():
-        first = (he_key is not None) + (map_key is not None)
+        first = (he_key is not None) + (map_key is not None)  # panel of the first shapes
         axes = panels(first + len(names), ax, ncols=ncols, aspect=frame.aspect)
         if he_key is not None:
             draw_he(axes[0], frame, he_key)
             axes[0].set_title("H&E")
-        picture = None
+        everything = [values.to_numpy() for values in columns]
         if map_key is not None:
-            channels = channel_names(sdata[map_key])
-            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), [channels.index(gene), channels.index(TOTAL)])
-            cp10k = to_cp10k(pixels.values[0], pixels.values[1])
-            picture = np.log1p(cp10k) if log else cp10k
-        everything = [values.to_numpy() for values in columns] + ([] if picture is None else [picture.ravel()])
-        # Each scale counts alike for the shared limits, however many shapes it has.
+            gene_map = GeneMap.open(sdata, map_key)
+            channels = [gene_map.channels.index(gene), gene_map.total]
+            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), channels)
+            picture = to_cp10k(pixels.values[0], pixels.values[1])
+            picture = np.log1p(picture) if log else picture
+            everything.append(picture.ravel())
+        # Each scale weighs the same in the shared limits, however many shapes it has.
         own = [limits(values, percentiles) for values in everything]
         shared = None
         if shared_scale:
             shared = limits(np.array([[norm.vmin, norm.vmax] for norm in own]), (0, 100))
         label = unit(log)
-        if picture is not None:
+        if map_key is not None:
             panel = axes[first - 1]
             norm = shared or own[-1]
             drawn = draw_image(panel, np.ma.masked_invalid(picture), pixels.affine, cmap=chosen, norm=norm)
-            mpp = map_mpp(sdata, map_key)
-            panel.set_title(f"{gene}, map" + (f" ({mpp:.2g} µm/px)" if mpp else ""))
+            panel.set_title(f"{gene}, map" + (f" ({gene_map.mpp:.2g} µm/px)" if gene_map.mpp else ""))
             if shared is None:
                 colour_bar(panel, drawn, picture, label)
             frame.show(panel)
             bare(panel)
         for panel, name, values, norm in zip(axes[first:], names, columns, own, strict=False):
-            drawn = table_panel(
+            filled = table_panel(
                 panel, frame, he_key, name, values,
                 cmap=chosen, norm=shared or norm, title=f"{name}  (n = {len(values):,})",
                 bar=None if shared else label,
             )  # fmt: skip
-        if shared is not None:  # one bar speaks for all
-            colour_bar(axes[-1], drawn, np.concatenate(everything), label)
+        if shared is not None:  # one bar is enough
+            colour_bar(axes[-1], filled, np.concatenate(everything), label)
         if scalebar:
             scale_bar(axes[0], frame.size[0], frame.box[0], frame.unit)
     return returned(axes)
@@ -191,20 +192,15 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
     if image_key is False:
         return None
     if image_key is None:
-        maps = [
-            key
-            for key in sdata.images
-            if is_gene_map(sdata[key]) and gene in channel_names(sdata[key]) and map_quantity(sdata, key) == "density"
-        ]
-        maps = [key for key in maps if key in recorded(sdata, "images")] or maps  # predicted ones, where there are any
+        opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
+        maps = [found.key for found in opened if gene in found.genes and found.quantity == "density"]
+        maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
-    key = resolve_any_image(sdata, image_key)
-    if not is_gene_map(sdata[key]):
-        raise ValueError(f"image {key!r} is no gene map (its last channel is not {TOTAL!r}); pass False to show none")
-    check_genes(gene, channel_names(sdata[key]), f"gene map {key!r}")
-    if map_quantity(sdata, key) != "density":
+    found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+    check_genes(gene, among=found.channels, where=f"gene map {found.key!r}")
+    if found.quantity != "density":
         raise ValueError(
-            f"gene map {key!r} holds {map_quantity(sdata, key)!r}, which is CP10k only when summed over shapes; pass "
-            "image_key=False to show the tables alone"
+            f"gene map {found.key!r} holds {found.quantity!r}, which is CP10k only when summed over shapes; pass "
+            "image_key=False to draw the tables alone"
         )
-    return key
+    return found.key

@@ -13,7 +13,7 @@ from pandas import Series
 
 from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels
 
-_MANY = 3000  # from here on a vector file holds shapes as one picture
+_MANY = 3000  # more shapes than this are one picture in a vector file
 
 
 def draw_outlines(ax: Axes, frame: Frame, key: str, *, color: str, linewidth: float) -> None:
@@ -24,13 +24,13 @@ def draw_outlines(ax: Axes, frame: Frame, key: str, *, color: str, linewidth: fl
     ax
         Axes in frame units.
     frame
-        What is shown.
+        Frame of the figure.
     key
         The element.
     color
         A matplotlib colour.
     linewidth
-        In points; thinner where the shapes are many.
+        Line width in points; thinner where there are many shapes.
     """
     if key in frame.sdata.labels:
         labels = read_pixels(frame, key, panel_pixels(ax))
@@ -65,14 +65,14 @@ def draw_outlines(ax: Axes, frame: Frame, key: str, *, color: str, linewidth: fl
 
 
 def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap, norm: Normalize) -> ScalarMappable:
-    """Draw each shape filled by its value; shapes without one stay empty.
+    """Fill each shape by its value; shapes without one stay empty.
 
     Parameters
     ----------
     ax
         Axes in frame units.
     frame
-        What is shown.
+        Frame of the figure.
     key
         A shapes or labels element.
     values
@@ -82,7 +82,8 @@ def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap
 
     Returns
     -------
-    What a colour bar is made from.
+    ScalarMappable
+        The drawing that a colour bar is made from.
     """
     if key in frame.sdata.labels:
         labels = read_pixels(frame, key, panel_pixels(ax))
@@ -109,7 +110,7 @@ def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap
 
 
 def shown_box(frame: Frame, key: str, margin: float = 0.03) -> tuple[float, float, float, float]:
-    """Return the box that holds all of a shapes element, in frame units, with a margin; labels: all of the frame."""
+    """Return the box that holds a shapes element, in frame units, with a margin; for labels, all of the frame."""
     if key in frame.sdata.labels or len(frame.sdata[key]) == 0:
         return frame.box
     x0, y0, x1, y1 = shapely.total_bounds(_placed(frame, key))
@@ -118,7 +119,7 @@ def shown_box(frame: Frame, key: str, margin: float = 0.03) -> tuple[float, floa
 
 
 def _placed(frame: Frame, key: str) -> np.ndarray:
-    """Polygons of an element in frame units; circles as polygons, so that any affine holds."""
+    """Return the polygons of an element in frame units; circles as polygons, so that any affine works."""
     element = frame.sdata[key]
     geometries = element.geometry.to_numpy()
     if "radius" in element.columns:
@@ -132,7 +133,7 @@ def _placed(frame: Frame, key: str) -> np.ndarray:
 
 
 def _visible(frame: Frame, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Polygons that touch what is shown, and their index."""
+    """Return the polygons that touch what is shown, and their index."""
     placed = _placed(frame, key)
     bounds = shapely.bounds(placed)
     x0, y0, x1, y1 = frame.box
@@ -141,7 +142,7 @@ def _visible(frame: Frame, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _paths(geometries: np.ndarray) -> list[Path]:
-    """One compound path for each geometry: holes stay open because rings are oriented."""
+    """Return one compound path for each geometry: holes stay open because rings are oriented."""
     parts, owner = shapely.get_parts(shapely.orient_polygons(geometries), return_index=True)
     rings, ring_owner = shapely.get_rings(parts, return_index=True)
     points, point_owner = shapely.get_coordinates(rings, return_index=True)
@@ -159,11 +160,11 @@ def _paths(geometries: np.ndarray) -> list[Path]:
 
 
 def _boundaries(labels: np.ndarray) -> np.ndarray:
-    """Lines between pixels of different labels, ``(n, 2 ends, x and y)`` in pixels; as vectors, they never thin out."""
+    """Return lines between pixels of different labels, ``(n, 2 ends, x and y)`` in pixels."""
     found = []
     for turned, picture in ((False, labels), (True, labels.T)):
         differs = np.zeros((picture.shape[0] + 1, picture.shape[1]), dtype=np.int8)
-        differs[1:-1] = picture[:-1] != picture[1:]  # the edge of what is shown is no boundary
+        differs[1:-1] = picture[:-1] != picture[1:]  # the edge of what is shown is not a boundary
         steps = np.diff(differs, axis=1, prepend=0, append=0)
         (line, start), stop = np.nonzero(steps == 1), np.nonzero(steps == -1)[1]  # runs along each line
         ends = np.stack([np.column_stack([start, line]), np.column_stack([stop, line])], axis=1)

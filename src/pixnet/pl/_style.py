@@ -1,4 +1,4 @@
-"""How pixnet's figures look: fonts, panels, colour limits, colour bars and scale bars."""
+"""The look of pixnet's figures: fonts, panels, colour limits, colour bars and scale bars."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.font_manager import fontManager
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
@@ -29,7 +30,7 @@ PANEL_INCHES = 3.0
 
 @cache
 def _fonts() -> tuple[str, ...]:
-    # Only families that are here: a missing one logs a warning at every draw. DejaVu comes with matplotlib.
+    """Return the font families that are installed: a missing one logs a warning at every draw."""
     installed = {font.name for font in fontManager.ttflist}
     wanted = ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "Nimbus Sans")
     return (*(name for name in wanted if name in installed), "DejaVu Sans")
@@ -37,7 +38,7 @@ def _fonts() -> tuple[str, ...]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply pixnet's figure style inside the block; the caller's rcParams are as before after it."""
+    """Apply pixnet's figure style inside the block, and restore the caller's rcParams after it."""
     with mpl.rc_context(
         {
             "font.family": list(_fonts()),
@@ -66,7 +67,7 @@ def style() -> Iterator[None]:
             yield
         finally:
             interactive = mpl.is_interactive()
-    # The first figure of a notebook starts its backend, which turns interactive on: that must outlive the context.
+    # The first figure of a notebook starts its backend, which turns interactive mode on: keep it so.
     mpl.interactive(interactive)
 
 
@@ -78,11 +79,11 @@ def panels(
     Parameters
     ----------
     n
-        How many are needed.
+        Number of panels.
     ax
-        ``None`` makes a figure; ``n`` Axes are used as they are; a single one is divided when more are needed.
+        ``None`` makes a figure; ``n`` Axes are used as they are; a single Axes is divided when more are needed.
     ncols
-        Panels a row.
+        Panels per row.
     aspect
         Width over height of a panel.
     bar_inches
@@ -113,17 +114,20 @@ def panels(
             raise TypeError(f"ax is {type(ax).__name__}; matplotlib Axes, or a sequence of them, are needed")
         given = list(np.asarray(ax, dtype=object).ravel())
         if not all(isinstance(one, Axes) for one in given):
-            raise TypeError("ax holds something that is no matplotlib Axes")
+            raise TypeError("ax holds something that is not matplotlib Axes")
         if len(given) != n:
             raise ValueError(f"ax has {len(given)} Axes, but {n} are drawn; pass {n}, a single one, or None")
         return given
-    # Panels of equal area whatever their shape, so that wide and tall slides make figures of like size.
+    # Panels have the same area whatever their shape, so that wide and tall slides make figures of similar size.
     height = PANEL_INCHES / math.sqrt(min(max(aspect, 0.4), 2.5))
     width = height * min(max(aspect, 0.4), 2.5)
     figure, grid = plt.subplots(
-        rows, cols, figsize=(cols * (width + bar_inches), rows * (height + 0.42)), squeeze=False, layout="constrained"
+        rows,
+        cols,
+        figsize=(cols * (width + bar_inches), rows * (height + 0.42)),
+        squeeze=False,
+        layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.02),
     )
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.02, hspace=0.02)
     axes = list(grid.ravel())
     for spare in axes[n:]:
         spare.remove()
@@ -145,7 +149,7 @@ def colour_map(cmap: str | Colormap | None, default: str) -> Colormap:
     Raises
     ------
     ValueError
-        If matplotlib knows no map of that name.
+        If matplotlib has no map of that name.
     """
     if isinstance(cmap, str) and cmap not in mpl.colormaps:
         raise ValueError(
@@ -182,7 +186,7 @@ def limits(
         finite = np.array([0.0, 1.0])
     bottom = float(np.percentile(finite, low)) if vmin is None else float(vmin)
     top = float(np.percentile(finite, high)) if vmax is None else float(vmax)
-    if top <= bottom and vmax is None:  # nearly all values are alike, as for a gene that is hardly there
+    if top <= bottom and vmax is None:  # nearly all values are alike, as for a gene that is hardly expressed
         top = max(float(finite.max()), bottom)
     if top <= bottom:
         bottom, top = (bottom, bottom + 1.0) if vmin is not None or vmax is None else (top - 1.0, top)
@@ -221,11 +225,11 @@ def scale_bar(ax: Axes, width: float, left: float, unit: str = "µm") -> None:
     Parameters
     ----------
     ax
-        Axes whose x axis counts um (or pixels).
+        Axes whose x axis counts µm (or pixels).
     width, left
         Width and left edge of the picture, in the same unit.
     unit
-        What the axis counts.
+        Unit of the axis.
     """
     target = width / 4
     magnitude = 10 ** math.floor(math.log10(target))

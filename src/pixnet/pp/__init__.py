@@ -1,4 +1,4 @@
-"""Prepare: um per pixel, tissue, stain, grids, genes."""
+"""Preparation: pixel size, tissue, stain, grids, genes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""um per pixel: measured on shapes whose size is known."""
+"""The pixel size (µm/px), measured on shapes whose size is known."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def infer_mpp(
     unit_um: float | None = None,
     coordinate_system: str | None = None,
 ) -> float:
-    """Measure an image's um per pixel on shapes of known size, and record it.
+    """Measure the pixel size (µm/px) of an image on shapes of known size, and set it.
 
     Parameters
     ----------
@@ -46,28 +46,28 @@ def infer_mpp(
     image_key
         The image; ``None``: the recorded one, else the only one.
     pitch_um
-        Distance between the centres of neighbouring shapes, um (Visium 100, legacy ST 200).
+        Distance between the centres of neighbouring shapes, µm (Visium 100, legacy ST 200).
     diameter_um
-        Diameter of a shape, um (Visium 55, legacy ST 100).
+        Diameter of a shape, µm (Visium 55, legacy ST 100).
     edge_um
-        Edge of a square bin, um (Visium HD 2, 8 or 16).
+        Edge of a square bin, µm (Visium HD 2, 8 or 16).
     unit_um
-        um per unit of the shapes' own coordinates: 1 for the cell boundaries of Xenium, whatever their sizes. Exactly
-        one of the four is given; of spots the pitch is best, because they are often drawn at a nominal size.
+        µm per unit of the shapes' own coordinates: 1 for the cell boundaries of Xenium, whatever their sizes. Pass
+        exactly one of the four. For spots, the pitch is best, because spots are often drawn at a nominal size.
     coordinate_system
         Where shapes and image meet; ``None`` takes "global" if shared, else the first shared one.
 
     Returns
     -------
     float
-        um per pixel of the full-resolution level, recorded as by :func:`set_mpp`.
+        Pixel size of the full-resolution level (µm/px), set as by :func:`set_mpp`.
 
     Raises
     ------
     KeyError
         If an element is missing.
     ValueError
-        If not exactly one size is given, the shapes are no regular array, or the transformation between shapes and
+        If not exactly one size is given, the shapes are not a regular array, or the transformation between shapes and
         image stretches x and y differently or shears.
 
     Examples
@@ -87,7 +87,7 @@ def infer_mpp(
         )
     ((name, value),) = given.items()
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value!r}; a positive number of um is needed")
+        raise ValueError(f"{name} is {value!r}; a positive number of µm is needed")
     image_key = resolve_image(sdata, image_key)
     (shapes,) = resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
     matrix = affine_to_pixels(sdata, shapes, image_key, coordinate_system)
@@ -95,8 +95,8 @@ def infer_mpp(
     if long > short * (1 + TOLERANCE):
         raise ValueError(
             f"the transformation between {shapes!r} and image {image_key!r} stretches one direction {long / short:.3f} "
-            "times more than the other (or shears): there is no one um per pixel; correct it with "
-            "spatialdata.transformations.set_transformation, or record what is known with pixnet.pp.set_mpp"
+            "times more than the other (or shears): there is no single pixel size; correct it with "
+            "spatialdata.transformations.set_transformation, or state what is known with pixnet.pp.set_mpp"
         )
     if name == "unit_um":
         pixels = float(np.sqrt(long * short))
@@ -113,9 +113,7 @@ def infer_mpp(
             pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
     mpp = float(value / pixels)
     set_mpp(sdata, image_key, mpp)
-    logger.info(
-        "image %r has %.4f um per pixel (%s %g um of %r is %.2f px)", image_key, mpp, name, value, shapes, pixels
-    )
+    logger.info("image %r has %.4f µm/px (%s: %g µm of %r are %.2f px)", image_key, mpp, name, value, shapes, pixels)
     return mpp
 
 
@@ -130,7 +128,7 @@ def _middle(sizes: NDArray, shapes: str) -> float:
     if high - low > SPREAD * middle:
         raise ValueError(
             f"the shapes of {shapes!r} differ in size (80 % are between {low:.1f} and {high:.1f} px across); "
-            "um per pixel is measured on spots or bins of one size"
+            "the pixel size is measured on spots or bins of one size"
         )
     return middle
 
@@ -151,5 +149,5 @@ def _pitch(centres: NDArray, shapes: str) -> float:
         nearest = float(neighbours.mean())
     usual = distances[:, 0]
     if np.mean(np.abs(usual - nearest) < SPREAD * nearest) < 0.8:
-        raise ValueError(f"the centres of {shapes!r} form no regular array: there is no pitch to measure")
+        raise ValueError(f"the centres of {shapes!r} do not form a regular array, so there is no pitch to measure")
     return nearest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import geopandas
 import numpy as np
@@ -14,6 +14,7 @@ from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._logging import logger
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.pixel_size import is_pixel_size
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import read_mask
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-# Shapes of the grid whose share of tissue is worked out at once.
+# Number of shapes whose share of tissue is computed at once.
 BATCH = 200_000
 MAX_SHAPES = 50_000_000
 
@@ -33,7 +34,7 @@ def make_grid(
     *,
     image_key: str | None = None,
     shape: str = "square",
-    mask_key: str | bool | None = None,
+    mask_key: str | Literal[False] | None = None,
     key_added: str = "grid",
     overwrite: bool = False,
     inplace: bool = True,
@@ -43,16 +44,16 @@ def make_grid(
     Parameters
     ----------
     sdata
-        Object that holds the image; its um/px must be known.
+        Object that holds the image; its pixel size must be known.
     size_um
-        Distance between neighbouring centres in um: the edge of a square, the width across flats of a hexagon.
+        Distance between neighbouring centres (µm): the edge of a square, the width across flats of a hexagon.
     image_key
         The image; ``None``: the recorded one, else the only one.
     shape
         ``"square"`` or ``"hex"``.
     mask_key
         Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it; ``False`` takes everything
-        for tissue. Shapes of which less than half is tissue are left out; what lies outside the image is no tissue.
+        for tissue. Shapes of which less than half is tissue are left out; there is no tissue outside the image.
     key_added
         Name of the shapes element.
     overwrite
@@ -71,7 +72,7 @@ def make_grid(
     KeyError
         If an element is missing.
     ValueError
-        If ``size_um`` is not positive, ``shape`` is unknown, um/px is unknown, ``key_added`` exists, or no shape would
+        If ``size_um`` is not positive, ``shape`` is unknown, the pixel size is unknown, ``key_added`` exists, or no shape would
         be on tissue.
 
     Examples
@@ -86,9 +87,9 @@ def make_grid(
     if shape not in {"square", "hex"}:
         raise ValueError(f"shape is {shape!r}; valid: 'square', 'hex'")
     if isinstance(size_um, bool) or not isinstance(size_um, int | float | np.number):
-        raise TypeError(f"size_um is {size_um!r}; a number of um is needed")
+        raise TypeError(f"size_um is {size_um!r}; a number (µm) is needed")
     if not (np.isfinite(size_um) and size_um > 0):
-        raise ValueError(f"size_um is {size_um!r}; a positive number of um is needed")
+        raise ValueError(f"size_um is {size_um!r}; a positive number (µm) is needed")
     slide = Slide.open(sdata, image_key, mask_key)
     image_key = slide.key
     size = float(size_um) / slide.mpp
@@ -98,7 +99,7 @@ def make_grid(
     height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     if height * width / size**2 > MAX_SHAPES:
         raise ValueError(
-            f"a grid of {size_um:g} um would have {height * width / size**2:,.0f} shapes, more than {MAX_SHAPES:,}; "
+            f"a grid of {size_um:g} µm would have {height * width / size**2:,.0f} shapes, more than {MAX_SHAPES:,}; "
             "take a larger size_um"
         )
     polygons, row, col = (_squares if shape == "square" else _hexagons)(size, height, width)
@@ -115,15 +116,17 @@ def make_grid(
     grid = geopandas.GeoDataFrame(
         {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
     )
-    element = ShapesModel.parse(grid, transformations=slide.transformations)
+    systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
+    element = ShapesModel.parse(grid, transformations=systems)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)
-    logger.info("%d shapes of %g um added as %r", len(element), size_um, key_added)
+    logger.info("%d shapes of %g µm added as %r", len(element), size_um, key_added)
     return None
 
 
 def _squares(size: float, height: int, width: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Return squares, their rows and their columns."""
     # A last row or column of which less than half lies in the image is never kept.
     rows, cols = (int(np.floor(length / size + 0.5 + 1e-9)) for length in (height, width))
     row, col = (index.ravel() for index in np.indices((rows, cols)))
@@ -131,6 +134,7 @@ def _squares(size: float, height: int, width: int) -> tuple[NDArray, NDArray, ND
 
 
 def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Return hexagons, their rows and their columns."""
     radius = size / np.sqrt(3)  # from the centre to a corner, which points up
     rows = int(np.floor((height - radius) / (1.5 * radius) + 1e-9)) + 2
     cols = int(np.floor(width / size + 1e-9)) + 1
@@ -143,7 +147,7 @@ def _hexagons(size: float, height: int, width: int) -> tuple[NDArray, NDArray, N
 
 
 def _share(polygons: NDArray, mask: NDArray[np.bool_], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of each polygon's area that is tissue."""
+    """Return the share of each polygon's area that is tissue."""
     geometries = ShapeArrays.from_geometries(polygons).transform(matrix)
     x0, y0 = np.maximum(np.floor(geometries.bounds[:, :2].min(axis=0)).astype(int), 0)
     x1, y1 = np.minimum(np.ceil(geometries.bounds[:, 2:].max(axis=0)).astype(int), mask.shape[::-1])

@@ -1,4 +1,4 @@
-"""The stain of a slide brought to that of the slides a model was trained on."""
+"""Bring the stain of a slide to that of the slides a model was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.rasters import channel_names
-from pixnet._sdata.record import record
+from pixnet._sdata.record import identity_of
 from pixnet._sdata.store.element_store import local_store, put
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def normalize_stain(
     Parameters
     ----------
     sdata
-        Object that holds the image; its um/px must be known.
+        Object that holds the image; the pixel size must be known.
     model
         The model that will predict, its path or its name; ``None`` is the one that `pixnet.tl.predict` takes.
     image_key
@@ -56,7 +56,7 @@ def normalize_stain(
     Returns
     -------
     DataArray, DataTree or None
-        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its um/px and its
+        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its pixel size and its
         tissue mask, if it has one, are those of the image.
 
     Raises
@@ -66,7 +66,7 @@ def normalize_stain(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If um/px is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
+        If the pixel size is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
         slides.
 
     Notes
@@ -89,10 +89,10 @@ def normalize_stain(
     import dask.array as da
 
     from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._sdata.rasters import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
-    from pixnet.io._raster import raster_element
-    from pixnet.models._checkpoint import resolve_model
+    from pixnet.models._load import resolve_model
 
     check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
@@ -105,7 +105,7 @@ def normalize_stain(
             raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
         local_store(sdata)
     model, name = resolve_model(model)
-    training = model.config.get("stain")
+    training = model.stain
     if not comparable({"masked": tissue is not False}, training):
         raise ValueError(
             f"model {name!r} does not know the stain of its training slides"
@@ -129,10 +129,6 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    known = record(sdata)
-    known["mpp"][key_added] = slide.mpp
-    known["masks"].pop(key_added, None)
-    if isinstance(tissue, str):
-        known["masks"][key_added] = tissue
-    put(sdata, key_added, element, overwrite=overwrite)
+    mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {key_added: mask}})
     return None

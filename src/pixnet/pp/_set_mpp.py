@@ -1,4 +1,4 @@
-"""um per pixel: stated by the user."""
+"""The pixel size (µm/px), stated by the user."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.record import record
+from pixnet._sdata.store.element_store import write_mpp
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
 def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
-    """Record an image's um per pixel.
+    """Set the pixel size (µm/px) of an image.
 
-    pixnet takes it from nowhere else: a coordinate system says nothing of micrometres. The readers of :mod:`pixnet.io`
-    and :mod:`pixnet.datasets` record it themselves where the file states it.
+    It becomes the transformation of the image to the coordinate system ``"pixnet_um"``, so that crops and copies keep it.
+    No other coordinate system implies a pixel size. The readers of :mod:`pixnet.io` and :mod:`pixnet.datasets` set it if
+    the file states it.
 
     Parameters
     ----------
@@ -29,14 +30,14 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     image_key
         The image.
     mpp
-        um per pixel of the full-resolution level, the same in x and y.
+        Pixel size of the full-resolution level (µm/px), the same in x and y. It replaces an earlier one.
 
     Raises
     ------
     KeyError
         If there is no such image.
     TypeError
-        If ``mpp`` is no number.
+        If ``mpp`` is not a number.
     ValueError
         If ``mpp`` is not positive and finite.
 
@@ -50,12 +51,10 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     if image_key not in sdata.images:
         raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
     if isinstance(mpp, bool) or not isinstance(mpp, Real):
-        raise TypeError(f"mpp is {mpp!r}; a number of um per pixel is needed, for instance 0.5")
+        raise TypeError(f"mpp is {mpp!r}; a pixel size in µm/px (a number) is needed, for instance 0.5")
     mpp = float(mpp)
     if not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp is {mpp!r}; a positive, finite number of um per pixel is needed, for instance 0.5")
+        raise ValueError(f"mpp is {mpp!r}; a positive, finite pixel size in µm/px is needed, for instance 0.5")
     if not 0.05 <= mpp <= 50:
-        logger.warning("%g um per pixel is unusual for a slide (0.2 to 10): is it um, and of the finest level?", mpp)
-    record(sdata)["mpp"][image_key] = mpp
-    if sdata.is_backed():
-        sdata.write_attrs()
+        logger.warning("%g µm/px is unusual for a slide (0.2 to 10): is it in µm, and of the finest level?", mpp)
+    write_mpp(sdata, image_key, mpp)

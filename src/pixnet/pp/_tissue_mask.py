@@ -1,4 +1,4 @@
-"""Where tissue is on a slide: a labels element at a coarse resolution."""
+"""Find tissue on a slide: a labels element at a coarse resolution."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.record import record
+from pixnet._sdata.rasters import raster_element
+from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
-from pixnet.io._raster import raster_element
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-    from xarray import DataArray
+    from xarray import DataArray, DataTree
 
 
 def tissue_mask(
@@ -26,7 +26,7 @@ def tissue_mask(
     key_added: str | None = None,
     overwrite: bool = False,
     inplace: bool = True,
-) -> DataArray | None:
+) -> DataArray | DataTree | None:
     """Find tissue on an H&E image.
 
     Tissue is what has texture or absorbs clearly more than the glass around it. The glass is estimated locally, so
@@ -37,7 +37,7 @@ def tissue_mask(
     sdata
         Object that holds the image.
     image_key
-        The H&E image; its um/px must be known. ``None``: the recorded one, else the only one.
+        The H&E image; its pixel size must be known. ``None``: the recorded one, else the only one.
     key_added
         Name of the labels element; ``None`` is ``"{image_key}_tissue"``, which ``tl`` functions find by themselves.
     overwrite
@@ -48,7 +48,7 @@ def tissue_mask(
     Returns
     -------
     DataArray or None
-        Labels ``uint8 (y, x)``, 1 tissue and 0 background, at 4 to 8 um/px (a coarser image's own), in the coordinate
+        Labels ``uint8 (y, x)``, 1 tissue and 0 background, at 4 to 8 µm/px (a coarser image's own), in the coordinate
         systems of the image.
 
     Raises
@@ -56,7 +56,7 @@ def tissue_mask(
     KeyError
         If there is no such image.
     ValueError
-        If um/px is unknown, the image is no 8-bit RGB, or ``key_added`` exists.
+        If the pixel size is unknown, the image is not 8-bit RGB, or ``key_added`` exists.
 
     Examples
     --------
@@ -77,7 +77,8 @@ def tissue_mask(
     element = raster_element([mask.astype(np.uint8)], [scale], transformations=slide.transformations, channels=None)
     if not inplace:
         return element
-    if key_added == f"{image_key}_tissue" or image_key not in record(sdata)["masks"]:
-        record(sdata)["masks"][image_key] = key_added
-    put(sdata, key_added, element, overwrite=overwrite)
+    entry = find_entry(sdata, "masks", image_key)
+    if entry is None or key_added == f"{image_key}_tissue":
+        entry = {"mask_key": key_added, "identity": identity_of(slide.image)}
+    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: entry}})
     return None

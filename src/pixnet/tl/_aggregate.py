@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.coverage import WEIGHTS, ShapeArrays
+from pixnet._core.coverage import WEIGHTS, ShapeArrays, Weights
 from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
-from pixnet._names import TOTAL, listed
+from pixnet._names import check_genes, listed
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image, resolve_shapes
-from pixnet._sdata.pixel_size import map_mpp
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
-from pixnet._sdata.record import record
+from pixnet._sdata.record import find_entry
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
-from pixnet._sdata.tables import QUANTITIES, Plan, build_table, table_rows
+from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.tables import Plan, build_table, table_rows
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
 
@@ -31,9 +33,9 @@ def aggregate(
     shapes: str | Sequence[str],
     *,
     image_key: str | None = None,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     agg_func: str | Sequence[str] = "mean",
-    weights: Literal["area", "center"] = "area",
+    weights: Weights = "area",
     min_coverage: float = 0.0,
     coordinate_system: str | None = None,
     key_added: str | Mapping[str, str] | None = None,
@@ -54,10 +56,10 @@ def aggregate(
         Name of a shapes element (polygons, multipolygons, circles; overlaps and holes count as they are) or of a labels
         element (one row for each label but 0), or a list of names: one table is made for each.
     image_key
-        Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet recorded, or
+        Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet made, or
         the only one.
     genes
-        Channels to aggregate; None: all.
+        Channels to aggregate, one name or several; None: all.
     agg_func
         Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``, ``"median"``, and ``"q"``
         with a percentage for any quantile, such as ``"q90"`` or ``"q2.5"``. All weight pixels by the part of their area
@@ -71,7 +73,8 @@ def aggregate(
     coordinate_system
         Where shapes and image meet. None: "global" if shared, else the first shared one.
     key_added
-        Name of the table, or a dict of them by shapes element. None: ``"{shapes}_genes"``.
+        Name of the table, or a dict of them by shapes element. None: ``"{shapes}_genes"`` from a gene map,
+        ``"{shapes}_{image_key}"`` from any other image.
     overwrite
         Replace a table of that name.
     inplace
@@ -85,14 +88,14 @@ def aggregate(
 
         ``X``
             float32. From a gene map: CP10k, counts per 10,000 transcripts, as the ratio of sums
-            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). Where the map is recorded
-            to hold ``"log_sum"`` (a model made with ``PixNet.paper``), ``expm1`` of its sum over the predicted area in
-            um^2. From any other image: the (first) statistic of each channel.
+            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). A map of the published model
+            (``PixNet.paper``), whose total is called ``__total_log_sum__``: ``expm1`` of its sum over the predicted area in
+            µm². From any other image: the (first) statistic of each channel.
         ``layers``
             From a gene map: ``"density"``, the area mean of its values; statistics other than the mean are layers of
-            these values (``"sum"`` times um^2). From any other image: the further statistics; ``"sum"`` is over pixels.
+            these values (``"sum"`` times µm²). From any other image: the further statistics; ``"sum"`` is over pixels.
         ``obs``
-            ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in um^2;
+            ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in µm²;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
             over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities.
         ``obsm["spatial"]``
@@ -108,7 +111,7 @@ def aggregate(
         If an argument or a geometry is of the wrong type.
     ValueError
         If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, the name
-        of a table is taken, or sums need the um per pixel and it is not known. All of this is checked before any pixel is read.
+        of a table is taken, or sums need the pixel size and it is not known. All of this is checked before any pixel is read.
 
     Notes
     -----
@@ -118,8 +121,8 @@ def aggregate(
     2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
     its densities, pixel by pixel.
 
-    If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the um per pixel of
-    the image is not recorded, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
+    If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the pixel size of
+    the image is unknown, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
 
     Examples
     --------
@@ -133,7 +136,7 @@ def aggregate(
     image_key = resolve_any_image(sdata, image_key)
     names = resolve_shapes(sdata, shapes)
     plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system)
-    keys = _table_keys(names, key_added)
+    keys = _table_keys(names, key_added, plan)
     if inplace:
         for key in keys.values():
             check_key_free(sdata, key, overwrite)
@@ -152,11 +155,12 @@ def aggregate(
             plan.data.data,
             ShapeArrays.concatenate([element.geometries for element in found.values()]),
             channels=plan.channels,
-            validity=len(plan.channels) - 1 if plan.is_map else None,
+            validity=len(plan.channels) - 1 if plan.gene_map else None,
             statistics=plan.computed,
             weights=weights,
             description=f"aggregate {image_key}",
         )
+    check_bound(plan.data, f"image {image_key!r}")  # as what was read is nothing if its store went meanwhile
 
     parts, start = {}, 0
     for name, element in found.items():
@@ -169,7 +173,9 @@ def aggregate(
         one = isinstance(shapes, str) or shapes is None
         return tables[names[0]] if one else {name: tables[name] for name in names}
     for name in names:
-        _store(sdata, keys[name], tables[name], overwrite)
+        table = tables[name]
+        store.put(sdata, keys[name], table, overwrite=overwrite)
+        logger.info("added table sdata.tables[%r]: %d shapes x %d channels", keys[name], *table.shape)
     return None
 
 
@@ -177,9 +183,9 @@ def _check(
     sdata: SpatialData,
     image_key: str,
     names: list[str],
-    genes: Sequence[str] | None,
+    genes: str | Sequence[str] | None,
     agg_func: Any,
-    weights: str,
+    weights: Weights,
     min_coverage: float,
     coordinate_system: str | None,
 ) -> Plan:
@@ -211,30 +217,30 @@ def _check(
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
 
-    is_map = is_gene_map(image)
-    chosen, channels = _channels(image_key, channel_names(image), is_map, genes)
+    check_bound(data, f"image {image_key!r}")
+    gene_map = GeneMap.open(sdata, image_key) if is_gene_map(image) else None
+    chosen, channels = _channels(image_key, channel_names(image), None if gene_map is None else gene_map.total, genes)
     systems = {}
     for name in names:
         systems[name] = shared_coordinate_system(sdata, name, image_key, coordinate_system)
         for key in (name, image_key):
             to_coordinate_system(sdata, key, systems[name])
-    quantity = _quantity(sdata, image_key) if is_map else None
-    mpp = map_mpp(sdata, image_key)
+    mpp = find_mpp(sdata, image_key)
     if mpp is None:
-        if is_map and (any(s.extensive for s in statistics) or quantity == "log_sum"):
+        if gene_map is not None and (any(s.extensive for s in statistics) or gene_map.quantity == "log_sum"):
             raise ValueError(
-                f"sums of the gene map {image_key!r} are per um^2, but its um per pixel is unknown; "
-                f"record it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
+                f"sums of the gene map {image_key!r} are per µm², but its pixel size is unknown: it was resampled, or its slide's "
+                f"was unknown; state it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
             )
         logger.warning(
-            "the um per pixel of %r is unknown, so obs['area'] is in pixels; record it with pixnet.pp.set_mpp",
+            "the pixel size (µm/px) of %r is unknown, so obs['area'] is in pixels; state it with pixnet.pp.set_mpp",
             image_key,
         )
+    entry = find_entry(sdata, "images", image_key) or {}
     return Plan(
         image_key=image_key,
         data=data,
-        is_map=is_map,
-        quantity=quantity,
+        gene_map=gene_map,
         names=chosen,
         channels=channels,
         statistics=statistics,
@@ -242,60 +248,33 @@ def _check(
         min_coverage=float(min_coverage),
         systems=systems,
         mpp=mpp,
+        model=entry.get("model"),
     )
 
 
-def _quantity(sdata: SpatialData, image_key: str) -> str:
-    """Return what the genes of a gene map are; one without a record holds densities."""
-    quantity = sdata.attrs.get("pixnet", {}).get("images", {}).get(image_key, {}).get("quantity", "density")
-    if quantity not in QUANTITIES:
-        raise ValueError(
-            f"gene map {image_key!r} is recorded to hold {quantity!r}, which this version of pixnet cannot aggregate; "
-            f"it knows {listed(QUANTITIES)}"
-        )
-    return quantity
-
-
 def _channels(
-    image_key: str, available: list[str], is_map: bool, genes: Sequence[str] | None
+    image_key: str, available: list[str], total: int | None, genes: Sequence[str] | str | None
 ) -> tuple[list[str], list[int]]:
-    """Names and indices of the channels asked for; of a gene map the total comes last."""
+    """Return names and indices of the channels asked for; of a gene map the total comes last."""
     duplicates = pd.Index(available)
     if not duplicates.is_unique:
         repeated = listed(duplicates[duplicates.duplicated()].unique()[:5])
         raise ValueError(f"image {image_key!r} has several channels of one name: {repeated}; rename them")
-    offered = available[:-1] if is_map else available
-    if genes is None:
-        chosen = list(offered)
-    elif isinstance(genes, str):
-        chosen = [genes]
-    elif isinstance(genes, Sequence | np.ndarray | pd.Index | pd.Series):
-        chosen = [str(gene) for gene in genes]
-    else:
-        raise TypeError(f"genes is {genes!r}; a list of names is needed")
-    if is_map and TOTAL in chosen:
-        raise ValueError(
-            f"genes has {TOTAL!r}, which is no gene but the density of all transcripts; it is always used and "
-            "comes as obs['total']"
-        )
-    position = {name: index for index, name in enumerate(offered)}
+    position = {name: index for index, name in enumerate(available) if index != total}
+    chosen = list(position) if genes is None else check_genes(genes)
     unknown = [gene for gene in chosen if gene not in position]
     if unknown:
+        offered = list(position)
         shown = listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
         raise KeyError(f"image {image_key!r} has no channel {listed(unknown[:5])} (genes=); it has {shown}")
-    if not offered:
-        raise ValueError(f"gene map {image_key!r} has no gene, only {TOTAL!r}")
-    if not chosen:
-        raise ValueError("genes is empty; pass at least one name, or None for all channels")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError("genes names a channel twice")
-    channels = [position[name] for name in chosen]
-    return chosen, channels + [len(available) - 1] * is_map
+    if not position:
+        raise ValueError(f"gene map {image_key!r} has no gene, only {available[0]!r}")
+    return chosen, [*(position[name] for name in chosen), *([] if total is None else [total])]
 
 
-def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Name of the table of each shapes element."""
-    keys = {name: f"{name}_genes" for name in names}
+def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None, plan: Plan) -> dict[str, str]:
+    """Return the name of the table of each shapes element."""
+    keys = {name: f"{name}_{'genes' if plan.gene_map else plan.image_key}" for name in names}
     if isinstance(key_added, Mapping):
         for name in key_added:
             if name not in keys:
@@ -314,18 +293,3 @@ def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None) -> 
 
 def _take(sums: ZonalStatistics, rows: slice) -> ZonalStatistics:
     return ZonalStatistics(sums.area[rows], {name: values[rows] for name, values in sums.values.items()})
-
-
-def _store(sdata: SpatialData, key: str, table: AnnData, overwrite: bool) -> None:
-    """Put a table into the object, with its parameters on record, or leave both as they were."""
-    tables = record(sdata)["tables"]
-    before = tables.get(key)
-    tables[key] = {k: v for k, v in table.uns["pixnet"].items() if k != "genes"}
-    try:
-        store.put(sdata, key, table, overwrite=overwrite)
-    except BaseException:
-        del tables[key]
-        if before is not None:
-            tables[key] = before
-        raise
-    logger.info("added table sdata.tables[%r]: %d shapes x %d channels", key, *table.shape)

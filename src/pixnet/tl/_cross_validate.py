@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
+from pixnet._core.train.split import longer_axis
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
 from pixnet._sdata.inputs import SpatialDatas, named_objects
-from pixnet._sdata.record import record
-from pixnet._sdata.sections import Source, resolve_sources
+from pixnet._sdata.sections import MeasuredSlide, open_measured
 from pixnet._sdata.shapes import pixel_shapes
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 GAP_UM = 100.0
-"""Between blocks: about what training sees around its crops at 0.5 um/px."""
+"""Distance between blocks: about what training sees around its crops at 0.5 µm/px."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ def cross_validate(
     image_key: str | None = None,
     shapes: str | Sequence[str] | None = None,
     table_key: str | Sequence[str] | None = None,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     total_key: str | None = None,
-    mask_key: str | bool | None = None,
+    mask_key: str | Literal[False] | None = None,
     gap_um: float = GAP_UM,
     model: PixNet | None = None,
-    seed: int | None = 0,
+    seed: int | None = None,
     device: str | None = None,
     **train_options: Any,
 ) -> pd.DataFrame:
@@ -71,15 +70,15 @@ def cross_validate(
         A label for each object (patient, section), in order or by name; or, with a single object, the number of blocks
         in space into which its shapes are cut across the longer axis.
     gap_um
-        With blocks: shapes closer than this (um) to a shape of the block that is tested train nothing. Their surroundings may still
-        overlap: training looks 192 of the model's pixels beyond its crops (96 um at 0.5 um/px), prediction up to 320; give more, such as
-        400, to exclude that.
+        With blocks: shapes closer than this (µm) to a shape of the block that is tested are left out of training. Their
+        surroundings may still overlap: training looks 192 of the model's pixels beyond its crops (96 µm at 0.5 µm/px),
+        prediction up to 320; give more, such as 400, to exclude that.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
     image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device
         As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
     **train_options
-        Passed on to `pixnet.tl.train`.
+        Other arguments of `pixnet.tl.train`: settings of training and of the model.
 
     Returns
     -------
@@ -111,10 +110,10 @@ def cross_validate(
             "model= was trained before, perhaps on what is tested here; give one that was never trained, or leave it out"
         )
     if not gap_um >= 0:
-        raise ValueError(f"gap_um is {gap_um!r}; um from 0 are needed")
+        raise ValueError(f"gap_um is {gap_um!r}; a distance in µm, from 0, is needed")
     objects = named_objects(sdata)
     keys = (image_key, shapes, table_key, total_key)
-    sources = resolve_sources(objects, *keys)
+    sources = open_measured(objects, *keys)
     if isinstance(groups, int | np.integer) and not isinstance(groups, bool):
         folds = _blocks(sources, int(groups), gap_um)
     else:
@@ -122,7 +121,13 @@ def cross_validate(
     pairs = {source.name: source.pairs for source in sources}
     names = list(dict.fromkeys(key for found in pairs.values() for key in found))
     tables = [next(found[key] for found in pairs.values() if key in found) for key in names]
-    options = {"image_key": image_key, "shapes": names, "table_key": tables, "layer": layer, "total_key": total_key}
+    options: dict[str, Any] = {
+        "image_key": image_key,
+        "shapes": names,
+        "table_key": tables,
+        "layer": layer,
+        "total_key": total_key,
+    }
     frames = []
     for number, fold in enumerate(folds):
         logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)
@@ -147,21 +152,16 @@ def _test(
     model: Any,
     image_key: str | None,
     pairs: dict[str, str],
-    mask_key: str | bool | None,
+    mask_key: str | Literal[False] | None,
     layer: str | None,
     total_key: str | None,
     device: str | None,
 ) -> dict[str, pd.DataFrame]:
     """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
     work = SpatialData.init_from_elements(
-        {name: element for _, name, element in sdata.gen_elements()}, attrs=copy.deepcopy(dict(sdata.attrs))
+        {name: element for _, name, element in sdata.gen_elements()}, attrs=sdata.attrs
     )
-    source = resolve_sources({"0": work}, image_key, list(pairs), list(pairs.values()), total_key)[0]
-    grid = source.slide.grid(model.mpp, model.stride)
     map_key = _free(work, "map")
-    # A lazy map carries no record of what it holds: it stands here, where aggregate looks.
-    held = {"kind": "gene_map", "quantity": model.quantity, "mpp": grid.mpp * grid.stride}
-    record(work)["images"][map_key] = held
     work.images[map_key] = predict(work, model, image_key=image_key, mask_key=mask_key, device=device, inplace=False)
     tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
     out = {}
@@ -216,7 +216,7 @@ def _groups(objects: dict[str, SpatialData], groups: Any) -> Iterator[_Fold]:
         )
 
 
-def _blocks(sources: list[Source], n: int, gap_um: float) -> list[_Fold]:
+def _blocks(sources: list[MeasuredSlide], n: int, gap_um: float) -> list[_Fold]:
     """Return a fold for each of ``n`` bands of equally many shapes across the longer axis of a single object."""
     if len(sources) != 1:
         raise ValueError(
@@ -237,9 +237,8 @@ def _blocks(sources: list[Source], n: int, gap_um: float) -> list[_Fold]:
             f"groups={n} cuts {len(first)} shapes of {next(iter(source.pairs))!r} into blocks of fewer than two, whose "
             "correlation is not defined; ask for fewer blocks"
         )
-    centres = np.stack([first[:, [0, 2]].mean(axis=1), first[:, [1, 3]].mean(axis=1)])
-    axis = int(np.argmax(np.ptp(centres, axis=1)))
-    lines = np.quantile(centres[axis], np.linspace(0, 1, n + 1))
+    axis, centres = longer_axis(first)
+    lines = np.quantile(centres, np.linspace(0, 1, n + 1))
     lines[0], lines[-1] = -np.inf, np.inf
     folds = []
     for i in range(n):
@@ -264,7 +263,7 @@ def _blocks(sources: list[Source], n: int, gap_um: float) -> list[_Fold]:
     return folds
 
 
-def _with_rows(source: Source, rows: dict[str, np.ndarray], keep: dict[str, np.ndarray]) -> SpatialData:
+def _with_rows(source: MeasuredSlide, rows: dict[str, np.ndarray], keep: dict[str, np.ndarray]) -> SpatialData:
     """Return the object with some rows of its tables, and of shapes those that they annotate; no pixel is copied."""
     sdata = source.sdata
     elements = {name: element for _, name, element in sdata.gen_elements()}

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 from spatialdata import SpatialData
 
+from pixnet._correlation import pearson
 from pixnet._names import check_genes, listed
-from pixnet._sdata.counts import check_totals_alike, counts_matrix, gene_positions, totals
+from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, totals
+from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.record import made_by_pixnet
 
 POOLED = "pooled"
 
@@ -23,7 +25,7 @@ def evaluate(
     *,
     table_key: str,
     reference_key: str,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     total_key: str | None = None,
 ) -> pd.DataFrame:
@@ -41,7 +43,7 @@ def evaluate(
     reference_key
         Measured table of raw counts.
     genes
-        Genes to score. None: all genes of the predicted table.
+        Genes to score, one name or several. None: all genes of the predicted table.
     layer
         Layer of the measured table that holds the counts. None: X.
     total_key
@@ -94,7 +96,8 @@ def evaluate(
         frame = _score(*pairs["0"], genes)
         frame.attrs["summary"] = _summary(frame)
         return frame
-    pairs[POOLED] = tuple(np.concatenate([pair[i] for pair in pairs.values()]) for i in range(2))
+    predicted, measured = zip(*pairs.values())
+    pairs[POOLED] = np.concatenate(predicted), np.concatenate(measured)
     frames = {name: _score(*pair, genes) for name, pair in pairs.items()}
     out = pd.concat([frame.assign(section=name) for name, frame in frames.items()])
     out.attrs["summary"] = {name: _summary(frame) for name, frame in frames.items()}
@@ -119,18 +122,15 @@ def _matched(
             f"{there[0][1] if len(there) else None!r}; aggregate over the shapes that the measured table annotates"
         )
     rows = np.flatnonzero((found >= 0) & (total > 0))
-    values = predicted.X[found[rows]]
-    values = values.toarray() if sparse.issparse(values) else np.asarray(values)
-    values = values[:, columns].astype(np.float64)
+    values = dense(predicted.X[found[rows]])[:, columns].astype(np.float64)
     # Sums of logs may come out slightly below 0; a share of transcripts cannot.
-    logs = predicted.uns.get("pixnet", {}).get("quantity", "density") != "density"
+    logs = made_by_pixnet(predicted).get("quantity", "density") != "density"
     values = np.maximum(values, -0.99) if logs else values
     if not logs and (values < 0).any():
         raise ValueError(f"table {table_key!r} holds negative values; X must be CP10k, as pixnet.tl.aggregate makes it")
     known = np.isfinite(values).all(axis=1)
     rows, values = rows[known], values[known]
-    counts = matrix[rows][:, measured_columns]
-    counts = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    counts = dense(matrix[rows][:, measured_columns])
     measured = 1e4 * counts.astype(np.float64) / total[rows, None]
     return np.log1p(values), np.log1p(measured)
 
@@ -155,18 +155,12 @@ def _score(predicted: np.ndarray, measured: np.ndarray, genes: list[str]) -> pd.
     if n == 0:
         nothing = np.full(len(genes), np.nan)
         return _frame(genes, nothing, nothing, nothing, n)
-    p, m = predicted - predicted.mean(axis=0), measured - measured.mean(axis=0)
-    # A column whose values are all equal may differ from its mean by rounding: compare the values themselves.
-    constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(measured, axis=0) == 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        pearson = (p * m).sum(axis=0) / np.sqrt((p**2).sum(axis=0) * (m**2).sum(axis=0))
-    pearson = np.where(constant | (n < 2), np.nan, pearson)
     error = predicted - measured
-    return _frame(genes, pearson, (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
+    return _frame(genes, pearson(predicted, measured), (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
 
 
-def _frame(genes: list[str], pearson: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
-    return pd.DataFrame({"pearson": pearson, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
+def _frame(genes: list[str], r: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"pearson": r, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
 
 
 def _summary(frame: pd.DataFrame) -> dict[str, float | int]:

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Scale
 from spatialdata.transformations import Sequence as Chain
 
+from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
+from pixnet._core.slide.mask import TissueMask
+from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import TOTAL, check_genes, listed
+from pixnet._names import TOTALS, check_genes
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.record import identity
+from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, fingerprint
-from pixnet._sdata.store.write_map import store_map
+from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.write_map import write_map
+from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
+    import torch
     from spatialdata import SpatialData
     from xarray import DataArray
 
+    from pixnet._core.predict.tile_runner import TileRunner
     from pixnet.models import PixNet
-
-DTYPES = ("float32", "float16")
 
 
 def predict(
@@ -35,13 +42,12 @@ def predict(
     model: PixNet | str | Path | None = None,
     *,
     image_key: str | None = None,
-    genes: Sequence[str] | None = None,
-    mask_key: str | bool | None = None,
+    genes: str | Sequence[str] | None = None,
+    mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
     precision: str | None = None,
     key_added: str | None = None,
-    dtype: str = "float32",
     scale_factors: Sequence[int] = (2, 2),
     device: str | None = None,
     overwrite: bool = False,
@@ -50,46 +56,45 @@ def predict(
 ) -> DataArray | None:
     """Predict dense gene maps of a slide.
 
-    The map is an image element with one channel per gene and a last channel ``__total__``: expected densities of
-    transcripts, in linear space, NaN on background. The slide is predicted tile by tile, so memory does not grow with
-    it, and the map streams to a zarr store: the object's own, or one under ``settings.scratch_dir`` that goes at exit.
-    With a ``dask.distributed`` client in scope the tiles run on its workers.
+    The map is an image element with one channel per gene and a last channel ``__total__``. It holds expected densities
+    of transcripts, in linear space, and NaN on background. The slide is predicted tile by tile, so memory does not grow
+    with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
+    at exit. With a ``dask.distributed`` client in scope, the tiles run on its workers.
 
     Parameters
     ----------
     sdata
-        Object that holds the H&E image; its um/px must be known (`pixnet.pp.set_mpp`).
+        Object that holds the H&E image. The pixel size must be known (`pixnet.pp.set_mpp`).
     model
         The model, or a checkpoint's path or name; ``None`` is the model that ships with the package.
     image_key
         The H&E image. ``None``: the recorded one, else the only one.
     genes
-        Genes of the map, in this order; ``None``: all of the model's. ``__total__`` comes in any case.
+        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``__total__`` is always
+        added.
     mask_key
         Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
         and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
     out_mpp
-        um per map pixel, the model's own (its um/px times its stride) or coarser: then the mean over the tissue in each
-        pixel, by area.
+        Pixel size of the map (µm/px). ``None``: that of the model's output, its pixel size times its stride. In a
+        coarser map, a pixel is the mean over its tissue, weighted by area.
     tile_size
-        Model pixels a side of the tiles, rounded up to the model's windows. It sets the memory, not the result.
-        ``None``: about 256 map pixels.
+        Side of the tiles in model pixels, rounded up to whole windows of the model. It changes the memory that is needed
+        and not the result. ``None``: about 256 map pixels.
     precision
-        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only); ``None`` is ``settings.precision``, else bfloat16 where
-        the device computes in it natively, else float32.
+        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only). ``None``: ``settings.precision``, else bfloat16 if the
+        device computes in it natively, else float32. The map is stored as float32 in any case.
     key_added
         Name of the map; ``None`` is ``"{image_key}_genes"``.
-    dtype
-        Of the stored map: ``"float32"``, or ``"float16"``, which halves it but overflows where ``__total__`` exceeds
-        65,504 and is refused by some of SpatialData's operations.
     scale_factors
-        How much coarser each level of the map's pyramid is than the one before.
+        How much coarser each level of the map's pyramid is than the one before. A pixel is the mean of a block of pixels
+        of that level; what is left of a last block is left out.
     device
-        Torch device; ``None`` is ``settings.device``, else a GPU where there is one.
+        Torch device. ``None``: ``settings.device``, else a GPU if there is one.
     overwrite
-        Replace an element of that name. The old one stays whole until the new one is.
+        Replace an element of that name. The old one is kept until the new one is complete.
     resume
-        Go on with the map of an interrupted call with the same arguments.
+        Continue the map of an interrupted call with the same arguments.
     inplace
         Store the map, add it to ``sdata`` and return None. ``False`` returns it as a lazy, single-scale DataArray and
         writes nothing.
@@ -104,26 +109,30 @@ def predict(
     KeyError
         If an image, labels element or gene is unknown.
     OSError
-        If the disk is full; what was written is deleted.
+        If the disk is full. What was written is deleted.
     PermissionError
         If the store cannot be written to.
     RuntimeError
-        If a part of the image cannot be read: the message says which. If the device's memory does not hold one window of
-        the model, or another process is writing the same map.
+        If a part of the image cannot be read (the message says which part), if one window of the model does not fit into
+        the memory of the device, or if another process is writing the same map.
     TypeError
         If an argument or the image's pixels are of the wrong type.
     ValueError
-        If um/px is unknown or more than 2 times coarser than the model's, if there is no tissue, if ``key_added``
-        exists, or an argument is out of range.
+        If the pixel size is unknown or more than 2 times coarser than that of the model, if there is no tissue, if
+        ``key_added`` exists, or an argument is out of range.
 
     Notes
     -----
-    Interrupted by an exception, Ctrl-C or a kill, the store stays readable and what is done is kept:
-    ``resume=True`` goes on and ends with the same bytes. The next call for the same map without it starts again.
+    After an exception, Ctrl-C or a kill, the store is readable and finished tiles are kept: the same call with
+    ``resume=True`` continues. Without it, the next call for the same map starts again.
 
-    A slide whose stain or sharpness lies far outside that of the training slides gets a warning that names what differs: a
-    mean optical density, its spread, the share of a colour, or detail, as a wrong um/px makes it. Without a mask
-    (``mask_key=False``) glass counts as tissue, and such slides are compared with training slides of their kind only.
+    Equal calls give equal bytes on the same machine, with the same precision and the same number of torch threads, also
+    if one of them was interrupted and resumed. Other processors, precisions or thread counts round differently.
+
+    If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
+    difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
+    size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
+    training slides without a mask.
 
     Examples
     --------
@@ -134,148 +143,207 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    from pixnet._core.predict.device import resolve_device, resolve_precision
-    from pixnet._core.predict.map_grid import choose_map_grid
-    from pixnet._core.predict.portable_model import PortableModel
-    from pixnet._core.predict.tile_runner import TileRunner
-    from pixnet._core.slide.mask import TissueMask
-    from pixnet._core.slide.stain import differences, sample, statistics
-    from pixnet._sdata.slide import Slide
-    from pixnet._sdata.tissue import open_mask
-    from pixnet.models._checkpoint import resolve_model
-
-    # what is meant, and whether it can be done
     check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
-    image_key, mpp = slide.key, slide.mpp
-    key = f"{image_key}_genes" if key_added is None else key_added
+    key = f"{slide.key}_genes" if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key, overwrite)
-        check_replaces(sdata, key, "images")
-        if key == image_key:
-            raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
-        local_store(sdata)
-    _check_arguments(dtype, scale_factors, tile_size, out_mpp, resume, inplace)
-    device = resolve_device(settings.device if device is None else device)
-    precision = resolve_precision(settings.precision if precision is None else precision, device)
-    model, model_name = resolve_model(model)
-    genes, channels = _resolve_genes(model, genes)
-    grid = slide.grid(model.mpp, model.stride)
-    gpu = device.type == "cuda"
-    layout = choose_map_grid(grid, model.window, model.halo, out_mpp, tile_size, wide=gpu)
-    if grid.enlarged:
-        logger.warning(
-            "image %r has %.3g um/px, coarser than the %.3g um/px of the model: it is enlarged, and detail that the model "
-            "was trained on is missing; expect worse maps",
-            image_key,
-            mpp,
-            model.mpp,
+        _check_target(slide, key, overwrite)
+    _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
+    request = _resolve(slide, model, genes, out_mpp, tile_size, scale_factors, precision, device)
+    mask = _open_tissue(request)
+    runner = _make_runner(request, mask)
+    samples = sample(runner.reader, mask)
+    _warn_if_foreign(request, statistics(samples, mask.masked))
+    if not inplace:
+        return _lazy_element(request, runner)
+    asked = request.asked(runner.model.hash)
+    job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
+    entry = {
+        "kind": "gene_map",
+        "model": request.model_name,
+        "unit": request.model.unit,
+        "identity": identity(request.names, request.grid.shape),
+        **asked,
+    }
+    write_map(sdata, key, runner, request.spec, job, entry, resume=resume, overwrite=overwrite)
+    return None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A prediction with all names resolved and all arguments checked."""
+
+    slide: Slide
+    model: PixNet
+    model_name: str | None
+    genes: list[str]
+    channels: list[int] | None
+    grid: MapGrid
+    scale_factors: list[int]
+    device: torch.device
+    precision: str
+    threads: int | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the map's channels."""
+        return [*self.genes, TOTALS[self.model.quantity]]
+
+    @property
+    def transformations(self) -> dict[str, Any]:
+        """Transformations of the map to each coordinate system of the image."""
+        y, x = self.grid.slide_px
+        to_image = Scale([x, y], axes=("x", "y"))
+        return {name: Chain([to_image, system]) for name, system in self.slide.transformations.items()}
+
+    @property
+    def spec(self) -> MapSpec:
+        """The stored element."""
+        return MapSpec(
+            self.names, self.grid.shape, "float32", self.grid.chunk, self.scale_factors, self.transformations
         )
 
-    # the tissue, and the runner
-    mask = open_mask(slide, grid.out_px)
-    if not getattr(mask, "mask", np.True_).any():
-        raise ValueError(
-            f"the mask of image {image_key!r} has no tissue; check it, name another with mask_key=, or pass mask_key=False to "
-            "predict everywhere"
+    def asked(self, model_hash: str) -> dict[str, Any]:
+        """Return everything that determines the map, apart from pixels (JSON-plain)."""
+        return {
+            "image_key": self.slide.key,
+            "image_mpp": self.slide.mpp,
+            "mask_key": self.slide.mask_key,
+            "genes": self.genes,
+            "model_hash": model_hash,
+            "model_mpp": self.model.mpp,
+            "mpp": self.grid.mpp,
+            "shape": list(self.grid.shape),
+            "tile_size": self.grid.tile_size,
+            "scale_factors": self.scale_factors,
+            "precision": self.precision,
+            "device": self.device.type,
+            "torch_threads": self.threads,
+        }
+
+
+def _resolve(
+    slide: Slide,
+    model: PixNet | str | Path | None,
+    genes: str | Sequence[str] | None,
+    out_mpp: float | None,
+    tile_size: int | None,
+    scale_factors: Sequence[int],
+    precision: str | None,
+    device: str | None,
+) -> _Request:
+    """Resolve and check the model, the genes, the grid and where to run."""
+    import torch
+
+    from pixnet._core.predict.device import resolve_device, resolve_precision
+    from pixnet.models._load import resolve_model
+
+    on = resolve_device(settings.device if device is None else device)
+    precision = resolve_precision(settings.precision if precision is None else precision, on)
+    resolved, model_name = resolve_model(model)
+    chosen, channels = _resolve_genes(resolved, genes)
+    grid = slide.grid(resolved.mpp, resolved.stride)
+    tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide=on.type == "cuda")
+    if grid.enlarged:
+        logger.warning(
+            "image %r has %.3g µm/px, coarser than the %.3g µm/px of the model: it is enlarged, and detail that the model "
+            "was trained on is missing; expect worse maps",
+            slide.key,
+            slide.mpp,
+            resolved.mpp,
         )
-    packed = PortableModel(model)
-    runner = TileRunner(
-        slide.reader(grid),
+    factors = [int(factor) for factor in scale_factors]
+    threads = torch.get_num_threads() if on.type == "cpu" else None
+    return _Request(slide, resolved, model_name, chosen, channels, tiles, factors, on, precision, threads)
+
+
+def _open_tissue(request: _Request) -> TissueMask:
+    """Read or compute the tissue mask; refuse a slide of which no map pixel is tissue."""
+    slide, grid = request.slide, request.grid
+    mask = open_mask(slide, grid.model_grid.out_px)
+    if not mask.any():
+        raise ValueError(
+            f"{no_tissue(slide)}. Name another mask with mask_key=, or pass mask_key=False to predict everywhere"
+        )
+    if not mask.near(0, 0, *grid.model_grid.out_shape):
+        raise ValueError(
+            f"no tissue on image {slide.key!r}: the tissue of its mask lies outside of it; check the transformation of the "
+            "mask"
+        )
+    map_mask = mask.coarser(grid.ratio)
+    boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
+    if not any(map_mask.near(*box.bounds) and map_mask.window(*box.bounds).any() for box in boxes):
+        raise ValueError(
+            f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
+            "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
+        )
+    return mask
+
+
+def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
+    """Return the runner that predicts the tiles."""
+    from pixnet._core.predict.portable_model import PortableModel
+    from pixnet._core.predict.tile_runner import TileRunner
+
+    return TileRunner(
+        request.slide.reader(request.grid.model_grid),
         mask,
-        packed,
-        layout,
-        channels=channels,
-        n_channels=len(genes) + 1,
-        dtype=dtype,
-        device=str(device),
-        precision=precision,
-        batch=4 if gpu else 1,
+        PortableModel(request.model),
+        request.grid,
+        channels=request.channels,
+        n_channels=len(request.names),
+        device=str(request.device),
+        precision=request.precision,
+        batch=4 if request.device.type == "cuda" else 1,
     )
-    if not runner.tiles():
-        raise ValueError(
-            f"no tissue on image {image_key!r}: its mask lies outside of it; check the transformation of the mask"
-        )
-    samples = sample(runner.reader, mask)
-    differs = differences(statistics(samples, isinstance(mask, TissueMask)), model.config.get("stain"))
+
+
+def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
+    """Warn if the slide looks unlike those that the model was trained on."""
+    differs = differences(found, request.model.stain)
     if differs:
         logger.warning(
             "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
             "without checking it against measured genes; pixnet.pp.normalize_stain may help",
-            image_key,
+            request.slide.key,
             "; ".join(differs),
         )
-    to_image = Scale([layout.px[1], layout.px[0]], axes=("x", "y"))
-    transformations = {name: Chain([to_image, system]) for name, system in slide.transformations.items()}
-    names, quantity = [*genes, TOTAL], model.config.get("quantity", "density")
-    if not inplace:
-        from pixnet._core.predict.tile_runner import lazy_map
-
-        if quantity != "density":
-            logger.warning(
-                "the model's map holds %r, not densities. A lazy map carries no record of that and pixnet.tl.aggregate would "
-                "take it for densities: store the map (inplace=True) to aggregate it",
-                quantity,
-            )
-        array = lazy_map(runner, uuid.uuid4().hex)
-        return Image2DModel.parse(array, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
-
-    # the map, and what is known of it
-    entry = {
-        "kind": "gene_map",
-        "image_key": image_key,
-        "model": model_name,
-        "genes": list(genes),
-        "unit": model.config.get("unit"),
-        "quantity": quantity,
-        "mpp": layout.mpp,
-        "params": {
-            "model_hash": packed.hash,
-            "model_mpp": model.mpp,
-            "image_mpp": mpp,
-            "mask_key": mask_key,
-            "out_mpp": None if out_mpp is None else float(out_mpp),
-            "precision": precision,
-            "device": device.type,
-            "dtype": dtype,
-            "scale_factors": [int(f) for f in scale_factors],
-            "tile_size": layout.window * max(1, round(layout.tile * layout.ratio / layout.core)),
-        },
-    }
-    spec = MapSpec(names, layout.shape, dtype, layout.chunk, tuple(int(f) for f in scale_factors), transformations)
-    job = {
-        **{k: entry[k] for k in ("image_key", "genes", "mpp")},
-        **entry["params"],
-        "mask": fingerprint([np.packbits(mask.mask), mask.to_mask] if hasattr(mask, "mask") else []),
-        "image": fingerprint([pixels for pixels, _ in samples]),
-        "shape": list(layout.shape),
-    }
-    stream = MapWriter.open(sdata, key, spec, job, resume)
-    store_map(runner, stream, sdata, key, entry)
-    return None
 
 
-def _resolve_genes(model: PixNet, genes: Sequence[str] | None) -> tuple[list[str], list[int] | None]:
+def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
+    """Return the map as a lazy image element."""
+    from pixnet._core.predict.tile_runner import lazy_map
+
+    return Image2DModel.parse(
+        lazy_map(runner, uuid.uuid4().hex),
+        dims=("c", "y", "x"),
+        c_coords=request.names,
+        transformations=request.transformations,
+    )
+
+
+def _check_target(slide: Slide, key: str, overwrite: bool) -> None:
+    """Check that the map can be stored under a name."""
+    check_key_free(slide.sdata, key, overwrite)
+    check_replaces(slide.sdata, key, "images")
+    if key == slide.key:
+        raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
+    local_store(slide.sdata)
+
+
+def _resolve_genes(model: PixNet, genes: str | Sequence[str] | None) -> tuple[list[str], list[int] | None]:
     """Return the genes of the map, and the model's channels that it takes (None: all)."""
     if genes is None:
         return list(model.genes), None
-    genes = check_genes(genes)
+    chosen = check_genes(genes, among=model.genes, where="the model")
+    if chosen == model.genes:
+        return chosen, None
     position = {gene: k for k, gene in enumerate(model.genes)}
-    unknown = [gene for gene in genes if gene not in position]
-    if unknown:
-        shown = listed(model.genes[:10]) + (f", ... ({len(model.genes)} in all)" if len(model.genes) > 10 else "")
-        raise KeyError(
-            f"the model does not predict {listed(unknown[:5])}{' ...' if len(unknown) > 5 else ''}; its genes (model.genes): "
-            f"{shown}"
-        )
-    if genes == list(model.genes):
-        return genes, None
-    return genes, [*(position[gene] for gene in genes), len(model.genes)]
+    return chosen, [*(position[gene] for gene in chosen), len(model.genes)]
 
 
-def _check_arguments(dtype: Any, scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; valid: {', '.join(map(repr, DTYPES))}")
+def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
+    """Check the arguments that can be checked one by one."""
     try:
         factors = list(scale_factors)
     except TypeError:
@@ -289,8 +357,8 @@ def _check_arguments(dtype: Any, scale_factors: Any, tile_size: Any, out_mpp: An
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size is {tile_size!r}; it must be positive")
     if out_mpp is not None and (isinstance(out_mpp, bool) or not isinstance(out_mpp, int | float | np.number)):
-        raise TypeError(f"out_mpp is {out_mpp!r}; um per map pixel (a number) or None is needed")
+        raise TypeError(f"out_mpp is {out_mpp!r}; a pixel size in µm/px (a number) or None is needed")
     if out_mpp is not None and not (np.isfinite(out_mpp) and out_mpp > 0):
         raise ValueError(f"out_mpp is {out_mpp!r}; it must be positive")
     if resume and not inplace:
-        raise ValueError("resume=True goes on with a stored map, and inplace=False stores none: pass one of them")
+        raise ValueError("resume=True continues a stored map, and inplace=False does not store one: pass one of them")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any
 
 import numba
 
-Function = TypeVar("Function", bound=Callable)
 
-
-def jit(function: Function) -> Function:
+def jit(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, without the GIL, when it is called first.
 
     numba keeps what it compiled beside the source file or in the user's cache folder (``NUMBA_CACHE_DIR`` names
     another), and raises where it can write to neither; then each process compiles for itself.
     """
     try:
-        return cast(Function, numba.njit(function, cache=True, nogil=True))
+        return numba.njit(function, cache=True, nogil=True)
     except RuntimeError:
-        return cast(Function, numba.njit(function, nogil=True))
+        return numba.njit(function, nogil=True)

@@ -147,7 +147,7 @@ class ShapeArrays:
             ring_signs=np.ones(len(x0)),
             shape_offsets=shape_offsets,
             is_ellipse=np.zeros(n, dtype=bool),
-            area=area,
+            area=area.astype(np.float64),
             centroids=centroids,
             bounds=_bounds(coords, ring_offsets[shape_offsets], np.zeros(n, dtype=bool)),
         )

@@ -6,18 +6,18 @@ import torch
 
 from pixnet._core.parallel import cluster_client
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the device to run on; None takes a GPU where there is one.
 
-    With a cluster in scope a device that is named is taken at its word: this machine's devices say nothing of the workers'.
+    With a cluster in scope a device that is named is not checked: the workers' devices may differ from this machine's.
 
     Raises
     ------
     ValueError
-        If the device is unknown or not there.
+        If the device is unknown or missing.
     """
     if device is None:
         if torch.cuda.is_available():
@@ -30,9 +30,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if cluster_client() is not None:
         return device
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(f"device is {str(device)!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps'; torch sees no such device here")
+        raise ValueError("device is 'mps'; torch does not find one here")
     return device
 
 
@@ -49,15 +49,16 @@ def resolve_precision(precision: str | None, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; valid: None, {', '.join(map(repr, PRECISIONS))}")
     if precision == "float16" and device.type == "cpu":
-        raise ValueError("precision is 'float16', which CPUs do not compute in; take 'bfloat16' or 'float32'")
+        raise ValueError("precision is 'float16', in which CPUs do not compute; use 'bfloat16' or 'float32'")
     return precision
 
 
 def _native_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 without converting."""
     if device.type == "cuda":
         return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         names = ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16")
         if capabilities:
             return any(capabilities.get(name) for name in names)

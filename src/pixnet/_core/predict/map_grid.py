@@ -1,4 +1,4 @@
-"""Where the tiles of a map lie: output pixels, the windows of the model behind them, and exact area means of them."""
+"""The tiles of a map, and the model's output pixels and windows behind them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from pixnet._core.slide.grid import ModelGrid
 
-FINEST = 1 - 1e-6
 CHUNK = 256
 """Chunks of a stored map have at most this many pixels a side."""
 
@@ -24,6 +21,20 @@ class Box:
     height: int
     width: int
 
+    @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """``(y, x, height, width)``."""
+        return self.y, self.x, self.height, self.width
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns."""
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
+    def within(self, other: Box) -> Box:
+        """Return the same rectangle, counted from the corner of another."""
+        return Box(self.y - other.y, self.x - other.x, self.height, self.width)
+
 
 @dataclass(frozen=True)
 class MapGrid:
@@ -31,17 +42,18 @@ class MapGrid:
 
     Attributes
     ----------
-    grid
+    model_grid
         The slide in model pixels.
     window, halo
-        The model's windows, anchored at the slide's origin, and what they see beyond their edges, in model pixels.
+        Side of the model's windows, which start at the slide's origin, and the margin that they see beyond their edges, in
+        model pixels.
     ratio
         Model output pixels per map pixel, at least 1.
     tile
         Map pixels per tile, along both axes.
     """
 
-    grid: ModelGrid
+    model_grid: ModelGrid
     window: int
     halo: int
     ratio: float
@@ -50,90 +62,86 @@ class MapGrid:
     @property
     def shape(self) -> tuple[int, int]:
         """Size of the map ``(y, x)``."""
-        stride = self.grid.stride
-        return tuple(math.ceil(n / (stride * self.ratio) - 1e-6) for n in self.grid.shape)
+        height, width = (math.ceil(n / (self.model_grid.stride * self.ratio) - 1e-6) for n in self.model_grid.shape)
+        return height, width
 
     @property
-    def px(self) -> tuple[float, float]:
-        """Level-0 pixels per map pixel, ``(y, x)``."""
-        return self.grid.out_px[0] * self.ratio, self.grid.out_px[1] * self.ratio
+    def slide_px(self) -> tuple[float, float]:
+        """Level-0 pixels of the slide per map pixel, ``(y, x)``."""
+        return self.model_grid.out_px[0] * self.ratio, self.model_grid.out_px[1] * self.ratio
 
     @property
     def mpp(self) -> float:
-        """Size of a map pixel in um."""
-        return self.grid.mpp * self.grid.stride * self.ratio
+        """Pixel size of the map (µm/px)."""
+        return self.model_grid.mpp * self.model_grid.stride * self.ratio
 
     @property
     def tiles(self) -> tuple[int, int]:
         """Number of tiles ``(y, x)``."""
-        return tuple(math.ceil(n / self.tile) for n in self.shape)
+        return math.ceil(self.shape[0] / self.tile), math.ceil(self.shape[1] / self.tile)
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in model pixels, a multiple of the window."""
+        return self.window * max(1, round(self.tile * self.ratio / self.out_window))
 
     @property
     def chunk(self) -> int:
-        """Pixels a side of the chunks that a map of this layout is stored in; every tile is made of whole ones."""
+        """Side of the chunks that the map is stored in; every tile is made of whole ones."""
         return next(n for n in range(min(CHUNK, self.tile), 0, -1) if self.tile % n == 0)
 
     @property
-    def core(self) -> int:
-        """Model output pixels a side of a window, without its halo."""
-        return self.window // self.grid.stride
+    def out_window(self) -> int:
+        """Side of a window in model output pixels, without its halo."""
+        return self.window // self.model_grid.stride
 
     def box(self, i: int, j: int) -> Box:
         """Return the map pixels of tile ``(i, j)``."""
         y, x = i * self.tile, j * self.tile
         return Box(y, x, min(self.tile, self.shape[0] - y), min(self.tile, self.shape[1] - x))
 
-    def fine(self, box: Box) -> Box:
+    def out_box(self, box: Box) -> Box:
         """Return the model output pixels behind a box of map pixels."""
         bounds = []
-        for start, n, size in ((box.y, box.height, 0), (box.x, box.width, 1)):
+        for start, n, size in zip((box.y, box.x), (box.height, box.width), self.model_grid.out_shape):
             first = math.floor(start * self.ratio + 1e-6)
-            last = math.ceil((start + n) * self.ratio - 1e-6)
-            bounds.append((first, min(last, self.grid.out_shape[size])))
+            bounds.append((first, min(math.ceil((start + n) * self.ratio - 1e-6), size)))
         (y0, y1), (x0, x1) = bounds
         return Box(y0, x0, y1 - y0, x1 - x0)
 
-    def windows(self, fine: Box) -> Iterator[tuple[int, int]]:
-        """Return the windows that a box of model output pixels touches, row by row."""
-        for i in range(fine.y // self.core, -(-(fine.y + fine.height) // self.core)):
-            for j in range(fine.x // self.core, -(-(fine.x + fine.width) // self.core)):
-                yield i, j
+    def map_box(self, out: Box) -> Box:
+        """Return the map pixels that a box of model output pixels touches."""
+        bounds = []
+        for start, n in ((out.y, out.height), (out.x, out.width)):
+            bounds.append((int((start + 1e-6) / self.ratio), math.ceil((start + n) / self.ratio - 1e-6)))
+        (y0, y1), (x0, x1) = bounds
+        return Box(y0, x0, y1 - y0, x1 - x0)
 
-    def shares(self, axis: int, start: int, n: int, first: int, size: int) -> np.ndarray:
-        """Return how much of each model output pixel lies in each map pixel, along one axis: ``(n, size)`` float32.
-
-        Parameters
-        ----------
-        axis
-            0 for y, 1 for x.
-        start, n
-            Range of map pixels.
-        first, size
-            Range of model output pixels.
-        """
-        cell = np.arange(start, start + n)[:, None] * self.ratio
-        pixel = np.arange(first, first + size)[None, :]
-        # The last pixel may reach over the edge of the slide: only its part inside counts.
-        end = np.minimum(pixel + 1, self.grid.shape[axis] / self.grid.stride)
-        overlap = np.minimum(cell + self.ratio, end) - np.maximum(cell, pixel)
-        return np.where(overlap > 1e-9, overlap, 0).astype(np.float32)
+    def windows(self, out: Box) -> Iterator[tuple[int, int, Box]]:
+        """Return the windows that a box of model output pixels touches, row by row, and the part that each has in it."""
+        side = self.out_window
+        for i in range(out.y // side, -(-(out.y + out.height) // side)):
+            for j in range(out.x // side, -(-(out.x + out.width) // side)):
+                y0, x0 = max(i * side, out.y), max(j * side, out.x)
+                y1, x1 = min((i + 1) * side, out.y + out.height), min((j + 1) * side, out.x + out.width)
+                yield i, j, Box(y0, x0, y1 - y0, x1 - x0)
 
 
 def choose_map_grid(
     grid: ModelGrid, window: int, halo: int, out_mpp: float | None, tile_size: int | None, wide: bool = False
 ) -> MapGrid:
-    """Return the layout of a map.
+    """Return the tiles of a map.
 
     Parameters
     ----------
     grid
         The slide in model pixels.
     window, halo
-        Of the model.
+        Of the model, in its pixels.
     out_mpp
-        um per map pixel; None: the model's own.
+        Pixel size of the map (µm/px); None: the model's own.
     tile_size
-        Model pixels a side of a tile; rounded up to whole windows. None: about 256 model output pixels.
+        Side of a tile in model pixels; rounded up to whole windows. None: about 256 model output pixels.
     wide
         Take four times larger tiles by default, so that a GPU gets several windows at once.
 
@@ -146,19 +154,19 @@ def choose_map_grid(
     ratio = 1.0 if out_mpp is None else out_mpp / finest
     if ratio < 1 - 1e-3:
         raise ValueError(
-            f"out_mpp is {out_mpp:g}; the model answers at {finest:.4g} um/px on this slide and cannot be finer: "
-            f"leave out_mpp at None, or train with a smaller stride or mpp"
+            f"out_mpp is {out_mpp:g}; the model's output has {finest:.4g} µm/px on this slide, and a map cannot be finer: "
+            "leave out_mpp at None, or train with a smaller stride or mpp"
         )
     if abs(ratio - round(ratio)) < 1e-6 * ratio or ratio < 1:
         ratio = float(max(round(ratio), 1))
-    core = window // grid.stride
-    aligned = core % ratio == 0
+    out_window = window // grid.stride
+    aligned = out_window % ratio == 0
     if tile_size is None:
         # Where map pixels straddle windows, those at a tile's edges run twice: larger tiles make that rare.
-        pixels = CHUNK * (2 if wide else 1) if aligned and ratio == 1 else 8 * core
+        pixels = CHUNK * (2 if wide else 1) if aligned and ratio == 1 else 8 * out_window
         tile_size = min(pixels * grid.stride, max(grid.shape))
     windows = max(1, math.ceil(tile_size / window))
-    tile = windows * core / ratio
+    tile = windows * out_window / ratio
     return MapGrid(grid, window, halo, ratio, int(tile) if aligned else _rounded(tile))
 
 

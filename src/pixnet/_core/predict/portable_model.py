@@ -1,4 +1,4 @@
-"""A model ready to run: on which device, in which arithmetic, and how it reaches another process once."""
+"""A model as it reaches other processes: once each, with a hash to tell it by."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ import cloudpickle
 import torch
 from torch import nn
 
-_READY: OrderedDict[tuple[str, str], nn.Module] = OrderedDict()
-_READY_SIZE = 2
+_CACHE: OrderedDict[tuple[str, str], nn.Module] = OrderedDict()
+_CACHE_SIZE = 2
 _LOADING = threading.Lock()
 
 
-# device and precision ----------------------------------------------------------------------------------------------
-
-
-# the model ---------------------------------------------------------------------------------------------------------
-
-
 class PortableModel:
-    """A model as tasks carry it: pickled as bytes with a hash, unpacked once in a process.
+    """A model that tasks carry: pickled as bytes with a hash, unpacked once in a process.
 
     Parameters
     ----------
@@ -48,14 +42,25 @@ class PortableModel:
         """Return the model on a device, laid out for it; the same object each time in a process."""
         key = (self.hash, str(device))
         with _LOADING:
-            if key not in _READY:
+            if key not in _CACHE:
                 module = pickle.loads(self._bytes) if self._module is None else self._module
                 module = module if device.type == "cpu" else copy.deepcopy(module)
-                _READY[key] = module.to(device=device, memory_format=torch.channels_last)
-                while len(_READY) > _READY_SIZE:
-                    _READY.popitem(last=False)
-            _READY.move_to_end(key)
-            return _READY[key]
+                _CACHE[key] = module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                while len(_CACHE) > _CACHE_SIZE:
+                    _CACHE.popitem(last=False)
+            _CACHE.move_to_end(key)
+            return _CACHE[key]
+
+
+def n_cached() -> int:
+    """Return the number of models that this process holds ready."""
+    return len(_CACHE)
+
+
+def clear_cache() -> None:
+    """Forget the models that this process holds ready."""
+    with _LOADING:
+        _CACHE.clear()
 
 
 def model_hash(model: nn.Module) -> str:

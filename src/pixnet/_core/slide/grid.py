@@ -1,4 +1,4 @@
-"""From a slide's pyramid to the pixels a model sees: which level to read, how to resize, which windows there are."""
+"""A slide in the pixels of a model: the level to read and the factor to resize it by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SNAP = 0.02
-"""Factors this close to a whole number are taken as whole: pixels are used as they are, geometry stays exact."""
+"""Factors this close to a whole number are rounded: pixels are then used as they are, and positions stay exact."""
 
 MAX_ENLARGE = 2.0
 """A slide may be this many times coarser than the model."""
@@ -32,7 +32,7 @@ class ModelGrid:
     stride
         Model pixels per output pixel.
     mpp
-        um per model pixel on this slide.
+        Size of a model pixel on this slide (µm).
     """
 
     level: int
@@ -64,7 +64,7 @@ class ModelGrid:
 
 
 def snap(factor: float) -> float:
-    """Return the whole number that a factor is close to, else the factor."""
+    """Round a factor that is close to a whole number."""
     whole = round(factor)
     return float(whole) if whole >= 1 and abs(factor / whole - 1) <= SNAP else factor
 
@@ -88,7 +88,7 @@ def choose_grid(
     shapes
         Size of each level in its pixels, ``(y, x)``.
     slide_mpp, model_mpp
-        um per pixel of level 0, and of the model's input.
+        Pixel size of level 0, and of the model's input (µm/px).
     stride
         Model pixels per output pixel.
 
@@ -99,9 +99,9 @@ def choose_grid(
     """
     if slide_mpp / model_mpp > MAX_ENLARGE * (1 + SNAP):
         raise ValueError(
-            f"the slide has {slide_mpp:g} um/px, more than {MAX_ENLARGE:g} times coarser than the {model_mpp:g} um/px of the "
-            "model: detail the model needs is not there. Use a finer image of the slide, or a model trained at a coarser "
-            "um/px (pixnet.tl.train(..., mpp=...)); if the slide's um/px is wrong, mend it with pixnet.pp.set_mpp"
+            f"the slide has {slide_mpp:g} µm/px, more than {MAX_ENLARGE:g} times coarser than the {model_mpp:g} µm/px of the "
+            "model: it lacks detail that the model needs. Use a finer image of the slide, or a model trained at a coarser "
+            "pixel size (pixnet.tl.train(..., mpp=...)); if the slide's pixel size is wrong, fix it with pixnet.pp.set_mpp"
         )
     level = 0
     for i, scale in enumerate(scales):

@@ -1,7 +1,8 @@
-"""Which output pixels are tissue."""
+"""The output pixels of a model that are tissue."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -17,19 +18,45 @@ class TissueMask:
         ``(y, x)``, nonzero on tissue: numpy or dask; read into memory (a bit per pixel would do, a byte is kept).
     to_mask
         Matrix ``(3, 3)`` that takes ``(x, y, 1)`` from output pixels to mask pixels; any affine.
+    masked
+        Whether the mask tells tissue from glass. False: it is one pixel that covers the whole slide.
     """
 
-    def __init__(self, mask: Any, to_mask: np.ndarray) -> None:
+    def __init__(self, mask: Any, to_mask: np.ndarray, masked: bool = True) -> None:
         mask = np.asarray(mask)
         self.mask = mask if mask.dtype == bool else mask != 0
         self.to_mask = np.asarray(to_mask, dtype=float)
+        self.masked = masked
+
+    @classmethod
+    def everywhere(cls, shape: tuple[float, float]) -> TissueMask:
+        """Return the mask of a slide that is all tissue, of ``shape`` output pixels (y, x), whole numbers or not."""
+        return cls(np.ones((1, 1), bool), np.diag([1 / shape[1], 1 / shape[0], 1.0]), masked=False)
 
     def coarser(self, ratio: float) -> TissueMask:
         """Return the same mask, asked per pixel ``ratio`` times larger."""
-        return TissueMask(self.mask, self.to_mask @ np.diag([ratio, ratio, 1.0]))
+        return TissueMask(self.mask, self.to_mask @ np.diag([ratio, ratio, 1.0]), self.masked)
+
+    def any(self) -> bool:
+        """Whether there is any tissue, on the slide or beside it."""
+        return bool(self.mask.any())
+
+    def near(self, y0: int, x0: int, height: int, width: int) -> bool:
+        """Whether a window of output pixels may hold tissue: quick, and never False where there is some."""
+        corners = np.array([[x, y, 1] for y in (y0, y0 + height) for x in (x0, x0 + width)])
+        x, y, _ = self.to_mask @ corners.T
+        rows = slice(max(int(np.floor(y.min())) - 1, 0), max(int(np.ceil(y.max())) + 1, 0))
+        columns = slice(max(int(np.floor(x.min())) - 1, 0), max(int(np.ceil(x.max())) + 1, 0))
+        return bool(self.mask[rows, columns].any())
+
+    def fingerprint(self) -> str:
+        """Return a hash of the mask and of its place."""
+        return hashlib.sha256(np.packbits(self.mask).tobytes() + self.to_mask.tobytes()).hexdigest()
 
     def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return tissue ``(height, width)`` bool of a window of output pixels; nothing is tissue outside the mask."""
+        if not self.masked:
+            return self._on_slide(y0, x0, height, width)
         linear = self.to_mask[:2, :2]
         # Sample points per pixel and axis: a multiple of the mask's pixels in it, so that aligned masks are counted exactly.
         whole = max(1, math.ceil(np.abs(linear).sum(axis=0).max() - 1e-6))
@@ -41,6 +68,12 @@ class TissueMask:
             share = self._samples(y0 + start, x0, stop - start, width, k)
             out[start:stop] = share.reshape(stop - start, k, width, k).mean(axis=(1, 3)) >= 0.5
         return out
+
+    def _on_slide(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
+        """Return the pixels of a window of which at least half lies on the slide."""
+        inside_y = np.clip(1 / self.to_mask[1, 1] - np.arange(y0, y0 + height), 0, 1)
+        inside_x = np.clip(1 / self.to_mask[0, 0] - np.arange(x0, x0 + width), 0, 1)
+        return inside_y[:, None] * inside_x[None, :] >= 0.5 - 1e-9
 
     def _samples(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
         """Return the mask at ``k`` x ``k`` points in each pixel, ``(height * k, width * k)``."""
@@ -61,26 +94,3 @@ class TissueMask:
         found = np.zeros(inside.shape, dtype=bool)
         found[inside] = self.mask[i[inside], j[inside]]
         return found
-
-
-class SlideExtent:
-    """Everything on the slide is tissue: what ``mask_key=False`` means.
-
-    Parameters
-    ----------
-    shape
-        Size of the slide in output pixels, ``(y, x)``; need not be whole numbers.
-    """
-
-    def __init__(self, shape: tuple[float, float]) -> None:
-        self.shape = shape
-
-    def coarser(self, ratio: float) -> SlideExtent:
-        """Return the same extent, asked per pixel ``ratio`` times larger."""
-        return SlideExtent((self.shape[0] / ratio, self.shape[1] / ratio))
-
-    def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
-        """Return which pixels of a window lie at least half on the slide, ``(height, width)`` bool."""
-        inside_y = np.clip(self.shape[0] - np.arange(y0, y0 + height), 0, 1)
-        inside_x = np.clip(self.shape[1] - np.arange(x0, x0 + width), 0, 1)
-        return inside_y[:, None] * inside_x[None, :] >= 0.5 - 1e-9

@@ -9,12 +9,14 @@ import numpy as np
 from scipy import sparse
 
 from pixnet._core.slide.grid import ModelGrid
+from pixnet._core.slide.resample import area_weights, linear_weights
+from pixnet._core.stored import check_stored
 
 WHITE = 255
 
 
 def resample_weights(start: int, stop: int, factor: float, size: int) -> tuple[int, int, sparse.csr_array]:
-    """Return which pixels of an axis the model pixels ``start`` to ``stop`` need, and their weights.
+    """Return the source pixels of an axis that model pixels need, and their weights.
 
     Reducing takes exact area means, enlarging interpolates linearly between pixel centres. Both depend on the position
     on the slide alone, never on the window that is read.
@@ -33,30 +35,17 @@ def resample_weights(start: int, stop: int, factor: float, size: int) -> tuple[i
     first, last
         Range of source pixels.
     weights
-        Matrix ``(stop - start, last - first)`` whose rows add up to 1.
+        Matrix ``(stop - start, last - first)`` float32 whose rows add up to 1.
     """
-    i = np.arange(start, stop)
     if factor >= 1:
-        lo, hi = i * factor, np.minimum((i + 1) * factor, size)
-        first, last = int(lo[0]), min(math.ceil(hi[-1] - 1e-9), size)
-        n = math.ceil(factor) + 1
-        cols = np.floor(lo).astype(int)[:, None] + np.arange(n)
-        w = np.clip(np.minimum(cols + 1, hi[:, None]) - np.maximum(cols, lo[:, None]), 0, None)
+        first, last = math.floor(start * factor), min(math.ceil(stop * factor - 1e-9), size)
+        weights = area_weights(start, stop, first, last, factor, size)
     else:
-        centre = (i + 0.5) * factor - 0.5
-        base = np.floor(centre).astype(int)
-        frac = centre - base
-        cols = np.stack([base, base + 1], axis=1)
-        w = np.stack([1 - frac, frac], axis=1)
-        cols = np.clip(cols, 0, size - 1)
-        first, last = int(cols.min()), int(cols.max()) + 1
-    w = w / w.sum(axis=1, keepdims=True)
-    rows = np.broadcast_to((i - start)[:, None], cols.shape)
-    keep = (w > 0) & (cols >= first) & (cols < last)
-    matrix = sparse.coo_array(
-        (w[keep].astype(np.float32), (rows[keep], cols[keep] - first)), shape=(stop - start, last - first)
-    )
-    return first, last, matrix.tocsr()
+        first = max(math.floor((start + 0.5) * factor - 0.5), 0)
+        last = min(math.floor((stop - 0.5) * factor - 0.5) + 2, size)
+        weights = linear_weights(start, stop, first, last, factor)
+    weights.data /= np.repeat(weights.sum(axis=1), np.diff(weights.indptr))
+    return first, last, weights.astype(np.float32)
 
 
 def fetch(array: Any, y: slice, x: slice) -> np.ndarray:
@@ -90,6 +79,10 @@ class SlideReader:
         self.grid = grid
         self.name = name
 
+    def check(self) -> None:
+        """Refuse the slide if what was read came from a store that is gone or was replaced; call it after reading."""
+        check_stored(self.array, f"image {self.name!r}")
+
     def read(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return a window ``(3, height, width)`` uint8 in model pixels; white where it lies outside the slide.
 
@@ -110,7 +103,7 @@ class SlideReader:
                 raise ReadError(
                     f"pixels y {top * py:.0f} to {bottom * py:.0f}, x {left * px:.0f} to {right * px:.0f} of image {name!r} "
                     f"could not be read ({type(error).__name__}: {error}). If the file is damaged there, write the image "
-                    "again from its source; an interrupted prediction goes on with resume=True"
+                    "again from its source; an interrupted prediction continues with resume=True"
                 ) from error
         return out
 

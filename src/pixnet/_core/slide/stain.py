@@ -1,4 +1,4 @@
-"""Whether a slide looks like those that a model was trained on."""
+"""The stain and sharpness of a slide, compared with those of the slides that a model was trained on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pixnet._core.slide.mask import SlideExtent, TissueMask
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
 
 WINDOWS, WINDOW_PX = 16, 256
@@ -16,16 +16,16 @@ CELLS_PX = (256, 64, 16)
 
 Samples = Sequence[tuple[np.ndarray, np.ndarray]]
 
-# Measured at 0.69 um/px. Sections of one laboratory (her2st C and B): means 0.2 of a training slide's own sd apart, sd 1.3-fold,
+# Measured at 0.69 µm/px. Sections of one laboratory (her2st C and B): means 0.2 of a training slide's own sd apart, sd 1.3-fold,
 # shares 0.02, detail 1.05-fold. H&E of other laboratories: 0.4, 2-fold, 0.10 to 0.12, 1.3 to 1.6-fold. Kidney with pale
-# haematoxylin, and a faint, blurred brain: 0.9 and more, 4-fold and more, 0.3. A slide whose um/px is stated twice too
-# high: 1.9-fold. An optical density of a third: 0.85. Hues turned by 60 degrees: 0.09 to 0.11; by 120: 0.19.
+# haematoxylin, and a faint, blurred brain: 0.9 and more, 4-fold and more, 0.3. A slide whose pixel size is stated twice
+# too high: 1.9-fold. An optical density of a third: 0.85. Hues turned by 60 degrees: 0.09 to 0.11; by 120: 0.19.
 FAR_MEAN, FAR_SD, FAR_SHARE, FAR_DETAIL = 0.75, 2.5, 0.08, 1.75
 DETAIL_PX = 4
 CHANNELS = ("red", "green", "blue")
 
 
-def sample(reader: SlideReader, mask: TissueMask | SlideExtent) -> list[tuple[np.ndarray, np.ndarray]]:
+def sample(reader: SlideReader, mask: TissueMask) -> list[tuple[np.ndarray, np.ndarray]]:
     """Read small windows spread evenly over the tissue of a slide.
 
     Parameters
@@ -38,8 +38,8 @@ def sample(reader: SlideReader, mask: TissueMask | SlideExtent) -> list[tuple[np
     Returns
     -------
     list of tuple
-        Pixels ``(3, n, n)`` uint8 at the model's um/px, and which of them are tissue, ``(n, n)`` bool. Empty where no
-        piece of tissue is worth the name.
+        Pixels ``(3, n, n)`` uint8 at the model's pixel size, and the tissue among them, ``(n, n)`` bool. Empty if no
+        window contains tissue.
     """
     stride, (rows, cols) = reader.grid.stride, reader.grid.shape
     out = []
@@ -63,12 +63,12 @@ def optical_density(pixels: np.ndarray) -> np.ndarray:
 
 
 def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
-    """Return what is known of a slide's stain and sharpness; None where there is no tissue.
+    """Return statistics of a slide's stain and sharpness; None if there is no tissue.
 
     Parameters
     ----------
     samples
-        What :func:`sample` returned.
+        Windows of the slide, from :func:`sample`.
     masked
         Whether the samples tell tissue from glass.
 
@@ -91,32 +91,32 @@ def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
     }
 
 
-def slide_statistics(reader: SlideReader, mask: TissueMask | SlideExtent) -> dict[str, Any] | None:
+def slide_statistics(reader: SlideReader, mask: TissueMask) -> dict[str, Any] | None:
     """Return the :func:`statistics` of a slide's tissue, from samples of it."""
-    return statistics(sample(reader, mask), masked=isinstance(mask, TissueMask))
+    return statistics(sample(reader, mask), masked=mask.masked)
 
 
 def comparable(found: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
-    """Return those of the training slides that a slide can be compared with: glass counts where nothing is masked."""
+    """Return the training slides that a slide can be compared with: without a mask, glass counts as tissue."""
     return [slide for slide in training or () if slide.get("masked", True) == found["masked"]]
 
 
 def _fine(values: np.ndarray) -> np.ndarray:
-    """Take the mean of each small square off."""
+    """Subtract the mean of each small square."""
     n, k = WINDOW_PX // DETAIL_PX, DETAIL_PX
     squares = values.reshape(n, k, n, k)
     return (squares - squares.mean(axis=(1, 3), keepdims=True)).reshape(values.shape)
 
 
 def matching_table(found: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Return what each value of R, G and B becomes for the tissue to have the optical density of the training slides.
+    """Return the table of new values of R, G and B that gives tissue the optical density of the training slides.
 
     Parameters
     ----------
     found
         The slide's :func:`statistics`.
     training
-        Those of the training slides (`comparable`); their average is what is aimed at.
+        Those of the training slides (`comparable`); the table aims at their average.
 
     Returns
     -------
@@ -135,17 +135,16 @@ def apply_table(pixels: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def differences(found: Mapping[str, Any] | None, training: Sequence[Mapping[str, Any]] | None) -> list[str]:
-    """Return what differs between a slide and all of the training slides, in words; empty: nothing much.
+    """Return the differences between a slide and all of the training slides, in words; empty if they are small.
 
     Parameters
     ----------
     found
         The slide's :func:`statistics`.
     training
-        Those of each training slide.
+        The statistics of each training slide.
     """
-    training = [] if found is None else comparable(found, training)
-    if not training:
+    if found is None or not (training := comparable(found, training)):
         return []
     mean, sd = np.array(found["od_mean"]), np.array(found["od_sd"])
     means, sds = (np.array([slide[name] for slide in training], dtype=float) for name in ("od_mean", "od_sd"))
@@ -165,7 +164,7 @@ def differences(found: Mapping[str, Any] | None, training: Sequence[Mapping[str,
         what = "less" if found["detail"] < details.min() else "more"
         out.append(
             f"it has {what} fine detail ({found['detail']:.2f} of its contrast, {_range(details)} in training), as if blurred, "
-            "noisy, or recorded with a wrong um/px (pixnet.pp.set_mpp)"
+            "noisy, or recorded with a wrong pixel size (pixnet.pp.set_mpp)"
         )
     return out
 

@@ -1,17 +1,18 @@
-"""Where tissue is in a picture of a slide: pixels in, a mask out."""
+"""Find the tissue in a picture of a slide."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
 
-# um; the window in which texture is measured: wide enough to span nuclei and fibres, narrow enough for thin strands
+# Width (µm) of the window in which texture is measured: it spans nuclei and fibres, and still fits thin strands.
 TEXTURE_UM = 14.0
 # Tissue has at least one of these pairs: texture (local standard deviation of optical density), and mean density above
 # the glass. Measured: glass and smears of eosin stay below 0.009 of texture, pale and even brain is at 0.012 and more.
 SIGNS = ((0.025, 0.02), (0.011, 0.05), (0.0, 0.16))
-# um^2; islands smaller than this are debris or fiducial marks, holes smaller than this lumina and fat.
-ISLAND_UM2 = 30_000.0
+# Islands smaller than this (µm²), or than a share of a small picture, are debris or fiducial marks; holes smaller than
+# this (µm²) are lumina and fat.
+ISLAND_UM2, ISLAND_SHARE = 30_000.0, 0.02
 HOLE_UM2 = 60_000.0
 
 
@@ -21,9 +22,9 @@ def compute_mask(level_array: np.ndarray, mpp_level: float) -> np.ndarray:
     Parameters
     ----------
     level_array
-        RGB, ``uint8 (3, y, x)``, at a few um per pixel.
+        RGB, ``uint8 (3, y, x)``, at a few µm/px.
     mpp_level
-        um per pixel of ``level_array``.
+        Pixel size of ``level_array`` (µm/px).
 
     Returns
     -------
@@ -55,7 +56,7 @@ def compute_mask(level_array: np.ndarray, mpp_level: float) -> np.ndarray:
     mask &= ndimage.distance_transform_edt(~dark) * mpp_level <= 6
     mask = _closing(mask, max(1, round(20 / mpp_level)))
     pixel = mpp_level**2
-    island = min(ISLAND_UM2 / pixel, 0.02 * mask.size)
+    island = min(ISLAND_UM2 / pixel, ISLAND_SHARE * mask.size)
     mask = remove_small_objects(mask, max_size=int(island))
     # A gap that reaches the border of the picture is open glass, not a hole.
     framed = np.pad(~mask, 1, constant_values=True)

@@ -12,22 +12,10 @@ _HED /= np.linalg.norm(_HED, axis=1, keepdims=True)
 _TO_HED = np.linalg.inv(_HED)
 
 
-def jitter(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def jitter(image: Tensor, strength: float, generator: torch.Generator | None) -> Tensor:
     """Vary the stain of each image: amounts of haematoxylin and eosin and their background, in HED space.
 
-    Parameters
-    ----------
-    image
-        RGB in 0 to 1, ``(N, 3, H, W)``.
-    strength
-        Standard deviation of the factors; the shifts have a tenth of it.
-    generator
-        Source of randomness.
-
-    Returns
-    -------
-    Tensor
-        RGB in 0 to 1.
+    Images are RGB in 0 to 1, ``(N, 3, H, W)``. ``strength`` is the standard deviation of the factors; shifts have a tenth.
     """
     n = image.shape[0]
     to_hed = torch.as_tensor(_TO_HED, dtype=image.dtype, device=image.device)

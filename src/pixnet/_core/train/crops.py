@@ -1,63 +1,61 @@
-"""Where to look while training: crops of a slide that hold whole shapes, and what of their pixels each shape covers."""
+"""Crops of a slide that hold whole shapes, and the pixels that each shape covers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._core.slide.grid import ModelGrid
+from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
 
 ALIGN = 64
 """Crops start at multiples of this many model pixels, as the windows of prediction do."""
 
 CONTEXT = 16
-"""Model pixels between a shape and the edge of its crop, at least."""
+"""Least number of model pixels between a shape and the edge of its crop."""
 
 SMALLEST = 512
 LARGEST = 2048
 
 
-class Mask(Protocol):
-    """Tells which output pixels are tissue."""
-
-    def window(self, y0: int, x0: int, height: int, width: int) -> np.ndarray: ...
-
-
-@dataclass
+@dataclass(frozen=True)
 class Targets:
-    """The shapes of one element of one section, and what was measured in them.
+    """The shapes of one element of a section, and what was measured in them.
 
     Attributes
     ----------
     name
-        The element's name, the same in every section that has it.
-    geometries
-        In output pixels of the section's grid.
+        Name of the element, the same in every section that has it.
+    shapes
+        The shapes, in output pixels of the section's grid.
     cp10k
-        Measured ``(n, genes)`` float32.
-    depth
+        Measured CP10k, ``(n, genes)`` float32.
+    umi
         All UMI of each shape, ``(n,)``.
     """
 
     name: str
-    geometries: ShapeArrays
+    shapes: ShapeArrays
     cp10k: np.ndarray
-    depth: np.ndarray
+    umi: np.ndarray
+
+    def take(self, rows: np.ndarray) -> Targets:
+        """Return some of the shapes."""
+        return Targets(self.name, self.shapes.take(rows), self.cp10k[rows], self.umi[rows])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Section:
     """A slide with what was measured on it, in plain arrays."""
 
     name: str
     reader: SlideReader
-    mask: Mask
+    mask: TissueMask
     targets: list[Targets]
 
     @property
@@ -65,77 +63,71 @@ class Section:
         """The grid on which the model sees the slide."""
         return self.reader.grid
 
+    @property
+    def pixel_um2(self) -> float:
+        """Area of a map pixel in µm²."""
+        return (self.grid.mpp * self.grid.stride) ** 2
 
-@dataclass
-class Crop:
-    """One crop of a section and the shapes that lie whole in it.
+
+@dataclass(frozen=True)
+class Placed:
+    """A crop by its origin (first row and column, in model pixels) and the shapes in it: rows of each element."""
+
+    origin: tuple[int, int]
+    rows: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Covered(Placed):
+    """A crop with the pixels that its shapes cover.
 
     Attributes
     ----------
-    section
-        Position of the section in the list that was given.
-    origin
-        First row and column, in model pixels.
-    weights
-        For each element's name: coverage ``(shapes, pixels)`` of the crop's tissue pixels.
-    rows
-        For each element's name: which shapes these are.
     pixels
         Positions of the pixels that any shape covers, in the crop's output grid (row-major).
+    weights
+        Coverage ``(shapes, pixels)`` of these, for each element.
     """
 
-    section: int
-    origin: tuple[int, int]
-    weights: dict[str, sparse.csr_array] = field(default_factory=dict)
-    rows: dict[str, np.ndarray] = field(default_factory=dict)
-    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    pixels: np.ndarray
+    weights: dict[str, sparse.csr_array]
 
 
 def crop_size(sections: Sequence[Section]) -> int:
-    """Return the size in model pixels that holds every shape with its context.
-
-    Raises
-    ------
-    ValueError
-        If a shape is too large to be seen at once.
-    """
+    """Return the size in model pixels that holds every shape with its context, or refuse shapes that are too large."""
     extent = 0.0
     for section in sections:
         for targets in section.targets:
-            if len(targets.geometries):
-                x0, y0, x1, y1 = targets.geometries.bounds.T
+            if len(targets.shapes):
+                x0, y0, x1, y1 = targets.shapes.bounds.T
                 largest = float(max((x1 - x0).max(), (y1 - y0).max())) * section.grid.stride
                 if largest > LARGEST - 2 * CONTEXT - ALIGN:
                     raise ValueError(
-                        f"shapes {targets.name!r} of section {section.name!r} are up to {largest * section.grid.mpp:.0f} um "
-                        f"across, more than the {(LARGEST - 2 * CONTEXT - ALIGN) * section.grid.mpp:.0f} um that can be seen "
-                        "at once in training; train on smaller shapes, or at a coarser um/px (mpp=)"
+                        f"shapes {targets.name!r} of section {section.name!r} are up to {largest * section.grid.mpp:.0f} µm "
+                        f"across, more than the {(LARGEST - 2 * CONTEXT - ALIGN) * section.grid.mpp:.0f} µm that can be seen "
+                        "at once in training; train on smaller shapes, or at a coarser pixel size (mpp=)"
                     )
                 extent = max(extent, largest)
     size = int(np.ceil((extent + 2 * CONTEXT + ALIGN) / ALIGN)) * ALIGN
     return max(SMALLEST, size)
 
 
-def place_crops(section: Section, index: int, size: int) -> list[Crop]:
+def place_crops(section: Section, size: int) -> list[Placed]:
     """Cover the shapes of a section with crops, each shape whole in exactly one of them.
 
     A sweep in bands: the topmost shape left opens a band, the leftmost in it a crop, which takes every shape that lies
     inside its interior.
     """
     stride = section.grid.stride
-    boxes = [t.geometries.bounds * stride for t in section.targets]
-    owner = np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
+    boxes = [t.shapes.bounds * stride for t in section.targets]
+    element = np.concatenate([np.full(len(b), i) for i, b in enumerate(boxes)])
     row = np.concatenate([np.arange(len(b)) for b in boxes])
     x0, y0, x1, y1 = np.concatenate(boxes).T
     crops = []
     for top, members in _sweep(y0, y1, np.arange(len(row)), size):
         for left, inside in _sweep(x0[members], x1[members], members, size):
-            crop = Crop(index, (top, left))
-            for i, targets in enumerate(section.targets):
-                chosen = np.sort(row[inside[owner[inside] == i]])
-                if chosen.size:
-                    crop.rows[targets.name] = chosen
-            crops.append(crop)
+            chosen = {t.name: np.sort(row[inside[element[inside] == i]]) for i, t in enumerate(section.targets)}
+            crops.append(Placed((top, left), {name: rows for name, rows in chosen.items() if rows.size}))
     return crops
 
 
@@ -154,28 +146,25 @@ def _sweep(low: np.ndarray, high: np.ndarray, members: np.ndarray, size: int) ->
     return found
 
 
-def weigh(crop: Crop, section: Section, size: int) -> None:
-    """Compute what each shape covers of the crop's tissue; shapes on too little tissue leave the crop."""
+def cover(crop: Placed, section: Section, size: int) -> Covered:
+    """Compute the tissue that each shape of a crop covers; shapes of which less than half is tissue are left out."""
     stride = section.grid.stride
     n = size // stride
     y0, x0 = crop.origin[0] // stride, crop.origin[1] // stride
     tissue = section.mask.window(y0, x0, n, n).ravel()
     covered = np.zeros(n * n, dtype=bool)
+    rows, weights = {}, {}
     for targets in section.targets:
         if targets.name not in crop.rows:
             continue
-        rows = crop.rows[targets.name]
-        shapes = targets.geometries.take(rows)
-        weights = sparse.csr_array(coverage(shapes, (y0, x0, n, n)))
-        weights = sparse.csr_array(weights.multiply(tissue[None, :]))
-        weights.eliminate_zeros()
-        on_tissue = np.asarray(weights.sum(axis=1)).ravel()
-        keep = (on_tissue >= 0.5 * shapes.area) & (on_tissue > 0)
-        crop.rows[targets.name] = rows[keep]
-        crop.weights[targets.name] = weights[np.flatnonzero(keep)]
-        covered[crop.weights[targets.name].indices] = True
-    crop.pixels = np.flatnonzero(covered)
-    for name, weights in crop.weights.items():
-        crop.weights[name] = weights[:, crop.pixels]
-    for name in [name for name, rows in crop.rows.items() if not rows.size]:
-        del crop.rows[name], crop.weights[name]
+        shapes = targets.shapes.take(crop.rows[targets.name])
+        found = sparse.csr_array(coverage(shapes, (y0, x0, n, n)))
+        found = sparse.csr_array(found.multiply(tissue[None, :]))
+        found.eliminate_zeros()
+        on_tissue = np.asarray(found.sum(axis=1)).ravel()
+        keep = np.flatnonzero((on_tissue >= 0.5 * shapes.area) & (on_tissue > 0))
+        if keep.size:
+            rows[targets.name], weights[targets.name] = crop.rows[targets.name][keep], found[keep]
+            covered[weights[targets.name].indices] = True
+    pixels = np.flatnonzero(covered)
+    return Covered(crop.origin, rows, pixels, {name: w[:, pixels] for name, w in weights.items()})

@@ -1,91 +1,112 @@
-"""How to train: every number of it in one place."""
+"""The settings of training: the only place that declares their names, types, defaults and ranges."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any, Literal
 
-from pixnet.models._losses import LOSSES
+from pydantic import Field
+
+from pixnet._checked import checked
+
+Loss = Literal["mse+pcc", "nb+pcc"]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Nonnegative = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@checked
 class TrainingOptions:
-    """How to train; the defaults are those that the benchmarks chose.
+    """Settings of `pixnet.tl.train`; the defaults are those that the benchmarks chose.
 
-    Attributes
+    Parameters
     ----------
-    max_epochs, patience
-        Passes over the shapes at most, and without progress on validation before stopping.
-    lr, weight_decay
-        Of AdamW; the rate rises for a tenth of the steps and then falls along a cosine.
-    loss, total_weight
-        See `pixnet.models._losses.shape_loss`; weight of the total's term.
-    batch_shapes, batch_crops
-        Shapes that a batch has at least (Pearson's correlation is taken over them), and crops at most.
-    variants, stain
-        Flipped, turned and restained versions of each crop whose features are kept, and the strength of restaining.
+    max_epochs
+        Largest number of passes over the shapes.
+    patience
+        Passes without progress on validation after which training stops.
+    lr
+        Learning rate of AdamW; it rises over a tenth of the steps and then falls along a cosine.
+    weight_decay
+        Weight decay of AdamW.
+    loss
+        ``"mse+pcc"``: mean squared error on log1p of CP10k plus ``0.5 (1 - PCC)``, PCC per gene over the shapes of a batch
+        (PixNet). ``"nb+pcc"``: half the negative binomial deviance of the raw counts in place of the error, with each
+        gene's dispersion taken from the training shapes, so that shapes of few transcripts weigh less.
+    total_weight
+        Weight of the loss of totals, the squared error of the log depth.
+    batch_shapes
+        Least number of shapes in a batch, over which Pearson's correlation is taken.
+    batch_crops
+        Largest number of crops in a batch.
+    variants
+        Flipped, turned and restained versions of each crop whose features are kept.
+    stain
+        Strength with which versions are restained.
     dropout
-        Share of feature channels that are dropped in training.
+        Share of the feature channels that are dropped in training.
     ema
         Decay per step of the running average of the weights, which is what is validated and kept; 0: no average.
     adapt_norms
-        Give the batch norms of an encoder that no training has met yet the statistics of the training tissue (AdaBN). None: where
-        the model enlarges images (``zoom``). It gained there and lost a little elsewhere.
+        Give the batch norms of an encoder that was never trained on tissue the statistics of the training tissue (AdaBN).
+        None: where the model enlarges images (``zoom``), since it gained there and lost a little elsewhere.
     tune_encoder
         Train the encoder too; features are then computed anew at every step.
     refit
-        Once validation has told how many passes to make, train again from the start on training and validation together, with
-        a rate that falls to zero over these passes.
+        Once validation has told the number of passes, train again from the start on training and validation sections
+        together, with a rate that falls to zero over these passes.
 
     Raises
     ------
+    TypeError
+        If there is no such setting.
     ValueError
-        If a number is out of range or there is no such loss.
+        If a value is of the wrong type or out of range; its name is given.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> options = px.tl.TrainingOptions(lr=1e-3, refit=False)
+    >>> options.lr, options.max_epochs
+    (0.001, 30)
     """
 
-    max_epochs: int = 30
-    patience: int = 8
-    lr: float = 2e-3
-    weight_decay: float = 1e-2
-    loss: str = "mse+pcc"
-    total_weight: float = 0.2
-    batch_shapes: int = 48
-    batch_crops: int = 32
-    variants: int = 2
-    stain: float = 0.15
-    dropout: float = 0.4
-    ema: float = 0.98
+    max_epochs: Count = 30
+    patience: Count = 8
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Nonnegative = 1e-2
+    loss: Loss = "mse+pcc"
+    total_weight: Nonnegative = 0.2
+    batch_shapes: Count = 48
+    batch_crops: Count = 32
+    variants: Count = 2
+    stain: Nonnegative = 0.15
+    dropout: Share = 0.4
+    ema: Share = 0.98
     adapt_norms: bool | None = None
     tune_encoder: bool = False
     refit: bool = True
 
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}; valid: {', '.join(map(repr, LOSSES))}")
-        for name in ("max_epochs", "patience", "batch_shapes", "batch_crops", "variants"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; a positive whole number is needed")
-        for name, top in (("lr", None), ("weight_decay", None), ("total_weight", None), ("stain", None), ("dropout", 1), ("ema", 1)):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, str) or not value >= 0 or (top is not None and value >= top):
-                raise ValueError(
-                    f"{name} is {value!r}; a number from 0{'' if top is None else f' to below {top}'} is needed"
-                )
-        if self.lr == 0:
-            raise ValueError("lr is 0: nothing would be learned")
 
-    @classmethod
-    def of(cls, defaults: dict[str, Any], given: dict[str, Any]) -> TrainingOptions:
-        """Return a recipe of what is given, else of a model's own defaults, else of the package's.
+def resolve_options(
+    own: Mapping[str, Any], options: TrainingOptions | Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> tuple[TrainingOptions, dict[str, Any]]:
+    """Return the options in force and, of them, those that come from the model.
 
-        Parameters
-        ----------
-        defaults
-            ``config["recipe"]`` of a model; settings that this version does not know are ignored.
-        given
-            Settings that override them; None stands for not given.
-        """
-        known = {f.name for f in fields(cls)}
-        own = {k: v for k, v in defaults.items() if k in known}
-        return cls(**(own | {k: v for k, v in given.items() if v is not None}))
+    Single settings that are given come first, then ``options``, then the model's ``own``, then the defaults. Settings of
+    the model's own that this version does not know are ignored, since a later version may have written them.
+    """
+    if isinstance(options, TrainingOptions):
+        return replace(options, **given), {}
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options is {options!r}; TrainingOptions, a mapping or None is needed")
+    known = {field.name for field in fields(TrainingOptions)}
+    asked = {**(options or {}), **given}
+    from_model = {name: value for name, value in own.items() if name in known and name not in asked}
+    return TrainingOptions(**{**from_model, **asked}), from_model
+
+
+def as_dict(options: TrainingOptions) -> dict[str, Any]:
+    """Return the options as plain values."""
+    return asdict(options)

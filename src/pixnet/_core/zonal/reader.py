@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import dask.array as da
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+
+from pixnet._core.stored import stored_array
 
 try:
     from zarr.buffer.cpu import NDBuffer
@@ -50,7 +52,8 @@ class ImageReader:
     def __init__(
         self, image: Any, channels: Sequence[int], *, tile_px: int = TILE_PX, block_bytes: int = BLOCK_BYTES
     ) -> None:
-        self.source = stored_array(image)
+        stored = stored_array(image)
+        self.source = image if stored is None else stored
         self.channels = np.asarray(channels, dtype=np.int64)
         self.block_bytes = block_bytes
         self._itemsize = np.dtype(self.source.dtype).itemsize
@@ -77,7 +80,7 @@ class ImageReader:
     def pixels(self, window: Window) -> Any:
         """Return the pixels of a window to hand to a task: an array, maybe a lazy one; None if the task reads them."""
         rows, columns = slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3])
-        return None if self.reads else self.source[:, rows, columns][_as_slice(self.channels)]
+        return None if self.reads else cast(Any, self.source)[:, rows, columns][_as_slice(self.channels)]
 
     def blocks(self, window: Window, first: int | None = None) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
         """Read a window, some channels at a time.
@@ -112,7 +115,7 @@ class ImageReader:
         low, high = int(channels.min()), int(channels.max()) + 1
         rows, columns = slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3])
         data = self._memory((high - low, window[2], window[3]))
-        self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(data))
+        self.source.get_basic_selection((slice(low, high), rows, columns), out=NDBuffer(cast(Any, data)))
         return data[_as_slice(channels - low)]
 
     def _memory(self, shape: tuple[int, int, int]) -> Any:
@@ -121,19 +124,6 @@ class ImageReader:
         if getattr(self._own, "bytes", None) is None or self._own.bytes.nbytes < size:
             self._own.bytes = np.empty(size, dtype=np.uint8)
         return self._own.bytes[:size].view(self.source.dtype).reshape(shape)
-
-
-def stored_array(image: Any) -> Any:
-    """Return the zarr array beneath a dask array that is nothing but its contents, else the image."""
-    if isinstance(image, da.Array):
-        layers = dict(image.dask.layers)
-        original = layers.pop(f"original-{image.name}", None)
-        # dask.array.from_zarr makes these two layers; anything done to the array since would have added another.
-        if original is not None and set(layers) == {image.name}:
-            array = dict(original).get(f"original-{image.name}")
-            if isinstance(array, zarr.Array) and array.shape == image.shape and array.dtype == image.dtype:
-                return array
-    return image
 
 
 def _as_slice(index: NDArray[np.int64]) -> slice | NDArray[np.int64]:

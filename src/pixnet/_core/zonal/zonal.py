@@ -12,13 +12,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import dask
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pixnet._core.coverage import ShapeArrays, Weights
-from pixnet._core.parallel import cluster_client, in_order, in_threads
+from pixnet._core.parallel import run
 from pixnet._core.zonal.index import Tile, TileIndex
 from pixnet._core.zonal.reader import BLOCK_BYTES, TILE_PX, ImageReader
 from pixnet._core.zonal.statistics import Statistic
@@ -114,24 +113,10 @@ def zonal_statistics(
 def _run(
     reader: ImageReader, request: Request, index: TileIndex, shapes: ShapeArrays
 ) -> Iterator[tuple[Tile, TileResult]]:
-    """Run the tiles in threads, or on the cluster of the dask.distributed client in scope, and yield them in order."""
-    client = cluster_client()
-
-    def submit(tile: Tile) -> Any:
-        pixels = reader.pixels(tile.window)
-        if dask.is_dask_collection(pixels):
-            pixels = client.compute(pixels)
-        return client.submit(tile_statistics, reader, request, tile, shapes.take(tile.rows), pixels, pure=False)
-
-    def run(tile: Tile) -> TileResult:
-        pixels = reader.pixels(tile.window)
-        if dask.is_dask_collection(pixels):
-            pixels = pixels.compute(scheduler="synchronous")
-        return tile_statistics(reader, request, tile, shapes.take(tile.rows), pixels)
-
-    if client is None:
-        return in_threads(index, run)
-    return in_order(index, submit, 2 * max(1, sum(client.nthreads().values())))
+    """Run the tiles and yield them in order."""
+    items = ((tile, shapes.take(tile.rows), reader.pixels(tile.window)) for tile in index)
+    for (tile, *_), found in run(tile_statistics, [reader, request], items, ordered=True):
+        yield tile, found
 
 
 class _Collected:
@@ -147,8 +132,8 @@ class _Collected:
 
     def add(self, tile: Tile, found: TileResult, result: ZonalStatistics) -> None:
         """Add the parts of one tile, and write the statistics of the shapes that it completes."""
-        for run, parts in found.parts.items():
-            rows = tile.rows[slice(*run)]
+        for span, parts in found.parts.items():
+            rows = tile.rows[slice(*span)]
             self._tiles_left[rows] -= 1
             done = rows[self._tiles_left[rows] == 0]
             with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

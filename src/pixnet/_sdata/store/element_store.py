@@ -1,24 +1,11 @@
-"""Put elements into a SpatialData object, and into its store where it has one, so that no crash leaves a broken store.
-
-How a backed object is written to
----------------------------------
-Everything is written to a work folder first, ``<store>/.pixnet/<id>/``, which readers do not see, and renamed into
-place when it is whole:
-
-1. SpatialData writes the new element into a small store of its own in the work folder.
-2. ``commit.json``, a journal that says what goes where, is written; from here on the new element is the one that counts.
-3. The store's consolidated metadata is dropped, so that the store opens at every moment of what follows.
-4. The element that is replaced, if any, moves to the work folder; the new one moves to its place.
-5. The object's attributes and the consolidated metadata are written, and the work folder goes.
-
-A crash before step 2 leaves the old element as it was. A crash after it is mended by the next pixnet call that writes
-to the store: :func:`heal` goes on from the journal. Until then the store opens, with the old element, with the new one,
-or (a crash between the two renames of step 4) without either.
-"""
+"""Put elements into a SpatialData object, and into its store where it has one, in one step (see `commit`)."""
 
 from __future__ import annotations
 
+import os
+import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +14,43 @@ import zarr
 from anndata import AnnData
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
+from spatialdata.transformations import Scale
+from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
-from pixnet._names import listed
 from pixnet._sdata.keys import check_key_free
-from pixnet._sdata.store.workspace import JOURNAL, NEW, OLD, Workspace, read_json, work_folder, work_folders, write_json
+from pixnet._sdata.legacy import write_brought_over
+from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
+from pixnet._sdata.record import Entries, update
+from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.store.commit import CommittedError, commit, committed, complete, finish_interrupted
+from pixnet._sdata.store.metadata import (
+    METADATA,
+    drop_consolidated,
+    is_consolidated,
+    stamp,
+    with_transformation,
+    write_entries,
+)
+from pixnet._sdata.store.workspace import (
+    JOURNAL,
+    NEW,
+    WORK,
+    read_json,
+    store_lock,
+    work_folder,
+    work_folders,
+    write_json,
+)
 
-TYPES = ("images", "labels", "points", "shapes", "tables")
 
-
-# the three things others call --------------------------------------------------------------------------------------
-
-
-def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False) -> None:
+def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, entries: Entries | None = None) -> None:
     """Set an element of an object and, where the object is backed, store it.
 
     Parameters
     ----------
     sdata
-        The object. If it is backed, the element is written into its store, in one step (see the module), and the
-        object's attributes with it.
+        The object. If it is backed, the element is written into its store in one step.
     key
         Name of the element.
     element
@@ -54,110 +58,159 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False) 
         what was stored, so that nothing lazy is computed twice; tables and shapes stay in memory.
     overwrite
         Replace an element of that name, of whatever type.
+    entries
+        What is recorded of the element, in the object and in its store, together with it.
 
     Raises
     ------
-    ValueError
-        If the name is taken and ``overwrite`` is False.
+    CommittedError
+        If the disk fails after the commit.
     OSError
         If the store cannot be written; it is as it was then.
+    ValueError
+        If the name is taken, in the object or in its store, and ``overwrite`` is False.
 
     Examples
     --------
+    >>> import numpy as np
     >>> from spatialdata import SpatialData
     >>> from spatialdata.models import ShapesModel
     >>> sdata = SpatialData()
-    >>> put(sdata, "spots", ShapesModel.parse([[5.0, 5.0]], geometry=0, radius=2.0))
+    >>> put(sdata, "spots", ShapesModel.parse(np.array([[5.0, 5.0]]), geometry=0, radius=2.0))
     >>> "spots" in sdata
     True
     """
     check_key_free(sdata, key, overwrite)
     root = local_store(sdata)
     if root is None:
-        set_element(sdata, key, element)
+        set_element(sdata, key, element, entries)
         return
-    heal(sdata)
-    with work_folder(root, {"key": key, "resumable": False}) as work:
-        single = _single(key, element)
-        kind = _type_of(single, key)
-        with warnings.catch_warnings():
-            # the table's region is not in the small store, on purpose
-            warnings.filterwarnings("ignore", message=".*not present in the SpatialData object.*")
-            single.write(work.path / NEW, consolidate_metadata=False, update_sdata_path=False)
-        commit(sdata, work, kind, key)
-    if isinstance(element, AnnData | GeoDataFrame):
-        set_element(sdata, key, element)
-    else:
-        set_element(sdata, key, read_element(root, kind, key))
-
-
-def forget(sdata: SpatialData, key: str) -> None:
-    """Remove an element from an object, from its store and from what pixnet recorded about it.
-
-    Parameters
-    ----------
-    sdata
-        The object.
-    key
-        Name of the element.
-
-    Raises
-    ------
-    KeyError
-        If there is no such element.
-    """
-    if key not in sdata:
-        raise KeyError(f"no element {key!r} in this object; it has: {listed(n for _, n, _ in sdata.gen_elements())}")
-    root = local_store(sdata)
-    if root is not None:
-        heal(sdata)
-    del sdata[key]
-    recorded = sdata.attrs.get("pixnet", {})
-    for role in ("images", "tables", "mpp"):
-        recorded.get(role, {}).pop(key, None)
-    for image in [i for i, mask in recorded.get("masks", {}).items() if mask == key]:
-        del recorded["masks"][image]
-    if root is not None:
-        with work_folder(root, {"key": key, "resumable": False}) as work:
-            commit(sdata, work, None, key)
+    write_earlier(sdata)
+    with work_folder(root, key) as work:
+        kind = _write_single(work.path / NEW, key, element)
+        if isinstance(element, DataArray | DataTree):
+            check_bound(element, f"what {key!r} is made of")  # while it was written, its pixels were read
+        if kind in {"images", "labels"}:
+            stamp(work.path / NEW / kind / key, uuid.uuid4().hex)
+        commit(sdata, work, kind, key, overwrite=overwrite, entries=entries)
+    in_memory = isinstance(element, AnnData | GeoDataFrame)
+    set_element(sdata, key, element if in_memory else read_element(root, kind, key), entries)
 
 
 def heal(sdata: SpatialData) -> list[str]:
-    """Finish what a crash interrupted, and clear what it left behind.
-
-    Parameters
-    ----------
-    sdata
-        An object; one in memory has nothing to heal.
+    """Complete what a crash interrupted after its commit, and clear what it left behind.
 
     Returns
     -------
     list of str
-        The elements whose replacement was completed. They are bound in ``sdata`` too, with what pixnet recorded.
+        The elements that were completed. They are bound in ``sdata`` too, with what is recorded of them.
+
+    Raises
+    ------
+    OSError
+        If something has to be completed and cannot be.
+    """
+    path = sdata.path
+    if path is None or "://" in str(path) or not os.path.exists(os.path.join(path, WORK)):
+        return []
+    root = Path(path)
+    try:
+        with store_lock(root):
+            done = finish_interrupted(root)
+    except OSError as error:
+        if not any((folder / JOURNAL).exists() for folder in work_folders(root)):
+            return []  # a store that is only read is left as it is
+        raise type(error)(
+            error.errno, f"a change of {root} was interrupted and has to be completed first; {error.strerror}"
+        ) from error
+    for journal in done:
+        if journal["kind"] is not None:
+            set_element(sdata, journal["key"], read_element(root, journal["kind"], journal["key"]), journal["entries"])
+    return [journal["key"] for journal in done if journal["kind"] is not None]
+
+
+def write_earlier(sdata: SpatialData) -> None:
+    """Bring the store of an earlier version over, before its old record goes with the next change."""
+    entries = write_brought_over(sdata)
+    if entries:
+        record_entries(sdata, entries)
+
+
+def record_entries(sdata: SpatialData, entries: Entries) -> None:
+    """Merge entries into what is recorded of an object, and into its store; other entries on disk stay as they are."""
+    root = local_store(sdata)
+    if root is not None:
+        with work_folder(root, "") as work, store_lock(root):
+            finish_interrupted(root, work)
+            write_entries(root, work, None, entries)
+    update(sdata, None, entries)
+
+
+def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
+    """Set the pixel size of an image (µm/px, full-resolution level), in its store too where the object is backed."""
+    try:
+        root = local_store(sdata)
+    except ValueError as error:
+        logger.warning("the pixel size of %r is set in this object alone: %s", image_key, error)
+        root = None
+    if root is not None and (root / "images" / image_key).exists():
+        scale = Scale([mpp, mpp], axes=("x", "y"))
+        try:
+            update_element_attrs(
+                sdata, "images", image_key, lambda attrs: with_transformation(attrs, PIXNET_UM, scale, is_pixel_size)
+            )
+        except CommittedError:
+            set_pixel_size(sdata.images[image_key], mpp)
+            raise
+    set_pixel_size(sdata.images[image_key], mpp)
+
+
+def update_element_attrs(
+    sdata: SpatialData, kind: str, key: str, update: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Change the attributes of a stored element in one step.
+
+    Parameters
+    ----------
+    sdata
+        A backed object.
+    kind, key
+        Type and name of the element: ``"images", "he"``.
+    update
+        Takes the attributes that are on disk and returns the new ones. It is called under the store's lock.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the store has no such element.
+    CommittedError
+        If the disk fails after the attributes were written.
+    OSError
+        If the store cannot be written; the attributes are as they were then.
     """
     root = local_store(sdata)
     if root is None:
-        return []
-    healed = []
-    for folder in work_folders(root):
-        work = Workspace.adopt(folder)
-        if work is None:  # its process is alive
-            continue
-        if (folder / JOURNAL).exists():
-            journal = read_json(folder / JOURNAL)
-            _move(root, work, journal)
-            if journal["kind"] is not None:
-                set_element(sdata, journal["key"], read_element(root, journal["kind"], journal["key"]))
-                healed.append(journal["key"])
-            sdata.attrs["pixnet"] = journal["pixnet"]
-            _write_metadata(sdata, journal["consolidated"])
-            logger.warning("completed the replacement of %r in %s, which a crash had interrupted", journal["key"], root)
-            work.remove()
-        elif work.job.get("resumable"):
-            work.release()
-        else:
-            work.remove()
-    return healed
+        raise ValueError("the object is in memory; only a backed one has attributes on disk")
+    element = root / kind / key
+    with work_folder(root, key) as work, store_lock(root):
+        finish_interrupted(root, work)
+        if not (element / METADATA).exists():
+            raise FileNotFoundError(f"the store {root} holds no {key!r} among its {kind}; write the element first")
+        content = read_json(element / METADATA)
+        content["attributes"] = update(content["attributes"])
+        journal: dict[str, Any] = {
+            "kind": None,
+            "key": key,
+            "entries": {},
+            "consolidated": is_consolidated(root),
+        }
+        write_json(work.path / JOURNAL, journal)  # should all end here: the metadata has to be consolidated again
+        drop_consolidated(root, work)
+        write_json(element / METADATA, content, through=work.path)
+        try:
+            complete(root, work)
+        except OSError as error:
+            raise committed(root, key, error) from error
 
 
 # stores ------------------------------------------------------------------------------------------------------------
@@ -168,10 +221,10 @@ def local_store(sdata: SpatialData) -> Path | None:
 
     Raises
     ------
-    ValueError
-        If the store is remote, or in the Zarr v2 format of early SpatialData versions.
     FileNotFoundError
         If it is gone.
+    ValueError
+        If the store is remote, or in the Zarr v2 format of early SpatialData versions.
     """
     if not sdata.is_backed():
         return None
@@ -180,10 +233,12 @@ def local_store(sdata: SpatialData) -> Path | None:
             f"the store {sdata.path} is remote; pixnet writes to local stores: write the object to a local one "
             "(sdata.write), and copy that when all is done"
         )
-    root = Path(sdata.path)
-    if not root.exists():
-        raise FileNotFoundError(f"the store {root} of this object is gone; write it again with sdata.write")
-    if zarr.open_group(root, mode="r").metadata.zarr_format != 3:
+    root = Path(str(sdata.path))
+    try:
+        group = zarr.open_group(root, mode="r")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the store {root} of this object is gone; write it again with sdata.write") from None
+    if group.metadata.zarr_format != 3:
         raise ValueError(
             f"the store {root} is in an old format (Zarr v2); bring it up to date by writing it to another place: "
             'spatialdata.read_zarr(path).write("new.zarr")'
@@ -196,75 +251,19 @@ def read_element(root: Path, kind: str, key: str) -> Any:
     return getattr(sd.read_zarr(root, selection=(kind,)), kind)[key]
 
 
-def commit(sdata: SpatialData, work: Workspace, kind: str | None, key: str) -> None:
-    """Move a whole new element from its work folder to its place in the store of ``sdata`` (steps 2 to 5).
-
-    Parameters
-    ----------
-    sdata
-        A backed object; its attributes are written along.
-    work
-        The work folder. Its ``new.zarr`` holds the element.
-    kind
-        The element's type, ``"images"`` say. None deletes elements of that name.
-    key
-        The element's name.
-    """
-    root = Path(sdata.path)
-    journal = {
-        "kind": kind,
-        "key": key,
-        "consolidated": sdata.has_consolidated_metadata(),
-        "pixnet": sdata.attrs.get("pixnet", {}),
-    }
-    if kind is not None:
-        zarr.open_group(root, mode="r+", use_consolidated=False).require_group(kind)
-    write_json(work.path / JOURNAL, journal)
-    _move(root, work, journal)
-    _write_metadata(sdata, journal["consolidated"])
-    work.remove()
-
-
-def _move(root: Path, work: Workspace, journal: dict[str, Any]) -> None:
-    """Do steps 3 and 4. Each move is done only if it has not been done before, so that this can be run again."""
-    key, kind = journal["key"], journal["kind"]
-    group = zarr.open_group(root, mode="r+", use_consolidated=False)
-    group.attrs.put(dict(group.attrs))  # rewrites the metadata without what was consolidated
-    new = None if kind is None else work.path / NEW / kind / key
-    if new is None or new.exists():
-        for other in TYPES:
-            there = root / other / key
-            if there.exists():
-                (work.path / OLD / other).mkdir(parents=True, exist_ok=True)
-                there.rename(work.path / OLD / other / key)
-        if new is not None:
-            new.rename(root / kind / key)
-    if "labels" in group:  # OME lists a store's labels in their group
-        labels = group["labels"]
-        ome = dict(labels.attrs.get("ome", {}))
-        names = [name for name in ome.get("labels", []) if name != key] + ([key] if kind == "labels" else [])
-        if names != ome.get("labels", []):
-            labels.attrs["ome"] = {**ome, "labels": names}
-
-
-def _write_metadata(sdata: SpatialData, consolidated: bool) -> None:
-    sdata.write_attrs()
-    if consolidated:
-        sdata.write_consolidated_metadata()
-
-
-def _single(key: str, element: Any) -> SpatialData:
+def _write_single(path: Path, key: str, element: Any) -> str:
+    """Write one element into a small store of its own, and return its type."""
     with warnings.catch_warnings():
+        # a table's region is not in the small store, on purpose
         warnings.filterwarnings("ignore", message=".*not present in the SpatialData object.*")
-        return SpatialData.init_from_elements({key: element})
+        single = SpatialData.init_from_elements({key: element})
+        single.write(path, consolidate_metadata=False, update_sdata_path=False)
+    return next(kind for kind, _, _ in single.gen_elements())
 
 
-def _type_of(sdata: SpatialData, key: str) -> str:
-    return next(kind for kind, name, _ in sdata.gen_elements() if name == key)
-
-
-def set_element(sdata: SpatialData, key: str, element: Any) -> None:
-    """Set an element in memory, in place of one of any type."""
+def set_element(sdata: SpatialData, key: str, element: Any, entries: Entries | None) -> None:
+    """Set an element in memory, in place of one of any type, and what is recorded of it."""
     if key in sdata:
         del sdata[key]
     sdata[key] = element
+    update(sdata, key, entries or {})

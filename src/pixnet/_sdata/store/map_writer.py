@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,26 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from zarr.codecs import BloscCodec
 
-from pixnet._core.coverage.jit import jit
+from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
-from pixnet._sdata.store.element_store import commit, heal, local_store, read_element, set_element
-from pixnet._sdata.store.workspace import JOB, NEW, Workspace, scratch_root, work_folders
+from pixnet._sdata.record import Entries
+from pixnet._sdata.store.commit import check_free_on_disk, commit
+from pixnet._sdata.store.element_store import (
+    heal,
+    local_store,
+    read_element,
+    set_element,
+    write_earlier,
+)
+from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
+from pixnet._sdata.store.scratch import bind_scratch, scratch_root
+from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, work_folders, write_json
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""
 
 # lz4 with byte shuffle: the only compression measured that costs less than writing the bytes it saves
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
-
-DONE = "done.txt"
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,19 @@ class MapSpec:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Sizes of all levels; they are rounded down, as SpatialData does it."""
+        """Sizes of all levels: each is exactly reduced, and what is left of a last block is left out."""
         shapes = [self.shape]
         for factor in self.scale_factors:
-            shapes.append(tuple(max(1, n // factor) for n in shapes[-1]))
+            shapes.append((max(1, shapes[-1][0] // factor), max(1, shapes[-1][1] // factor)))
         return shapes
+
+    @property
+    def scales(self) -> list[tuple[int, int]]:
+        """Pixels of the finest level per pixel of each level, ``(y, x)``."""
+        scales = [(1, 1)]
+        for factor, shape in zip(self.scale_factors, self.shapes):
+            scales.append((scales[-1][0] * min(factor, shape[0]), scales[-1][1] * min(factor, shape[1])))
+        return scales
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -79,20 +96,33 @@ class MapWriter:
     ----------
     arrays
         The levels as zarr arrays, finest first. They pickle, so that other processes can write to them.
+    factors
+        How much coarser each level is than the one before.
     done
         Tiles written by an earlier, interrupted run.
     """
 
-    def __init__(self, root: Path, key: str, work: Workspace, scratch: bool) -> None:
-        self.root, self.key, self.scratch = root, key, scratch
-        self._work = work
-        element = work.path / NEW / "images" / key
-        self.arrays = [zarr.open_array(element / path, mode="r+") for path in _level_paths(element)]
+    def __init__(
+        self, root: Path, key: str, work: Workspace, factors: Sequence[int], *, scratch: bool, overwrite: bool
+    ) -> None:
+        self.root, self.key, self.factors, self.scratch, self.overwrite = root, key, factors, scratch, overwrite
+        self._work, self._placed = work, False
+        self._element = work.path / NEW / "images" / key
+        self.arrays = [zarr.open_array(self._element / path, mode="r+") for path in level_paths(self._element)]
         self.done = self._read_done()
-        self._log = open(work.path / DONE, "a")  # noqa: SIM115  open as long as the stream is
+        self._log = open(work.path / DONE, "a")  # noqa: SIM115  open as long as the writer is
 
     @classmethod
-    def open(cls, sdata: SpatialData, key: str, spec: MapSpec, job: Mapping[str, Any], resume: bool) -> MapWriter:
+    def open(
+        cls,
+        sdata: SpatialData,
+        key: str,
+        spec: MapSpec,
+        job: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> MapWriter:
         """Start a map, or go on with one that was interrupted.
 
         Parameters
@@ -104,9 +134,12 @@ class MapWriter:
         spec
             What it looks like.
         job
-            What determines its bytes (JSON-plain). A map is resumed only if this is the same.
+            What determines its bytes (JSON-plain). A map is resumed only if this is the same, and a hash of it tells
+            the map from any other.
         resume
             Go on with an interrupted map. Else what is left of one is cleared.
+        overwrite
+            Replace an element of that name.
 
         Raises
         ------
@@ -115,13 +148,14 @@ class MapWriter:
         RuntimeError
             If another process is writing a map of that name.
         ValueError
-            If the interrupted map was made in another way.
+            If the interrupted map was made in another way, or the store holds an element of that name.
         """
-        root = local_store(sdata)
-        scratch = root is None
-        root = scratch_root() if scratch else root
-        if not scratch:
+        store = local_store(sdata)
+        if store is not None:
             heal(sdata)
+            write_earlier(sdata)
+            check_free_on_disk(store, key, overwrite)
+        root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}
         work = _interrupted(root, key, job, resume)
         if work is None:
@@ -134,53 +168,73 @@ class MapWriter:
             except BaseException:
                 work.remove()
                 raise
-        return cls(root, key, work, scratch)
+        return cls(root, key, work, spec.scale_factors, scratch=store is None, overwrite=overwrite)
 
     def mark(self, i: int, j: int) -> None:
         """Note that a tile is written: a resumed run leaves it out."""
         self._log.write(f"{i} {j}\n")
         self._log.flush()
 
-    def level_tasks(self, level: int, written: Sequence[tuple[int, int]], tile: int) -> list[tuple[int, int]]:
+    def level_tasks(
+        self, level: int, factor: int, written: Sequence[tuple[int, int]], tile: int
+    ) -> list[tuple[int, int]]:
         """Return the chunks ``(row, column)`` of a level that lie over tiles that were written.
 
         Parameters
         ----------
         level
             The level, 1 or coarser.
+        factor
+            How much coarser it is than the finest level.
         written
             Tiles of the finest level that hold tissue.
         tile
             Their size in pixels.
         """
-        array, (height, width) = self.arrays[level], self.arrays[0].shape[1:]
-        chunk_y, chunk_x = array.chunks[1:]
-        found = set()
+        array = self.arrays[level]
+        found: set[tuple[int, int]] = set()
         for i, j in written:
-            rows = _span(i * tile, min((i + 1) * tile, height), array.shape[1] / height, chunk_y, array.shape[1])
-            cols = _span(j * tile, min((j + 1) * tile, width), array.shape[2] / width, chunk_x, array.shape[2])
-            found.update((r, c) for r in rows for c in cols)
+            rows = _chunks_over(i * tile, (i + 1) * tile, factor, array.chunks[1], array.shape[1])
+            columns = _chunks_over(j * tile, (j + 1) * tile, factor, array.chunks[2], array.shape[2])
+            found.update((r, c) for r in rows for c in columns)
         return sorted(found)
 
-    def finish(self, sdata: SpatialData) -> None:
-        """Put the map in its place and bind it in ``sdata``, in one step."""
+    def finish(self, sdata: SpatialData, entries: Entries | None = None) -> None:
+        """Put the map in its place and bind it in ``sdata``, with what is recorded of it, in one step."""
         self._log.close()
         new = self._work.path / NEW
         for partial in new.rglob("*.partial"):  # what a killed writer left
             partial.unlink(missing_ok=True)
+        what = json.dumps(self._work.job["what"], sort_keys=True)
+        stamp(self._element, hashlib.sha256(what.encode()).hexdigest())
+        place = self.root
         if self.scratch:
             place = self.root / f"{self._work.path.name}.zarr"
             new.rename(place)
-            self._work.remove()
         else:
-            place = self.root
-            commit(sdata, self._work, "images", self.key)
-        set_element(sdata, self.key, read_element(place, "images", self.key))
+            commit(sdata, self._work, "images", self.key, overwrite=self.overwrite, entries=entries)
+        self._placed = True
+        self._work.remove()
+        element = read_element(place, "images", self.key)
+        if self.scratch:
+            bind_scratch(element, place)
+        set_element(sdata, self.key, element, entries)
 
-    def interrupt(self) -> None:
-        """Leave what is written for a run with ``resume=True``."""
+    @property
+    def committed(self) -> bool:
+        """Whether the map counts already: what is left can only be completed."""
+        return self._placed or self._work.committed
+
+    def interrupt(self) -> bool:
+        """Leave what is written for a run with ``resume=True``; False if the store was moved away, and it with it."""
         self._log.close()
-        self._work.release()
+        if self.scratch or (self.root / METADATA).exists():
+            self._work.release()
+            return True
+        self._work.remove()  # what late writes made where the store was
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+        return False
 
     def discard(self) -> None:
         """Delete what is written."""
@@ -198,44 +252,15 @@ class MapWriter:
         return {(int(i), int(j)) for i, j in (line.split() for line in lines)}
 
 
-def store_level(source: Any, target: Any, i: int, j: int) -> None:
-    """Fill chunk ``(i, j)`` of a level with area means of the level below, over the pixels that have a value."""
+def store_level(source: Any, target: Any, factor: int, i: int, j: int) -> None:
+    """Fill chunk ``(i, j)`` of a level with means of the level before, over the pixels that have a value."""
     step, chunk_y, chunk_x = target.chunks
     y0, x0 = i * chunk_y, j * chunk_x
     y1, x1 = min(y0 + chunk_y, target.shape[1]), min(x0 + chunk_x, target.shape[2])
-    ry, rx = source.shape[1] / target.shape[1], source.shape[2] / target.shape[2]
-    sy, sx = int(y0 * ry + 1e-9), int(x0 * rx + 1e-9)
-    ey = min(math.ceil(y1 * ry - 1e-9), source.shape[1])
-    ex = min(math.ceil(x1 * rx - 1e-9), source.shape[2])
+    fy, fx = (min(factor, n) for n in source.shape[1:])  # an axis shorter than a block becomes one pixel
     for c in range(0, target.shape[0], step):
-        below = np.asarray(source[c : c + step, sy:ey, sx:ex], dtype=np.float32)
-        out = np.empty((below.shape[0], y1 - y0, x1 - x0), np.float32)
-        _mean_level(below, out, y0 * ry - sy, x0 * rx - sx, ry, rx)
-        target[c : c + step, y0:y1, x0:x1] = out.astype(target.dtype)
-
-
-@jit
-def _mean_level(below, out, shift_y, shift_x, ry, rx):
-    """Area means without NaN. Levels cover the same rectangle, so a pixel may take parts of pixels."""
-    channels, height, width = out.shape
-    rows, cols = below.shape[1:]
-    for i in range(height):
-        top, bottom = shift_y + i * ry, shift_y + (i + 1) * ry
-        a0, a1 = int(top + 1e-9), min(int(np.ceil(bottom - 1e-9)), rows)
-        for j in range(width):
-            left, right = shift_x + j * rx, shift_x + (j + 1) * rx
-            b0, b1 = int(left + 1e-9), min(int(np.ceil(right - 1e-9)), cols)
-            for c in range(channels):
-                total, area = 0.0, 0.0
-                for a in range(a0, a1):
-                    wy = min(bottom, a + 1.0) - max(top, float(a))
-                    for b in range(b0, b1):
-                        value = below[c, a, b]
-                        if not np.isnan(value):
-                            w = wy * (min(right, b + 1.0) - max(left, float(b)))
-                            total += w * value
-                            area += w
-                out[c, i, j] = total / area if area > 1e-9 else np.nan
+        below = source[c : c + step, y0 * fy : y1 * fy, x0 * fx : x1 * fx]
+        target[c : c + step, y0:y1, x0:x1] = block_means(below, fy, fx)
 
 
 def fingerprint(parts: Sequence[np.ndarray]) -> str:
@@ -246,9 +271,9 @@ def fingerprint(parts: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _span(start: int, stop: int, scale: float, chunk: int, size: int) -> Iterator[int]:
-    first, last = max(int(start * scale - 1), 0), min(math.ceil(stop * scale + 1), size)
-    return range(first // chunk, -(-last // chunk))
+def _chunks_over(start: int, stop: int, factor: int, chunk: int, size: int) -> range:
+    """Return the chunks of a level that lie over a range of pixels of the finest level."""
+    return range(start // factor // chunk, -(-min(-(-stop // factor), size) // chunk))
 
 
 def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> Workspace | None:
@@ -266,7 +291,7 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
             raise RuntimeError(
                 f"another process is writing {key!r} into {root}; wait for it, or choose another key_added="
             )
-        if not resume or not (folder / DONE).exists():
+        if not resume or not work.resumable:
             logger.info("cleared what was left of an interrupted map %r", key)
             work.remove()
             continue
@@ -274,9 +299,11 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
         if old != new:
             work.release()
             differs = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            numbers = [n for n in differs if isinstance(old.get(n), int | float)]
+            how = "; ".join(f"{name} {old[name]}, now {new.get(name)}" for name in numbers)
             raise ValueError(
-                f"the interrupted map {key!r} was made with other {', '.join(differs)}: call with the same arguments to "
-                "go on, or with resume=False to start from the beginning"
+                f"the interrupted map {key!r} was made with other {', '.join(differs)}{f' ({how})' if how else ''}: call "
+                "with the same arguments to go on, or with resume=False to start from the beginning"
             )
         if found is not None:
             found.remove()
@@ -296,8 +323,7 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
     )
     SpatialData(images={key: tiny}).write(path, consolidate_metadata=False)
     element = path / "images" / key
-    for level, (name, shape) in enumerate(zip(_level_paths(element), spec.shapes, strict=True)):
-        old = zarr.open_array(element / name, mode="r")
+    for level, (name, shape) in enumerate(zip(level_paths(element), spec.shapes, strict=True)):
         chunks = spec.chunks
         zarr.create_array(
             element / name,
@@ -306,17 +332,11 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
             chunks=(chunks[0], min(chunks[1], shape[0]), min(chunks[2], shape[1])) if level else chunks,
             compressors=COMPRESSOR,
             fill_value=np.nan,
-            dimension_names=old.metadata.dimension_names,
+            dimension_names=("c", "y", "x"),
             overwrite=True,
         )
-    group = zarr.open_group(element, mode="r+", use_consolidated=False)
-    ome = dict(group.attrs["ome"])
-    for dataset, shape in zip(ome["multiscales"][0]["datasets"], spec.shapes, strict=True):
-        scale = [1.0, spec.shape[0] / shape[0], spec.shape[1] / shape[1]]
+    content = read_json(element / METADATA)
+    for dataset, (y, x) in zip(content["attributes"]["ome"]["multiscales"][0]["datasets"], spec.scales, strict=True):
+        scale = [1.0, float(y), float(x)]
         dataset["coordinateTransformations"] = [{"type": "scale", "scale": scale}]
-    group.attrs["ome"] = ome
-
-
-def _level_paths(element: Path) -> list[str]:
-    attrs = zarr.open_group(element, mode="r", use_consolidated=False).attrs
-    return [dataset["path"] for dataset in attrs["ome"]["multiscales"][0]["datasets"]]
+    write_json(element / METADATA, content)

@@ -1,11 +1,11 @@
-"""Folders in which elements are prepared: ``<store>/.pixnet/<id>/``, which readers do not see, or in the scratch folder.
+"""Folders in which elements are prepared, ``<store>/.pixnet/<id>/``, and the locks of a store.
 
-A work folder is locked as long as its process lives, so that no other process takes it for debris.
+Readers do not see the folders. A folder is locked as long as its process lives, so that no other process takes it for
+debris. The store's own lock is held while metadata changes, for milliseconds.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import json
@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pixnet._settings import settings
-
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there one process at a time may write to a store
+except ImportError:  # Windows has no such locks: one process at a time may write to a store there
     fcntl = None  # type: ignore[assignment]
 
 WORK = ".pixnet"
-JOB, JOURNAL, LOCK, NEW, OLD = "job.json", "commit.json", "lock", "new.zarr", "old"
+JOB, JOURNAL, LOCK, NEW, OLD, DONE = "job.json", "commit.json", "lock", "new.zarr", "old", "done.txt"
 
 
 class Workspace:
@@ -37,24 +35,14 @@ class Workspace:
     def create(cls, root: Path, job: dict[str, Any]) -> Workspace:
         """Make a work folder under a store; ``job`` says what it is for."""
         path = root / WORK / uuid.uuid4().hex
-        try:
-            path.mkdir(parents=True)
-            lock = _lock(path)
-            work = cls(path, job, lock)
-            write_json(path / JOB, job)
-        except PermissionError as error:
-            raise PermissionError(
-                f"the store {root} cannot be written to ({error.strerror}): predict on a copy "
-                "(sdata.write to another place) or on an object in memory"
-            ) from error
-        except OSError as error:
-            if error.errno == errno.EROFS:
-                raise PermissionError(
-                    f"the store {root} lies on a file system that is read-only: predict on a copy (sdata.write to "
-                    "another place) or on an object in memory"
-                ) from error
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+        with store_lock(root):  # so that nobody sees the folder before its lock
+            try:
+                path.mkdir()
+                work = cls(path, job, _lock(path))
+                write_json(path / JOB, job)
+            except OSError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
         return work
 
     @classmethod
@@ -69,6 +57,16 @@ class Workspace:
         except (OSError, ValueError):
             job = {}
         return cls(path, job, lock)
+
+    @property
+    def committed(self) -> bool:
+        """Whether the new element counts already, though not all is done."""
+        return (self.path / JOURNAL).exists()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a later run can go on with what is here."""
+        return bool(self.job.get("resumable")) and (self.path / DONE).exists()
 
     def release(self) -> None:
         """Unlock the folder and leave it."""
@@ -85,13 +83,13 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def work_folder(root: Path, job: dict[str, Any]) -> Iterator[Workspace]:
-    """Yield a new work folder and remove it at the end, whatever happens: unless its journal says to go on from it."""
-    work = Workspace.create(root, job)
+def work_folder(root: Path, key: str) -> Iterator[Workspace]:
+    """Yield a new work folder and remove it at the end, unless what it holds was committed and is not in place yet."""
+    work = Workspace.create(root, {"key": key, "resumable": False})
     try:
         yield work
     finally:
-        if (work.path / JOURNAL).exists():
+        if work.committed:
             work.release()
         else:
             work.remove()
@@ -99,42 +97,80 @@ def work_folder(root: Path, job: dict[str, Any]) -> Iterator[Workspace]:
 
 def work_folders(root: Path) -> list[Path]:
     """Return the work folders of a store, the oldest first."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(root / WORK) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # its process has just finished
+                if entry.is_dir():
+                    found.append((entry.stat().st_mtime, entry.name))
+    return [root / WORK / name for _, name in sorted(found)]
+
+
+@contextlib.contextmanager
+def store_lock(root: Path) -> Iterator[None]:
+    """Hold a store's lock: one process at a time changes its metadata. It does not nest.
+
+    Raises
+    ------
+    PermissionError
+        If the store cannot be written to.
+    """
+    path = root / WORK / LOCK
     try:
-        found = [path for path in (root / WORK).iterdir() if path.is_dir()]
-    except OSError:
-        return []
-    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+        handle = _open_lock(path)
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            why = "lies on a read-only file system" if error.errno == errno.EROFS else "cannot be written to"
+            raise PermissionError(
+                error.errno,
+                f"{root} {why} ({error.strerror}): write a copy elsewhere (sdata.write), or use an object in memory",
+            ) from error
+        raise
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        handle.close()
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
+def _open_lock(path: Path) -> Any:
+    while True:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            handle = open(path, "a")  # noqa: SIM115  it stays open as long as the lock is held
+        except (FileNotFoundError, FileExistsError):  # the last holder has just removed the folder
+            if path.parent.parent.exists() and not path.parent.is_file():
+                continue
+            raise
+        _flock(handle, wait=True)
+        # the last holder removes the file: a lock on what it removed is worth nothing
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                return handle
+        handle.close()
 
 
 def _lock(path: Path) -> Any:
     handle = open(path / LOCK, "a")  # noqa: SIM115  it stays open as long as the lock is held
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            raise
-        except OSError:  # a file system without locks
-            pass
+    try:
+        _flock(handle, wait=False)
+    except BlockingIOError:
+        handle.close()
+        raise
     return handle
 
 
-_scratch: Path | None = None
-
-
-def scratch_root() -> Path:
-    """Return this process's folder under ``settings.scratch_dir``, which goes at exit: where objects in memory stream to."""
-    global _scratch
-    if _scratch is None or not _scratch.exists():
-        _scratch = Path(settings.scratch_dir) / f"pixnet-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        _scratch.mkdir(parents=True)
-        atexit.register(_clear_scratch, _scratch, os.getpid())
-    return _scratch
-
-
-def _clear_scratch(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not clear its parent's
-        shutil.rmtree(path, ignore_errors=True)
+def _flock(handle: Any, wait: bool) -> None:
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,11 +178,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is either whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_json(path: Path, content: dict[str, Any], through: Path | None = None) -> None:
+    """Write a file that is either whole or not there, by way of a file in ``through`` (None: beside it)."""
+    partial = (path.parent if through is None else through) / f"{path.name}.partial"
+    try:
+        with open(partial, "w") as file:
+            file.write(json.dumps(content))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,4 +1,4 @@
-"""Run a map into its stream: tiles, pyramid, progress, and what an interruption leaves."""
+"""Predict a map into its writer: tiles, pyramid, progress, and what an interruption leaves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +14,40 @@ import numpy as np
 from tqdm import tqdm
 
 from pixnet._logging import logger
-from pixnet._sdata.record import record
-from pixnet._sdata.store.map_writer import store_level
+from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from pixnet._core.predict.tile_runner import TileRunner
-    from pixnet._sdata.store.map_writer import MapWriter
 
 
-def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: str, entry: dict[str, Any]) -> None:
-    """Run all tiles of a map and its pyramid into a stream, put it in its place, and record what is known of it.
+def write_map(
+    sdata: SpatialData,
+    key: str,
+    runner: TileRunner,
+    spec: MapSpec,
+    job: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Run all tiles of a map and its pyramid, put it in its place, and record what is known of it.
 
     Parameters
     ----------
-    runner
-        Predicts the tiles.
-    stream
-        Where they go; tiles that an earlier run wrote are left out.
     sdata
         The object that gets the map.
     key
         Its name.
+    runner
+        Predicts the tiles; those that an earlier run wrote are left out.
+    spec, job, resume, overwrite
+        See :meth:`MapWriter.open`.
     entry
-        What is recorded of it.
+        What is recorded of the map.
 
     Raises
     ------
@@ -46,91 +55,86 @@ def store_map(runner: TileRunner, stream: MapWriter, sdata: SpatialData, key: st
         If the disk is full; what was written is deleted. After any other error, and Ctrl-C, it is kept for a call with
         ``resume=True``.
     """
-    from pixnet._core.parallel import run_tasks
-    from pixnet._core.predict.tile_runner import TileCost, store_tile
-
-    started, total, before = time.perf_counter(), TileCost(), record(sdata)["images"].get(key)
-    tiles = runner.tiles()
-    todo = [tile for tile in tiles if tile not in stream.done]
-    if stream.done:
-        logger.info("resuming %r: %d of %d tiles are done", key, len(tiles) - len(todo), len(tiles))
+    writer = MapWriter.open(sdata, key, spec, job, resume=resume, overwrite=overwrite)
     try:
-        _warn_if_full(stream, len(todo), entry["params"]["dtype"])
-        results = run_tasks(store_tile, [runner, stream.arrays[0]], todo)
-        # closing: whatever happens, no task writes any more when the stream is dealt with
-        with (
-            closing(results),
-            tqdm(
-                total=len(tiles),
-                initial=len(tiles) - len(todo),
-                desc=f"predict {key}",
-                unit="tile",
-                file=sys.stderr,
-                disable=not settings.progress,
-            ) as bar,
-        ):
-            for i, j, work in results:
-                stream.mark(i, j)
-                total.add(work)
-                speed = total.windows * runner.layout.window**2 / 1e6 / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
-                bar.update()
-        for level in range(1, len(stream.arrays)):
-            tasks = stream.level_tasks(level, tiles, runner.layout.tile)
-            with closing(run_tasks(store_level, [stream.arrays[level - 1], stream.arrays[level]], tasks)) as results:
-                for _ in results:
-                    pass
-        record(sdata)["images"][key] = entry
-        size = stream.size
-        stream.finish(sdata)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            stream.discard()
+        _run_tiles(writer, runner)
+        writer.finish(sdata, {"images": {key: entry}})
+    except BaseException as error:
+        if writer.committed:
+            raise
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            writer.discard()
             raise OSError(
                 error.errno,
-                f"the disk of {stream.root} is full; the unfinished map {key!r} was deleted. Make room, ask for fewer "
-                "genes (genes=) or a coarser map (out_mpp=)",
+                f"the disk of {writer.root} is full; the unfinished map {key!r} was deleted, and the store is as it was. "
+                "Make room, ask for fewer genes (genes=) or a coarser map (out_mpp=)",
             ) from error
-        _interrupted(stream, sdata, key, before)
+        if writer.interrupt():
+            logger.warning("the map %r is unfinished; the same call with resume=True continues it", key)
         raise
-    except BaseException:
-        _interrupted(stream, sdata, key, before)
-        raise
+
+
+def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
+    """Predict the tiles that are missing, then the coarser levels."""
+    from pixnet._core.parallel import run
+    from pixnet._core.predict.tile_runner import TileCost, store_tiles
+
+    started, total, grid = time.perf_counter(), TileCost(), runner.grid
+    tiles = runner.tiles()
+    todo = [tile for tile in tiles if tile not in writer.done]
+    if writer.done:
+        logger.info("resuming %r: %d of %d tiles are done", writer.key, len(tiles) - len(todo), len(tiles))
+    _warn_if_full(writer, len(todo))
+    progress = tqdm(
+        total=len(tiles),
+        initial=len(tiles) - len(todo),
+        desc=f"predict {writer.key}",
+        unit="tile",
+        file=sys.stderr,
+        disable=not settings.progress,
+    )
+    # closing: whatever happens, no task writes any more when the writer is dealt with
+    with closing(store_tiles(runner, writer.arrays[0], todo)) as results, progress as bar:
+        for place, cost in results:
+            writer.mark(*place)
+            total.add(cost)
+            speed = total.windows * grid.window**2 / 1e6 / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
+            bar.update()
+    scale = 1
+    for level, factor in enumerate(writer.factors, 1):
+        scale *= factor
+        tasks = writer.level_tasks(level, scale, tiles, grid.tile)
+        with closing(run(store_level, [*writer.arrays[level - 1 : level + 1], factor], tasks)) as chunks:
+            for _ in chunks:
+                pass
     wall = time.perf_counter() - started
     logger.info(
-        "%r: %d channels, %d x %d px at %.3g um/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
+        "%r: %d channels, %d x %d px at %.3g µm/px, %.3g M px predicted, in %.1f s (%.2f Mpx/s; %.1f s in the "
         "model); %.2f GB in %s",
-        key,
+        writer.key,
         runner.n_channels,
-        *runner.layout.shape,
-        runner.layout.mpp,
+        *grid.shape,
+        grid.mpp,
         total.pixels / 1e6,
         wall,
-        total.windows * runner.layout.window**2 / 1e6 / wall,
+        total.windows * grid.window**2 / 1e6 / wall,
         total.forward,
-        size / 1e9,
-        stream.root,
+        writer.size / 1e9,
+        writer.root,
     )
 
 
-def _interrupted(stream: MapWriter, sdata: SpatialData, key: str, before: dict[str, Any] | None) -> None:
-    stream.interrupt()
-    record(sdata)["images"].pop(key, None)
-    if before is not None:
-        record(sdata)["images"][key] = before
-    logger.warning("the map %r is unfinished; the same call with resume=True goes on with it", key)
-
-
-def _warn_if_full(stream: MapWriter, n_tiles: int, dtype: str) -> None:
-    """Say early that the disk will not do; what compression saves is not known, so this is no error."""
-    array = stream.arrays[0]
-    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(stream.root).free
+def _warn_if_full(writer: MapWriter, n_tiles: int) -> None:
+    """Say early that the disk will not do; what compression saves is not known, so this is not an error."""
+    array = writer.arrays[0]
+    needed = 1.3 * n_tiles * array.shape[0] * array.chunks[1] * array.chunks[2] * np.dtype(array.dtype).itemsize
+    free = shutil.disk_usage(writer.root).free
     if needed > free:
         logger.warning(
             "the map may take %.1f GB and %s has %.1f GB free: ask for fewer genes (genes=), a coarser map (out_mpp=), "
             "or make room",
             needed / 1e9,
-            stream.root,
+            writer.root,
             free / 1e9,
         )

@@ -1,10 +1,12 @@
-"""Where tissue, zones and fibres are: functions of the place in um and the seed alone, so that any part can be asked for."""
+"""Tissue, zones and fibres as functions of the place in µm and the seed alone, so that any part can be evaluated."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pixnet._core.coverage.jit import jit
 
@@ -13,10 +15,11 @@ STROMA, GLAND, TUMOUR, LYMPHOID, FAT = range(5)
 _TURNS = np.array([GLAND, TUMOUR, LYMPHOID, FAT, TUMOUR, STROMA, GLAND], dtype=np.int64)
 ZONE_UM = 290.0
 FAT_UM = 46.0
+FAT_SEED = 71
 
 
 @jit
-def hashed(i, j, seed):
+def hashed(i: int, j: int, seed: int) -> float:
     """Map a lattice point to a number in [0, 1)."""
     h = (
         np.uint64(i) * np.uint64(0x9E3779B97F4A7C15)
@@ -32,8 +35,8 @@ def hashed(i, j, seed):
 
 
 @jit
-def noise(x, y, seed):
-    """Smooth noise in [0, 1] with features of size 1."""
+def noise(x: float, y: float, seed: int) -> float:
+    """Return smooth noise in [0, 1] with features of size 1."""
     i, j = math.floor(x), math.floor(y)
     u, v = x - i, y - j
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
@@ -44,8 +47,8 @@ def noise(x, y, seed):
 
 
 @jit
-def cellular(x, y, pitch, seed):
-    """Half the difference of the distances to the two nearest jittered lattice points (0 on a border), and the nearest."""
+def cellular(x: float, y: float, pitch: float, seed: int) -> tuple[float, int, int]:
+    """Return half the difference of the distances to the two nearest jittered lattice points, and the nearest point."""
     i, j = int(math.floor(x / pitch)), int(math.floor(y / pitch))
     first, second, near_i, near_j = 1e9, 1e9, 0, 0
     for di in range(-1, 2):
@@ -62,8 +65,8 @@ def cellular(x, y, pitch, seed):
 
 
 @jit
-def inside(x, y, size, seed):
-    """Distance in um to the outline of the tissue, about; positive inside."""
+def inside(x: float, y: float, size: float, seed: int) -> float:
+    """Return the approximate distance (µm) to the outline of the tissue, positive inside."""
     dx, dy = x / size - 0.5, y / size - 0.5
     radius = (abs(dx) ** 3 + abs(dy) ** 3) ** (1 / 3)
     angle = math.atan2(dy, dx)
@@ -74,8 +77,8 @@ def inside(x, y, size, seed):
 
 
 @jit
-def zone(x, y, seed):
-    """Kind of tissue, and the distance in um to the border of its zone."""
+def zone(x: float, y: float, seed: int) -> tuple[int, float]:
+    """Return the kind of tissue and the distance (µm) to the border of its zone."""
     wx = x + 110 * (noise(x / 130, y / 130, seed + 21) - 0.5) + 36 * (noise(x / 34, y / 34, seed + 22) - 0.5)
     wy = y + 110 * (noise(x / 130, y / 130, seed + 23) - 0.5) + 36 * (noise(x / 34, y / 34, seed + 24) - 0.5)
     wx += 9 * (noise(x / 8, y / 8, seed + 27) - 0.5)
@@ -86,31 +89,31 @@ def zone(x, y, seed):
 
 
 @jit
-def along(x, y, seed):
-    """Coordinates along and across the wavy fibres of stroma, in um."""
+def along(x: float, y: float, seed: int) -> tuple[float, float]:
+    """Return coordinates (µm) along and across the wavy fibres of stroma."""
     u = x + 70 * (noise(x / 170, y / 170, seed + 31) - 0.5)
     v = y + 130 * (noise(x / 150, y / 150, seed + 32) - 0.5) + 8 * (noise(x / 25, y / 25, seed + 33) - 0.5)
     return u, v
 
 
 @jit
-def direction(x, y, seed):
-    """Angle of the fibres."""
+def direction(x: float, y: float, seed: int) -> float:
+    """Return the angle of the fibres."""
     v = along(x, y, seed)[1]
     return math.atan2(-(along(x + 2, y, seed)[1] - v), along(x, y + 2, seed)[1] - v)
 
 
 @jit
-def nest(x, y, seed):
-    """Distance in um into a nest of tumour cells; below 0 in the septa between nests."""
+def nest(x: float, y: float, seed: int) -> float:
+    """Return the distance (µm) into a nest of tumour cells; below 0 in the septa between nests."""
     wx = x + 26 * (noise(x / 35, y / 35, seed + 41) - 0.5)
     wy = y + 26 * (noise(x / 35, y / 35, seed + 42) - 0.5)
     return cellular(wx, wy, 85.0, seed + 43)[0] - 1.5 - 7 * noise(x / 45, y / 45, seed + 45)
 
 
 @jit
-def hypoxia(x, y, seed):
-    """Lack of oxygen, 0 to 1: in the middle of tumour zones, with patches."""
+def hypoxia(x: float, y: float, seed: int) -> float:
+    """Return the lack of oxygen, 0 to 1: in the middle of tumour zones, with patches."""
     kind, edge = zone(x, y, seed)
     if kind != TUMOUR:
         return 0.0
@@ -118,43 +121,39 @@ def hypoxia(x, y, seed):
     return min(1.0, max(0.0, level))
 
 
-@jit
-def fold(x, y, size, seed):
-    """How much thicker the section is: 1, and about 2 along a crease in one part of it."""
-    if size < 400:
-        return 1.0
-    middle = size * (0.3 + 0.4 * hashed(1, 1, seed + 61))
-    crease = middle + 0.12 * size * (noise(x / (0.4 * size), 0.5, seed + 62) - 0.5) + 10 * noise(x / 40, 2.5, seed + 63)
-    start = 0.55 if hashed(2, 2, seed + 64) < 0.5 else 0.05
-    reach = min(x / size - start, start + 0.4 - x / size) * size / 60
-    width = 9 * min(1.0, reach)
-    if width <= 0:
-        return 1.0
-    d = abs(y - crease)
-    return 1 + 0.9 / (1 + math.exp((d - width) / 1.2))
+# Fields at a place, as `describe` gives them.
+PLACE = np.dtype(
+    [
+        ("inside", float),  # distance to the outline of the tissue (µm), positive inside
+        ("zone", np.int64),
+        ("edge", float),  # distance to the border of the zone (µm)
+        ("nest", float),  # distance into a nest of tumour cells (µm)
+        ("fibres", float),  # angle of the fibres
+        ("hypoxia", float),
+        ("fat_wall", float),  # distance to the border of a fat cell (µm)
+    ]
+)
 
 
 @jit
-def sample(what, xs, ys, size, seed):
-    """Evaluate fields at many places.
+def describe(x: NDArray, y: NDArray, size: float, seed: int) -> NDArray[Any]:
+    """Evaluate all fields at many places: an array of ``PLACE``."""
+    places = np.empty(len(x), PLACE)
+    for k in range(len(x)):
+        place = places[k]
+        place.inside = inside(x[k], y[k], size, seed)
+        place.zone, place.edge = zone(x[k], y[k], seed)
+        place.nest = nest(x[k], y[k], seed)
+        place.fibres = direction(x[k], y[k], seed)
+        place.hypoxia = hypoxia(x[k], y[k], seed)
+        place.fat_wall = cellular(x[k], y[k], FAT_UM, seed + FAT_SEED)[0]
+    return places
 
-    ``what``: 0 inside, 1 zone kind, 2 zone edge, 3 nest, 4 direction, 5 hypoxia, 6 border distance in fat.
-    """
-    out = np.empty(len(xs))
-    for k in range(len(xs)):
-        x, y = xs[k], ys[k]
-        if what == 0:
-            out[k] = inside(x, y, size, seed)
-        elif what == 1:
-            out[k] = zone(x, y, seed)[0]
-        elif what == 2:
-            out[k] = zone(x, y, seed)[1]
-        elif what == 3:
-            out[k] = nest(x, y, seed)
-        elif what == 4:
-            out[k] = direction(x, y, seed)
-        elif what == 5:
-            out[k] = hypoxia(x, y, seed)
-        else:
-            out[k] = cellular(x, y, FAT_UM, seed + 71)[0]
+
+@jit
+def is_tissue(x: NDArray, y: NDArray, size: float, seed: int) -> NDArray[np.bool_]:
+    """Return which places lie on tissue."""
+    out = np.empty(len(x), dtype=np.bool_)
+    for k in range(len(x)):
+        out[k] = inside(x[k], y[k], size, seed) > 0
     return out

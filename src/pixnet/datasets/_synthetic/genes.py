@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pixnet.datasets._synthetic.cells import (
-    ADIPO,
-    BCELL,
-    ENDO,
-    EPI,
-    FIB,
-    MACRO,
-    MUSCLE,
-    PLASMA,
-    TCELL,
-    TUM,
-    TYPES,
-    Cells,
-)
+from pixnet.datasets._synthetic import cells as types
+from pixnet.datasets._synthetic.cells import RNA_CONTENT, TYPES, Cells
 
-# What a gene belongs to, in the order in which a panel is filled: 13 genes have one of each.
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+# The program of each gene and the cell type that expresses it, in the order in which a panel is filled.
 _PROGRAMS: tuple[tuple[str, int | None], ...] = (
-    ("TUM", TUM),
-    ("EPI", EPI),
-    ("FIB", FIB),
+    ("TUM", types.TUM),
+    ("EPI", types.EPI),
+    ("FIB", types.FIB),
     ("ALL", None),
-    ("TCE", TCELL),
+    ("TCE", types.TCELL),
     ("HYP", None),
-    ("BCE", BCELL),
-    ("END", ENDO),
-    ("MAC", MACRO),
+    ("BCE", types.BCELL),
+    ("END", types.ENDO),
+    ("MAC", types.MACRO),
     ("GRA", None),
-    ("PLA", PLASMA),
-    ("MUS", MUSCLE),
-    ("ADI", ADIPO),
+    ("PLA", types.PLASMA),
+    ("MUS", types.MUSCLE),
+    ("ADI", types.ADIPO),
 )
-# RNA in a cell, by type, and how much of it varies from cell to cell.
-_CONTENT = np.array([1.3, 1.9, 0.8, 0.45, 0.5, 1.2, 1.1, 0.7, 0.8, 0.7])
-_CONTENT_SD = 0.35
+_CONTENT_SD = 0.35  # spread of the RNA content from cell to cell
 _AMBIENT = 0.03
 
 
@@ -48,8 +38,8 @@ _AMBIENT = 0.03
 class Panel:
     """Genes, and how much of each a source of expression gives.
 
-    Sources, in order: the nuclei of each cell type, hypoxic nuclei, graded nuclei; the cells of each type, hypoxic
-    cells, graded cells; the tissue's area.
+    The sources are, in order: the nuclei of each cell type, hypoxic nuclei, graded nuclei; the cells of each type,
+    hypoxic cells, graded cells; the area of the tissue.
 
     Attributes
     ----------
@@ -81,8 +71,8 @@ class Panel:
             name, kind = _PROGRAMS[p]
             if kind is not None:
                 by_type[gene, kind] = 1.0
-                if kind == TUM:
-                    by_type[gene, EPI] = max(by_type[gene, EPI], 0.25)
+                if kind == types.TUM:
+                    by_type[gene, types.EPI] = max(by_type[gene, types.EPI], 0.25)
             elif name == "ALL":
                 by_type[gene] = rng.uniform(0.3, 0.6, n_types)
             elif name == "HYP":
@@ -102,61 +92,57 @@ class Panel:
         loadings = np.concatenate([nuclear * from_cells, (1 - nuclear) * from_cells, ambient], axis=1)
         return cls(names, loadings)
 
-    def amounts(self, cells: Cells, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """RNA that each cell gives to the sources of nuclei, and to those of cells: ``(cells, types + 2)`` twice."""
+    def amounts(self, cells: Cells, seed: int) -> NDArray[np.float64]:
+        """Draw the RNA that each cell gives to its sources, ``(cells, types + 2)``: alike for nuclei and cells."""
         rng = np.random.default_rng([seed, 202])
         n, n_types = len(cells.kind), len(TYPES)
-        content = _CONTENT[cells.kind] * np.exp(rng.normal(0, _CONTENT_SD, n) - _CONTENT_SD**2 / 2)
+        content = RNA_CONTENT[cells.kind] * np.exp(rng.normal(0, _CONTENT_SD, n) - _CONTENT_SD**2 / 2)
         amounts = np.zeros((n, n_types + 2))
         amounts[np.arange(n), cells.kind] = content
         amounts[:, n_types] = content * cells.hypoxia
         if n:
-            x, y = cells.outline[:, 0], cells.outline[:, 1]
             angle = rng.uniform(0, 2 * np.pi)
-            along = np.cos(angle) * x + np.sin(angle) * y
+            along = np.cos(angle) * cells.nuclei["x"] + np.sin(angle) * cells.nuclei["y"]
             low, high = along.min(), along.max()
             amounts[:, n_types + 1] = content * (along - low) / max(high - low, 1e-9)
-        return amounts, amounts
+        return amounts
 
 
-# Transcripts per um^2 of tissue of average richness that a platform catches, how much its shapes differ in that
-# (sd of the logarithm), and the size parameter of its negative binomial.
+class Platform(NamedTuple):
+    """A way to measure: transcripts caught per µm² of average tissue, spread of that (sd of its log), noise, and shapes.
+
+    Counts are negative binomial with the size parameter ``nb_size``. Spots have a pitch and a diameter (µm), bins an edge.
+    """
+
+    depth: float
+    spread: float
+    nb_size: float
+    pitch: float = 0.0
+    diameter: float = 0.0
+    edge: float = 0.0
+
+
 PLATFORMS = {
-    "spots": (1.0, 0.20, 12.0),
-    "spots_legacy": (0.7, 0.30, 8.0),
-    "bins": (0.7, 0.25, 8.0),
-    "bins_002um": (0.7, 0.25, 8.0),
-    "cells": (2.0, 0.25, 10.0),
+    "spots": Platform(1.0, 0.20, 12.0, pitch=100.0, diameter=55.0),
+    "spots_legacy": Platform(0.7, 0.30, 8.0, pitch=200.0, diameter=100.0),
+    "bins": Platform(0.7, 0.25, 8.0, edge=8.0),
+    "bins_002um": Platform(0.7, 0.25, 8.0, edge=2.0),
+    "cells": Platform(2.0, 0.25, 10.0),
 }
 _ROWS = 20_000
 
 
-def draw_counts(expected: NDArray[np.float64], platform: str, seed: int):
-    """Draw raw counts of a platform.
-
-    Parameters
-    ----------
-    expected
-        ``(shapes, genes)``: density times um^2, divided by 10,000.
-    platform
-        Key of ``PLATFORMS``.
-    seed
-        Seed of the tissue.
-
-    Returns
-    -------
-    scipy.sparse.csr_matrix
-        Whole numbers as float32.
-    """
+def draw_counts(expected: NDArray[np.float64], platform: str, seed: int) -> csr_matrix:
+    """Draw raw counts, float32, from ``(shapes, genes)``: density times µm², divided by 10,000."""
     from scipy import sparse
 
-    depth, spread, size = PLATFORMS[platform]
+    depth, spread, nb_size, *_ = PLATFORMS[platform]
     parts = []
     for start in range(0, max(len(expected), 1), _ROWS):
         rng = np.random.default_rng([seed, 301, list(PLATFORMS).index(platform), start])
         part = expected[start : start + _ROWS] * depth
         caught = np.exp(rng.normal(0, spread, len(part)) - spread**2 / 2)
         mean = np.maximum(part * caught[:, None], 0)
-        counts = rng.poisson(mean * rng.gamma(size, 1 / size, mean.shape))
+        counts = rng.poisson(mean * rng.gamma(nb_size, 1 / nb_size, mean.shape))
         parts.append(sparse.csr_matrix(counts.astype(np.float32)))
     return sparse.vstack(parts, format="csr")

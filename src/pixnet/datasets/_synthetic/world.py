@@ -1,9 +1,7 @@
-"""One synthetic tissue: its picture and its expression, any part of either when asked."""
+"""One synthetic tissue: its picture and its expression, any part of either."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,19 +12,21 @@ from numpy.typing import NDArray
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet.datasets._synthetic import paint
-from pixnet.datasets._synthetic.cells import ANGLES, TYPES, Cells, build, noise_seed_of
-from pixnet.datasets._synthetic.fields import sample
+from pixnet.datasets._synthetic.cells import CORNERS, GLAND_LOOK, TYPES, VESSEL_LOOK, build, noise_seed_of
+from pixnet.datasets._synthetic.fields import is_tissue
 from pixnet.datasets._synthetic.genes import Panel
+from pixnet.datasets._synthetic.rounds import Rounds, outlines, reach
 
 TRUTH_UM = 2.0
-# Expression is worked out in squares of this many truth pixels, always the same ones: sums then never depend on the part.
+# Expression is computed in squares of this many truth pixels, always the same ones: sums never depend on the part.
 SQUARE = 128
 _KEPT_SQUARES = 48
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a tissue is made from; two equal recipes make equal tissues."""
+class TissueSpec:
+    """The arguments that a tissue is made from; equal specifications make equal tissues."""
 
     size_um: float
     mpp: float
@@ -37,161 +37,118 @@ class Recipe:
 
 
 @lru_cache(maxsize=2)
-def world(recipe: Recipe) -> World:
-    """Build the tissue of a recipe, once a process."""
-    return World(recipe)
+def world(spec: TissueSpec) -> World:
+    """Build the tissue of a specification, once per process."""
+    return World(spec)
 
 
 class World:
-    """A tissue. It pickles as its recipe, so that workers of a cluster build their own instead of receiving it."""
+    """A tissue. It pickles as its specification, so that workers of a cluster build their own instead of receiving it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.size = float(recipe.size_um)
-        self.noise = noise_seed_of(recipe.seed)
-        self.cells: Cells = build(self.size, recipe.seed)
-        self.stain = paint.Stain.draw(recipe.stain_seed)
-        self.panel = Panel.draw(recipe.n_genes, recipe.panel_seed)
-        self.image_shape = (round(self.size / recipe.mpp),) * 2
+    def __init__(self, spec: TissueSpec) -> None:
+        self.spec = spec
+        self.size = float(spec.size_um)
+        self.noise = noise_seed_of(spec.seed)
+        self.cells = build(self.size, spec.seed)
+        self.stain = paint.Stain.draw(spec.stain_seed)
+        self.panel = Panel.draw(spec.n_genes, spec.panel_seed)
+        self.image_shape = (round(self.size / spec.mpp),) * 2
         self.truth_shape = (int(self.size / TRUTH_UM + 1e-9),) * 2
-        self.amounts = self.panel.amounts(self.cells, recipe.seed)
-        self._squares: OrderedDict[tuple[int, int], NDArray] = OrderedDict()
-        self._lock = threading.Lock()
-        reach = np.concatenate([self.cells.outline[:, 2:], self.cells.nuclei.shape[:, 2:4] * 1.35], axis=1).max(
-            axis=1, initial=0
-        )
-        place = self.cells.outline[:, :2]
-        self._bounds = np.column_stack([place - reach[:, None], place + reach[:, None]])
+        self.amounts = self.panel.amounts(self.cells, spec.seed)
         self.scale = self._scale()
+        self.square = lru_cache(maxsize=_KEPT_SQUARES)(self._square)
+        self._reach = np.maximum(self.cells.radii.max(axis=1, initial=0), reach(self.cells.nuclei))
 
-    def __reduce__(self) -> tuple[Any, tuple[Recipe]]:
-        return world, (self.recipe,)
-
-    # the picture -------------------------------------------------------------------------------------------------
+    def __reduce__(self) -> tuple[Any, tuple[TissueSpec]]:
+        return world, (self.spec,)
 
     def render(self, y: slice, x: slice) -> NDArray[np.uint8]:
         """Render a part of the picture, ``uint8 (3, y, x)``; the same pixels whatever the part."""
-        mpp, cells = self.recipe.mpp, self.cells
-        top, left = (part.start // paint.BLOCK * paint.BLOCK for part in (y, x))
-        bottom, right = (-(-part.stop // paint.BLOCK) * paint.BLOCK for part in (y, x))
-        margin = -(-max(16, int(np.ceil(3 / mpp))) // paint.BLOCK) * paint.BLOCK
-        y0, x0 = top - margin, left - margin
-        height, width = bottom - top + 2 * margin, right - left + 2 * margin
-        h, e, light = (np.empty((height, width), dtype=np.float32) for _ in range(3))
-        paint.ground(x0, y0, height, width, mpp, self.size, self.noise, h, e, light)
-        box = (x0 * mpp - 2, y0 * mpp - 2, (x0 + width) * mpp + 2, (y0 + height) * mpp + 2)
-        paint.glands(x0, y0, mpp, self.noise, _near(cells.glands, box, 1.0), h, e)
-        paint.vessels(x0, y0, mpp, self.noise, _near(cells.vessels, box, 2.0), h, e)
-        near = self._near(box)
-        paint.cytoplasm(x0, y0, mpp, cells.outline[near], cells.tint[near], h, e)
-        for things in (cells.red.near(*box), cells.nuclei.take(near)):
-            paint.blobs(x0, y0, mpp, self.noise, things.shape, things.look, things.tags, h, e)
-        inner = (slice(margin, margin + bottom - top), slice(margin, margin + right - left))
-        pixels = paint.expose(h, e, light, self.stain, x0, y0, mpp, self.noise, inner)
-        pixels = paint.compress(pixels)
-        return np.ascontiguousarray(
-            pixels[y.start - top : y.stop - top, x.start - left : x.stop - left].transpose(2, 0, 1)
-        )
-
-    # the expression ----------------------------------------------------------------------------------------------
-
-    def tissue(self, row: int, col: int) -> NDArray[np.bool_]:
-        """Whether the truth pixels of one square are tissue."""
-        rows, cols = (np.arange(at * SQUARE, (at + 1) * SQUARE) * TRUTH_UM + TRUTH_UM / 2 for at in (row, col))
-        places = np.meshgrid(cols, rows)
-        found = sample(0, places[0].ravel(), places[1].ravel(), self.size, self.noise) > 0
-        found &= (places[0].ravel() < self.size) & (places[1].ravel() < self.size)
-        return found.reshape(SQUARE, SQUARE)
-
-    def square(self, row: int, col: int) -> NDArray[np.float32]:
-        """Compute the sources per um^2 on one square of truth pixels, ``(sources, SQUARE, SQUARE)``; NaN off tissue."""
-        with self._lock:
-            if (row, col) in self._squares:
-                self._squares.move_to_end((row, col))
-                return self._squares[row, col]
-        step = SQUARE * TRUTH_UM
-        near = self._near((col * step, row * step, (col + 1) * step, (row + 1) * step))
-        window = (row * SQUARE, col * SQUARE, SQUARE, SQUARE)
-        parts = []
-        for polygons, amounts in zip((self.nuclei(near), self.outlines(near)), self.amounts):
-            shapes = ShapeArrays.from_geometries(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
-            weights = coverage(shapes, window)
-            # A cell's amount is spread evenly: per um^2 of its own area.
-            density = amounts[near] / (shapes.area * TRUTH_UM**2)[:, None] if len(near) else amounts[near]
-            parts.append(np.asarray(weights.T @ density).T)
-        sources = np.concatenate([*parts, np.ones((1, SQUARE * SQUARE))]).reshape(-1, SQUARE, SQUARE)
-        sources = sources.astype(np.float32)
-        sources[:, ~self.tissue(row, col)] = np.nan
-        with self._lock:
-            self._squares[row, col] = sources
-            while len(self._squares) > _KEPT_SQUARES:
-                self._squares.popitem(last=False)
-        return sources
+        mpp, cells, seed = self.spec.mpp, self.cells, self.noise
+        margin = int(np.ceil(paint.REACH_UM / mpp)) + 1
+        x0, y0 = x.start - margin, y.start - margin
+        shape = (y.stop - y.start + 2 * margin, x.stop - x.start + 2 * margin)
+        h, e = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+        paint.ground(x0, y0, mpp, self.size, seed, h, e)
+        box = (x0 * mpp - 2, y0 * mpp - 2, (x0 + shape[1]) * mpp + 2, (y0 + shape[0]) * mpp + 2)
+        for structures, look in ((cells.glands, GLAND_LOOK), (cells.vessels, VESSEL_LOOK)):
+            shapes = structures[_near(structures, reach(structures), box)]
+            paint.rounds(x0, y0, mpp, seed, shapes, np.full(len(shapes), look), h, e)
+        near = _near(cells.nuclei, self._reach, box)
+        nuclei, looks = cells.nuclei[near], cells.look[near]
+        paint.cytoplasm(x0, y0, mpp, nuclei, cells.radii[near], looks, h, e)
+        paint.rounds(x0, y0, mpp, seed, nuclei, looks, h, e)
+        pixels = paint.expose(h, e, self.stain, mpp)[margin:-margin, margin:-margin]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def truth(self, y: slice, x: slice) -> NDArray[np.float32]:
         """Compute a part of the dense map, ``(genes + 1, y, x)``: densities, ``__total__`` last, NaN off tissue."""
         out = np.empty((len(self.panel.names) + 1, y.stop - y.start, x.stop - x.start), dtype=np.float32)
-        loadings = self.loadings
+        loadings = self.panel.loadings * self.scale
+        loadings = np.concatenate([loadings, loadings.sum(axis=0, keepdims=True)]).astype(np.float32)
         for row in range(y.start // SQUARE, -(-y.stop // SQUARE)):
             for col in range(x.start // SQUARE, -(-x.stop // SQUARE)):
-                square = self.square(row, col)
+                # Whole squares only: a matrix product rounds differently when its size differs.
+                values = np.tensordot(loadings, self.square(row, col), axes=1)
                 top, left = row * SQUARE, col * SQUARE
                 ys = slice(max(y.start, top), min(y.stop, top + SQUARE))
                 xs = slice(max(x.start, left), min(x.stop, left + SQUARE))
-                part = square[:, ys.start - top : ys.stop - top, xs.start - left : xs.stop - left]
-                values = np.tensordot(loadings, part, axes=1)
-                out[:, ys.start - y.start : ys.stop - y.start, xs.start - x.start : xs.stop - x.start] = values
+                part = values[:, ys.start - top : ys.stop - top, xs.start - left : xs.stop - left]
+                out[:, ys.start - y.start : ys.stop - y.start, xs.start - x.start : xs.stop - x.start] = part
         return out
 
-    @property
-    def loadings(self) -> NDArray[np.float32]:
-        """Densities of genes, and of all of them, per unit of each source: ``(genes + 1, sources)``."""
-        loadings = self.panel.loadings * self.scale
-        return np.concatenate([loadings, loadings.sum(axis=0, keepdims=True)]).astype(np.float32)
+    def _square(self, row: int, col: int) -> NDArray[np.float32]:
+        """Compute the sources per µm² on one square of truth pixels, ``(sources, SQUARE, SQUARE)``; NaN off tissue."""
+        step = SQUARE * TRUTH_UM
+        near = _near(self.cells.nuclei, self._reach, (col * step, row * step, (col + 1) * step, (row + 1) * step))
+        amounts = self.amounts[near]
+        parts = []
+        for polygons in (self.nuclei(near), self.outlines(near)):
+            shapes = ShapeArrays.from_geometries(polygons).transform(np.diag([1 / TRUTH_UM, 1 / TRUTH_UM, 1.0]))
+            weights = coverage(shapes, (row * SQUARE, col * SQUARE, SQUARE, SQUARE))
+            # A cell's amount is spread evenly: per µm² of its own area.
+            density = amounts / (shapes.area * TRUTH_UM**2)[:, None] if len(near) else amounts
+            parts.append(np.asarray(weights.T @ density).T)
+        sources = np.concatenate([*parts, np.ones((1, SQUARE * SQUARE))]).reshape(-1, SQUARE, SQUARE)
+        y, x = (np.arange(at * SQUARE, (at + 1) * SQUARE) * TRUTH_UM + TRUTH_UM / 2 for at in (row, col))
+        x, y = np.meshgrid(x, y)
+        tissue = is_tissue(x.ravel(), y.ravel(), self.size, self.noise).reshape(SQUARE, SQUARE)
+        tissue &= (x < self.size) & (y < self.size)
+        sources = sources.astype(np.float32)
+        sources[:, ~tissue] = np.nan
+        return sources
 
     def _scale(self) -> float:
-        """Densities average 10,000 over the tissue."""
+        """Return the factor by which densities average 10,000 over the tissue."""
         step = 8.0
         places = (np.arange(int(self.size / step)) + 0.5) * step
         x, y = (part.ravel() for part in np.meshgrid(places, places))
-        area = float((sample(0, x, y, self.size, self.noise) > 0).sum()) * step**2
-        sources = np.concatenate([*(amounts.sum(axis=0) for amounts in self.amounts), [area]])
-        whole = float((self.panel.loadings @ sources).sum())
+        area = float(is_tissue(x, y, self.size, self.noise).sum()) * step**2
+        amounts = self.amounts.sum(axis=0)
+        whole = float((self.panel.loadings @ np.concatenate([amounts, amounts, [area]])).sum())
         return 1e4 * max(area, step**2) / max(whole, 1e-9)
 
-    # shapes ------------------------------------------------------------------------------------------------------
+    def nuclei(self, which: NDArray[np.int64]) -> NDArray[np.object_]:
+        """Return nuclei as polygons, in µm."""
+        x, y = outlines(self.cells.nuclei[which], 2 * np.pi * np.arange(24) / 24)
+        return shapely.polygons(np.stack([x, y], axis=-1))
 
-    def nuclei(self, which: NDArray[np.int64] | slice = slice(None)) -> NDArray:
-        """Nuclei as polygons, in um."""
-        shape = self.cells.nuclei.shape[which]
-        turn = 2 * np.pi * np.arange(24) / 24
-        outline = 1 + sum(
-            shape[:, 5 + 2 * i, None] * np.cos(k * turn + shape[:, 6 + 2 * i, None]) for i, k in enumerate((2, 3, 5))
-        )
-        u, v = shape[:, 2, None] * outline * np.cos(turn), shape[:, 3, None] * outline * np.sin(turn)
-        c, s = np.cos(shape[:, 4, None]), np.sin(shape[:, 4, None])
-        return shapely.polygons(np.stack([shape[:, :1] + c * u - s * v, shape[:, 1:2] + s * u + c * v], axis=-1))
-
-    def outlines(self, which: NDArray[np.int64] | slice = slice(None)) -> NDArray:
-        """Cells as polygons that do not overlap, in um."""
-        outline = self.cells.outline[which]
-        turn = 2 * np.pi * np.arange(ANGLES) / ANGLES
-        x, y = (outline[:, i, None] + outline[:, 2:] * f(turn) for i, f in enumerate((np.cos, np.sin)))
+    def outlines(self, which: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.object_]:
+        """Return cells as polygons that do not overlap, in µm."""
+        centres, radii = self.cells.nuclei[which], self.cells.radii[which]
+        turn = 2 * np.pi * np.arange(CORNERS) / CORNERS
+        x, y = centres["x"][:, None] + radii * np.cos(turn), centres["y"][:, None] + radii * np.sin(turn)
         return shapely.polygons(np.stack([x, y], axis=-1))
 
     def cell_types(self) -> NDArray[np.str_]:
-        """Name of the type of each cell."""
+        """Return the name of the type of each cell."""
         return np.array(TYPES)[self.cells.kind]
 
-    def _near(self, box: tuple[float, float, float, float]) -> NDArray[np.int64]:
-        b = self._bounds
-        return np.flatnonzero((b[:, 2] > box[0]) & (b[:, 0] < box[2]) & (b[:, 3] > box[1]) & (b[:, 1] < box[3]))
 
-
-def _near(shapes: NDArray, box: tuple[float, float, float, float], factor: float) -> NDArray:
-    reach = 1.35 * factor * np.maximum(shapes[:, 2], shapes[:, 3])
-    x, y = shapes[:, 0], shapes[:, 1]
-    return shapes[(x + reach > box[0]) & (x - reach < box[2]) & (y + reach > box[1]) & (y - reach < box[3])]
+def _near(rounds: Rounds, far: NDArray[np.float64], box: Box) -> NDArray[np.int64]:
+    """Return the positions of what may reach into a box (µm)."""
+    x, y = rounds["x"], rounds["y"]
+    return np.flatnonzero((x + far > box[0]) & (x - far < box[2]) & (y + far > box[1]) & (y - far < box[3]))
 
 
 class WorldArray:
@@ -206,7 +163,7 @@ class WorldArray:
         self.shape = (3 if what == "render" else len(source.panel.names) + 1, rows, cols)
         self.dtype = np.dtype(np.uint8 if what == "render" else np.float32)
 
-    def __getitem__(self, index: tuple[slice, slice, slice]) -> NDArray:
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> NDArray[Any]:
         c, y, x = index
         y, x = (slice(*part.indices(size)[:2]) for part, size in zip((y, x), self.shape[1:]))
         return getattr(self.source, self.what)(y, x)[c]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from spatialdata.transformations import Identity, Scale, get_transformation
 
-from pixnet.io._raster import halve, pyramid, raster_element
+from pixnet._core.slide.pyramid import halve
+from pixnet._sdata.rasters import pyramid, raster_element
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 12), (3, 11, 13), (2, 1, 9), (3, 1301, 2047)])

@@ -1,0 +1,54 @@
+"""Frozen dataclasses of settings whose values are checked by type and range, and refused by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+_WRONG_NAMES = {"missing", "missing_argument", "unexpected_keyword_argument", "unexpected_positional_argument"}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def checked(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that raises ValueError for a wrong value, TypeError for a wrong name."""
+    made: Any = dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))(cls)
+    build = made.__init__
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        try:
+            build(self, *args, **plain)
+        except ValidationError as error:
+            first = error.errors()[0]
+            wrong_name = first["type"] in _WRONG_NAMES
+            raise (TypeError if wrong_name else ValueError)(explain(first, made.__name__)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def explain(error: Mapping[str, Any], owner: str = "") -> str:
+    """Say what one of pydantic's errors is about: the name, the value, and what it should be."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] in {"missing", "missing_argument"}:
+        return f"{owner} lacks {name!r}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{owner} has no setting {name!r}"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    value = repr(error["input"])
+    value = value if len(value) <= 80 else value[:77] + "..."
+    return f"{name} is {value}; it should {error['msg'].partition(' should ')[2] or error['msg']}"
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}

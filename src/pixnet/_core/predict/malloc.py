@@ -1,0 +1,41 @@
+"""The memory of forward passes, kept by the process between one pass and the next.
+
+It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s without (medians of 3 interleaved runs; 38 %)
+for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Of the alternatives, huge pages
+for torch (``THP_MEM_ALLOC_ENABLE=1``) took 27 s and have to be set before Python starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+
+
+@contextlib.contextmanager
+def memory_kept() -> Iterator[None]:
+    """Have glibc keep freed memory until the end of the block.
+
+    A forward pass allocates and frees hundreds of megabytes over and over. By default glibc asks the kernel for each
+    large array anew, and the kernel clears its pages. glibc keeps large arrays of the main thread only, so the model has
+    to run in that thread. The setting holds for the whole process; afterwards it is close to what glibc chooses itself.
+    """
+    libc = None
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.gnu_get_libc_version  # noqa: B018  other libraries do not have it
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            with contextlib.suppress(AttributeError):
+                # the values that glibc itself arrives at in a process that frees large arrays
+                libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+                libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+                libc.malloc_trim(0)

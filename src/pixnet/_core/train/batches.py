@@ -1,0 +1,133 @@
+"""Batches of crops: which go together, and how they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from pixnet._core.train.dataset import Crop, CropDataset
+
+ENOUGH_PX = 200
+"""Pixels sampled per shape in a training step; more change its mean little."""
+
+
+class SectionBatchSampler(Sampler[list[int]]):
+    """Batches of crops of one section each, the sections taking turns.
+
+    A batch ends once every element in it has ``shapes`` shapes, or once it has ``crops`` crops. With a ``generator`` the
+    crops are shuffled anew at each pass.
+    """
+
+    def __init__(self, dataset: CropDataset, shapes: int, crops: int, generator: torch.Generator | None = None) -> None:
+        self.dataset, self.shapes, self.crops, self.generator = dataset, shapes, crops, generator
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n = len(self.dataset)
+        order = range(n) if self.generator is None else torch.randperm(n, generator=self.generator).tolist()
+        return iter(self._batches(order))
+
+    def __len__(self) -> int:
+        """Return the number of batches of the crops in order; shuffled, it may differ by a few."""
+        return len(self._batches(range(len(self.dataset))))
+
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        by_section: dict[int, list[int]] = {}
+        for i in order:
+            by_section.setdefault(self.dataset[i].section, []).append(i)
+        found = [self._of_section(by_section[section]) for section in sorted(by_section)]
+        rounds = max((len(batches) for batches in found), default=0)
+        return [batches[r] for r in range(rounds) for batches in found if r < len(batches)]
+
+    def _of_section(self, order: Sequence[int]) -> list[list[int]]:
+        out: list[list[int]] = [[]]
+        count: dict[str, int] = {}
+        for i in order:
+            out[-1].append(i)
+            for name, targets in self.dataset[i].targets.items():
+                count[name] = count.get(name, 0) + len(targets.rows)
+            if min(count.values()) >= self.shapes or len(out[-1]) >= self.crops:
+                out.append([])
+                count = {}
+        if not out[-1]:
+            out.pop()
+        elif len(out) > 1 and min(count.values()) < self.shapes // 3:
+            remnant = out.pop()  # too small for a correlation
+            out[-1] += remnant
+        return out
+
+
+@dataclass(frozen=True)
+class BatchTargets:
+    """The shapes of one element in a batch: sparse weights ``(shapes, pixels)``, and what was measured in them."""
+
+    weights: Tensor
+    cp10k: Tensor
+    depth: Tensor
+    umi: Tensor
+
+    @property
+    def covered(self) -> Tensor:
+        """Number of map pixels that each shape covers, ``(shapes,)``."""
+        return torch.sparse.sum(self.weights, dim=1).to_dense()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some crops of one section.
+
+    Attributes
+    ----------
+    crops
+        Positions of the crops in their data set.
+    section
+        Position of their section.
+    crop_of_pixel, pixel
+        For each pixel that shapes cover: which of the batch's crops it lies in, and its position there (row-major).
+    targets
+        The shapes, by element.
+    """
+
+    crops: list[int]
+    section: int
+    crop_of_pixel: Tensor
+    pixel: Tensor
+    targets: dict[str, BatchTargets]
+
+
+def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch.Generator | None = None) -> Batch:
+    """Put crops together on a device; with ``sample``, of large shapes only some of the pixels, drawn from it."""
+    pixels, weights = zip(*(_sampled(dataset[i], sample) for i in indices))
+    crops = [dataset[i] for i in indices]
+    targets = {}
+    for name in sorted({name for crop in crops for name in crop.targets}):
+        parts = [crop.targets[name] for crop in crops if name in crop.targets]
+        blocks = [w.get(name, sparse.csr_array((0, len(p)))) for w, p in zip(weights, pixels)]
+        matrix = sparse.coo_array(sparse.block_diag(blocks, format="coo"))
+        positions = torch.from_numpy(np.stack([matrix.row, matrix.col]).astype(np.int64))
+        values = torch.from_numpy(matrix.data.astype(np.float32))
+        tensor = torch.sparse_coo_tensor(positions, values, matrix.shape, check_invariants=False)
+        targets[name] = BatchTargets(
+            tensor.coalesce().to(device),
+            torch.cat([t.cp10k for t in parts]).to(device),
+            torch.cat([t.depth for t in parts]).to(device),
+            torch.cat([t.umi for t in parts]).to(device),
+        )
+    crop_of_pixel = torch.from_numpy(np.repeat(np.arange(len(crops)), [len(p) for p in pixels]))
+    pixel = torch.from_numpy(np.concatenate(pixels))
+    return Batch(indices, crops[0].section, crop_of_pixel.to(device), pixel.to(device), targets)
+
+
+def _sampled(crop: Crop, sample: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
+    """Return a crop's pixels and weights, of its pixels about as many that its smallest shape keeps `ENOUGH_PX`."""
+    weights = {name: targets.weights for name, targets in crop.targets.items()}
+    fewest = min(int(np.diff(w.indptr).min()) for w in weights.values())
+    if sample is None or fewest <= ENOUGH_PX:
+        return crop.pixels, weights
+    kept = np.flatnonzero(torch.rand(len(crop.pixels), generator=sample).numpy() < ENOUGH_PX / fewest)
+    return crop.pixels[kept], {name: w[:, kept] for name, w in weights.items()}

@@ -1,0 +1,127 @@
+"""Training from sections to a fitted model: crops, features, a run with held-out shapes, and one on everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pixnet._core.train.crops import Section, crop_size
+from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.features import adapt_norms, set_feature_statistics, with_features
+from pixnet._core.train.objective import Objective
+from pixnet._core.train.options import TrainingOptions
+from pixnet._core.train.trainer import Row, Trainer, snapshot
+from pixnet._logging import logger
+from pixnet.models._pixnet import PixNet
+
+
+def fit(
+    model: PixNet,
+    training: Sequence[Section],
+    validation: Sequence[Section],
+    options: TrainingOptions,
+    *,
+    seed: int,
+    device: str,
+    fresh: bool = True,
+    objective: Objective | None = None,
+    on_epoch: Callable[[Row], None] | None = None,
+) -> PixNet:
+    """Train a model in place and return it, with the weights that validated best.
+
+    Parameters
+    ----------
+    model
+        The model.
+    training, validation
+        Sections; no shape may be in both.
+    options
+        Settings of training.
+    seed
+        Seed of everything random.
+    device
+        Torch device.
+    fresh
+        Whether the decoder is new: batch norms, feature statistics and baseline are then set from the training sections.
+    objective
+        The losses; None: those that the options name.
+    on_epoch
+        Called after each pass with its row (see `Trainer`).
+
+    Raises
+    ------
+    ValueError
+        If nothing is left to train on or to validate with.
+    FloatingPointError
+        If the loss becomes NaN; the batch is named.
+
+    Notes
+    -----
+    ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
+    (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells how many passes the
+    weights have seen. Rows of one call have the same ``run``.
+    """
+    objective = Objective(options) if objective is None else objective
+    size = crop_size([*training, *validation])
+    train, valid = CropDataset.of(training, size), CropDataset.of(validation, size)
+    _report(train, valid)
+    rng = torch.Generator().manual_seed(seed)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.encoder.requires_grad_(options.tune_encoder)
+    if fresh and (model.config.zoom > 1 if options.adapt_norms is None else options.adapt_norms):
+        adapt_norms(model, train, rng, device)
+    variants = 1 if options.tune_encoder else options.variants
+    train = with_features(train, model, variants, options.stain, rng, device)
+    kept = variants if options.refit else 1
+    valid = with_features(valid, model, kept, options.stain, rng, device, "features (validation)")
+    start = snapshot(model)
+    run = 1 + max((row.get("run", 1) for row in model.history), default=0)
+
+    def validated(row: Row) -> None:
+        model.history.append({"run": run, **row})
+        if on_epoch is not None:
+            on_epoch(row)
+
+    if fresh:
+        initialise(model, train)
+    state, epochs = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated).run()
+    if options.refit:
+        logger.info("training again on all sections, %d passes", epochs)
+        both = train.join(valid)
+        del train, valid
+        model.load_state_dict(start)
+        if fresh:
+            initialise(model, both)
+        again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
+        state, _ = again.run()
+    model.load_state_dict(state)
+    model.provenance["epochs"] = epochs
+    model.encoder.requires_grad_(True)
+    return model.eval().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def initialise(model: PixNet, dataset: CropDataset) -> None:
+    """Let a model start from the statistics of the features and from the mean expression of the shapes."""
+    set_feature_statistics(model, dataset)
+    if model.quantity == "density":
+        model.set_baseline(dataset.mean_share())
+    else:
+        model.set_baseline(*dataset.mean_log())
+
+
+def _report(train: CropDataset, valid: CropDataset) -> None:
+    """Say how many shapes are used, and refuse to go on without any."""
+    for dataset, use, argument in ((train, "train on", "shapes="), (valid, "validate with", "validation=")):
+        if not len(dataset):
+            raise ValueError(
+                f"no shapes are left to {use}: every one lies outside its image, off the tissue (less than half its area) or "
+                f"has no counts. Look at the mask with pixnet.pp.tissue_mask, or choose others with {argument}"
+            )
+        for key, n in dataset.left_out.items():
+            logger.info("%s: %d shapes lie outside the image or mostly off the tissue and are left out", key, n)
+    logger.info("training on %s, validating with %s", _counted(train.n_shapes), _counted(valid.n_shapes))
+
+
+def _counted(n: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in n.items())

@@ -1,0 +1,214 @@
+"""One run of training: passes over crops, and the averaged weights that validated best."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
+from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.features import crop_halo, encode_crops, standardised
+from pixnet._core.train.objective import Objective, shape_sums
+from pixnet._settings import settings
+from pixnet.models._pixnet import PixNet
+
+State = dict[str, Tensor]
+Row = dict[str, float]
+
+LEAST_PROGRESS = 1e-4
+"""A pass validates better than those before by at least this much."""
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Return the share of the learning rate at a step: it rises over a tenth of the steps, then falls along a cosine."""
+    warm = max(1, steps // 10)
+    return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))))
+
+
+def changing(model: PixNet) -> State:
+    """Return the live tensors that training changes: a frozen encoder, often most of a model, is left out."""
+    tuned = any(p.requires_grad for p in model.encoder.parameters())
+    return {k: v for k, v in model.state_dict().items() if tuned or not k.startswith("encoder.")}
+
+
+def snapshot(model: PixNet) -> State:
+    """Return the whole state; tensors that training changes are copied, the others are shared."""
+    return model.state_dict() | {k: v.detach().clone() for k, v in changing(model).items()}
+
+
+class WeightAverage:
+    """Running average of a model's weights; early steps count for more, so that it leaves the start behind."""
+
+    def __init__(self, model: PixNet, decay: float) -> None:
+        self.model, self.decay, self.steps = model, decay, 0
+        self.state = snapshot(model)
+        self._live = {k: v for k, v in changing(model).items() if v.is_floating_point()}
+
+    def update(self) -> None:
+        """Take the weights of a step in."""
+        self.steps += 1
+        decay = min(self.decay, self.steps / (self.steps + 9))
+        torch._foreach_lerp_([self.state[k] for k in self._live], list(self._live.values()), 1 - decay)
+
+    def copy(self) -> State:
+        """Return the averaged state as it is now."""
+        return self.state | {k: self.state[k].clone() for k in changing(self.model)}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the averaged weights for a while."""
+        current = snapshot(self.model)
+        self.model.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(current)
+
+
+class Trainer:
+    """One run of training.
+
+    Parameters
+    ----------
+    model
+        The model, trained in place.
+    train, valid
+        Crops with features; without ``valid`` all passes are made, and the weights of the last are returned.
+    objective
+        The losses, and the settings of training.
+    rng
+        Source of randomness.
+    device
+        Torch device.
+    epochs
+        Number of passes; None: the most that the options allow.
+    on_epoch
+        Called after each pass with its row: ``epoch``, ``lr``, ``train_*`` and, where it was validated, ``val_*``.
+    """
+
+    def __init__(
+        self,
+        model: PixNet,
+        train: CropDataset,
+        valid: CropDataset | None,
+        objective: Objective,
+        *,
+        rng: torch.Generator,
+        device: str,
+        epochs: int | None = None,
+        on_epoch: Callable[[Row], None] | None = None,
+    ) -> None:
+        self.model, self.train, self.valid, self.objective = model, train, valid, objective
+        self.options = options = objective.options
+        self.rng, self.device, self.on_epoch = rng, device, on_epoch
+        self.epochs = options.max_epochs if epochs is None else epochs
+        self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=options.weight_decay)
+        steps = len(self.sampler) * self.epochs
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: learning_rate(step, steps))
+        self.average = WeightAverage(model, options.ema)
+
+    def run(self) -> tuple[State, int]:
+        """Train; return the averaged weights of the pass that validated best, or of the last, and that pass's number.
+
+        Raises
+        ------
+        FloatingPointError
+            If a loss is NaN or infinite; the pass and the batch are named.
+        """
+        best, least, chosen = self.average.state, math.inf, 0
+        label = "training on all" if self.valid is None else "training"
+        bar = tqdm(range(1, self.epochs + 1), desc=label, unit="epoch", file=sys.stderr, disable=not settings.progress)
+        for epoch in bar:
+            row = self._epoch(epoch)
+            shown = {"loss": f"{row['train_expression']:.3f}"}
+            if self.valid is not None:
+                shown |= {"val": f"{row['val_expression']:.3f}", "pcc": f"{row['val_pcc']:.3f}"}
+            bar.set_postfix(shown)
+            if self.on_epoch is not None:
+                self.on_epoch(row)
+            if self.valid is None:
+                best, chosen = self.average.state, epoch
+                continue
+            criterion = row["val_expression"] + self.options.total_weight * row["val_total"]
+            if not math.isfinite(criterion):
+                raise FloatingPointError(
+                    f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate "
+                    "(lr=) or look for shapes with extreme counts in the validation sections"
+                )
+            if criterion < least - LEAST_PROGRESS or not chosen:
+                best, least, chosen = self.average.copy(), criterion, epoch
+            elif epoch - chosen >= self.options.patience:
+                break
+        return best, chosen
+
+    def _epoch(self, epoch: int) -> Row:
+        """Make one pass and return its row."""
+        losses = []
+        for number, indices in enumerate(self.sampler, start=1):
+            batch = collate(self.train, indices, self.device, self.rng)
+            losses.append(self._step(batch, f"epoch {epoch}, batch {number}"))
+            self.schedule.step()
+            self.average.update()
+        row: Row = {"epoch": epoch, "lr": self.optimiser.param_groups[0]["lr"]}
+        row |= {f"train_{key}": float(np.mean([loss[key] for loss in losses])) for key in losses[0]}
+        if self.valid is not None:
+            with self.average.applied():
+                scores = self.objective.evaluate(self.model, self.valid, self.device)
+            row |= {f"val_{key}": value for key, value in scores.items()}
+        return row
+
+    def _step(self, batch: Batch, where: str) -> dict[str, float]:
+        """Take one step on one batch and return its losses."""
+        model = self.model
+        model.train()
+        model.encoder.eval()  # batch norm keeps its statistics, tuned or not
+        features = self._features(batch)
+        # Each member learns by itself: their mean then gains from their differences.
+        members = [
+            self.objective.losses(model, self.train, batch.section, shape_sums(model, batch, features, member))
+            for member in range(len(model.members))
+        ]
+        loss = torch.stack([self.objective.total(found) for found in members]).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} in {where} (section {self.train.sections[batch.section].name}); training "
+                "stopped. Lower the learning rate (lr=) or look for shapes with extreme counts there"
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimiser.step()
+        return {key: float(sum(found[key].detach() for found in members)) / len(members) for key in members[0]}
+
+    def _features(self, batch: Batch) -> dict[int, Tensor]:
+        """Return the features of a batch in randomly drawn versions, with channels dropped."""
+        model, options, rng = self.model, self.options, self.rng
+        if options.tune_encoder:
+            halo = crop_halo(model)
+            images = self.train.images(batch.crops, halo).to(self.device)
+            raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), options.stain, rng)
+        else:
+            variants = self.train.features
+            drawn = torch.randint(len(variants), (len(batch.crops),), generator=rng).tolist()
+            raw = [
+                torch.stack([variants[v][level][i] for v, i in zip(drawn, batch.crops)]).to(
+                    self.device, memory_format=torch.channels_last
+                )
+                for level in range(len(variants[0]))
+            ]
+        features = standardised(model, raw)
+        if options.dropout > 0:
+            for level in model.levels:
+                f = features[level]
+                keep = torch.rand(f.shape[:2], generator=rng).to(f.device) >= options.dropout
+                features[level] = f * (keep / (1 - options.dropout))[:, :, None, None]
+        return features

@@ -1,0 +1,125 @@
+"""Tables of raw counts, read and validated once, and the genes to choose from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from pixnet._logging import logger
+from pixnet._names import TOTAL, listed
+from pixnet._sdata.counts import counts_matrix, totals
+from pixnet._sdata.genes import check_names_unique, gene_positions, other_names
+
+
+@dataclass(frozen=True)
+class MeasuredTable:
+    """Raw counts of some or all genes of a table.
+
+    Attributes
+    ----------
+    name
+        Name of the table, as messages give it.
+    table
+        The table.
+    counts
+        Raw counts ``(observations, genes)``, sparse or dense.
+    total
+        All UMI of each observation.
+    genes
+        Names of the genes.
+    """
+
+    name: str
+    table: AnnData
+    counts: Any
+    total: np.ndarray
+    genes: pd.Index
+
+    @classmethod
+    def read(cls, table: AnnData, name: str, layer: str | None, total_key: str | None) -> MeasuredTable:
+        """Read and validate the counts of all genes of a table, and its totals."""
+        counts = counts_matrix(table, name, layer)
+        return cls(name, table, counts, totals(table, name, counts, total_key), table.var_names)
+
+    def select(self, genes: Sequence[str]) -> MeasuredTable:
+        """Return the counts of some of all the table's genes, in their order; refuse genes that it lacks."""
+        columns = gene_positions(self.table, self.name, genes)
+        return replace(self, counts=self.counts[:, columns], genes=self.genes[columns])
+
+    def keep(self, columns: np.ndarray) -> MeasuredTable:
+        """Return some of the genes, told by their columns."""
+        return replace(self, counts=self.counts[:, columns], genes=self.genes[columns])
+
+
+def rank_genes(
+    tables: Sequence[MeasuredTable],
+    *,
+    n_top: int | None = 250,
+    exclude_prefixes: Sequence[str] = ("MT-", "mt-"),
+    min_fraction: float = 0.0,
+) -> list[str]:
+    """Return the genes that all tables have, by their mean CP10k over all observations (see `pixnet.pp.select_genes`)."""
+    prefixes = tuple(exclude_prefixes)
+    genes = _common_genes(tables)
+    genes = genes[[not name.startswith(prefixes) for name in genes]] if prefixes else genes
+    genes = genes[genes != TOTAL]
+    if len(genes) == 0:
+        raise ValueError(f"every gene that all tables have begins with one of exclude_prefixes={prefixes!r}")
+    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), 0
+    for table in tables:
+        usable = table.total > 0
+        weight = np.zeros(len(usable))
+        weight[usable] = 1e4 / table.total[usable]
+        chosen = table.counts[:, table.genes.get_indexer(genes)]
+        total += np.asarray(chosen.T @ weight).ravel()
+        detected += np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
+        n += int(usable.sum())
+    if n == 0:
+        raise ValueError("no spot has any counts")
+    enough = detected / n >= min_fraction
+    genes, mean = genes[enough], total[enough] / n
+    if len(genes) == 0:
+        raise ValueError(f"no gene is detected in at least {min_fraction:g} of the spots (min_fraction)")
+    if n_top is not None and len(genes) < n_top:
+        logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
+    order = np.lexsort([genes.to_numpy(dtype=str), -mean])
+    return [str(name) for name in genes[order[:n_top]]]
+
+
+def _common_genes(tables: Sequence[MeasuredTable]) -> pd.Index:
+    for one in tables:
+        check_names_unique(one.table, one.name)
+    first, *others = tables
+    common = first.genes
+    for other in others:
+        common = common[common.isin(other.genes)]
+        if len(common) == 0:
+            raise ValueError(
+                f"no gene is in all {len(tables)} tables: {first.name!r} has {listed(first.genes[:3])}, {other.name!r} has "
+                f"{listed(other.genes[:3])}{other_names(other.table, other.name, first.genes)}"
+            )
+    return common
+
+
+def columns_with_counts(tables: Sequence[MeasuredTable]) -> np.ndarray:
+    """Return the columns of genes that have a count in any of some tables of the same genes; name the others.
+
+    Raises
+    ------
+    ValueError
+        If no gene has a count.
+    """
+    seen = np.any([np.asarray(table.counts.sum(axis=0)).ravel() > 0 for table in tables], axis=0)
+    silent = tables[0].genes[~seen]
+    if len(silent):
+        logger.warning(
+            "%d genes have no counts in the training tables and are left out: %s", len(silent), listed(silent[:10])
+        )
+    if not seen.any():
+        raise ValueError("none of the genes has a count in the training tables")
+    return np.flatnonzero(seen)

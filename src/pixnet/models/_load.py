@@ -1,0 +1,96 @@
+"""Models from files and names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from pixnet._names import listed
+from pixnet.models._checkpoint import Layout, read_checkpoint
+from pixnet.models._config import ModelConfig
+from pixnet.models._pixnet import PixNet
+
+SHIPPED = {"her2st": Path(__file__).parent / "weights" / "her2st.safetensors"}
+"""Models that come with the package."""
+
+
+def load(path: str | Path) -> PixNet:
+    """Load a model.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` checkpoint of pixnet, or the name of a model that ships with the package: ``"her2st"``.
+
+    Returns
+    -------
+    PixNet
+        On the CPU, in evaluation mode, weights in float32.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file and no shipped model of that name.
+    ValueError
+        If the file is not a checkpoint of pixnet (a pickle, another format), is cut short, holds a setting that is unknown
+        or out of range, tensors that do not fit its configuration, or NaN or infinite weights. File, field and value
+        are named.
+
+    Examples
+    --------
+    >>> import pixnet as px
+    >>> model = px.models.load("her2st")
+    >>> len(model.genes)
+    250
+    """
+    name, path = str(path), SHIPPED.get(str(path), Path(path))
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{name!r} {problem}; pass a .safetensors file, or a shipped model: {listed(SHIPPED)}")
+    header, tensors = read_checkpoint(path, _layout_of)
+    model = PixNet(**asdict(header.config), pretrained=False)
+    expected = model.state_dict()
+    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+    model.training_options, model.provenance = header.training_options, header.provenance
+    model.stain, model.history = [dict(slide) for slide in header.stain], header.history
+    return model.eval()
+
+
+def resolve_model(model: Any) -> tuple[PixNet, str]:
+    """Return the model that an argument means, and its name: a PixNet, a path or a name; None is the one that ships."""
+    if model is None:
+        model = "her2st"
+    if isinstance(model, str | Path):
+        return load(model), Path(model).stem
+    if not isinstance(model, PixNet):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; pass a PixNet, the path or name of a checkpoint, or None"
+        )
+    return model, f"{len(model.genes)} genes, {model.config.encoder}"
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new tensors without random numbers; on the meta device torch would import its compiler to draw them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in {torch.Tensor.normal_, torch.Tensor.uniform_} or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _layout_of(config: ModelConfig) -> Layout:
+    """Return shape and type of each tensor of a model, without their memory: tensors on torch's meta device are empty."""
+    one = replace(config, members=1)
+    try:
+        with torch.device("meta"), _Unfilled():
+            state = PixNet(**asdict(one), pretrained=False).state_dict()
+    except (NotImplementedError, RuntimeError):  # a registered encoder whose construction needs values
+        state = PixNet(**asdict(one), pretrained=False).state_dict()
+    layout = {name: (tuple(t.shape), "F32" if t.is_floating_point() else "I64") for name, t in state.items()}
+    member = {name.removeprefix("members.0."): of for name, of in layout.items() if name.startswith("members.0.")}
+    return layout | {f"members.{i}.{name}": of for i in range(1, config.members) for name, of in member.items()}
