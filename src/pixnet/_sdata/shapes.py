@@ -135,7 +135,7 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     with np.errstate(invalid="ignore"):  # of coordinates that are not finite
         arrays = ShapeArrays.from_geometries(geometries, radius)
         finite = np.isfinite(arrays.bounds).all(axis=1) & np.isfinite(arrays.area)
-        refuse(~finite, "have coordinates that are not finite", "drop them")
+        refuse(np.asarray(~finite), "have coordinates that are not finite", "drop them")
     # Rectangles are valid; testing a million bins would take a second.
     suspects = np.flatnonzero(polygon & ~arrays.is_box)
     wrong = np.zeros(len(ids), dtype=bool)
