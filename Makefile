@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 TESTS ?= tests tutorials
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-timm lint format docs clean
+.PHONY: help demo test test-slow test-timm lint format docs clean
 
 help:  ## Say what the targets do.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -19,7 +19,10 @@ demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; r
 	$(BIN)/python -m pixnet._demo --out demo
 
 test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl to choose; PIXNET_DATA_DIR for real data).
-	$(BIN)/python -m pytest -q --nbmake $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest -q --nbmake -m "not slow and not timm" $(PYTEST_ARGS) $(TESTS)
+
+test-slow: $(STAMPS)/test  ## Run the tests that fail a write at every single step.
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) tests
 
 test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
 	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS) tests

@@ -13,7 +13,6 @@ TOTAL = 1.094  # mean of obs["total"]: the depth of C5 as the model sees it, 1 o
 MEASURED_OVER_PREDICTED = 1.13  # summed counts of the 250 genes: the map is known to be too low
 
 
-@pytest.mark.slow
 @pytest.mark.data
 def test_the_shipped_model_scores_as_before_on_her2st_c5(shared_data):
     sdata = px.datasets.her2st("C5", path=shared_data / "her2st")

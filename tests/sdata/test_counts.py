@@ -198,8 +198,12 @@ def test_ids_against_symbols(by_id):
     model = px.models.PixNet(SYMBOLS, pretrained=False)
     with pytest.raises(KeyError, match=MENDS):
         px.tl.train(by_id, shapes="bins", table_key="measured", model=model)
+    named = by_id.tables["measured"].copy()
+    named.var_names = SYMBOLS
+    by_id.tables["named"] = named
     with pytest.raises(ValueError, match=f"no gene is in all 2 tables.*{MENDS}"):
-        px.pp.select_genes(by_id, table_key=["p", "measured"])
+        px.pp.select_genes(by_id, table_key=["named", "measured"])
+    del by_id.tables["named"]
     # What the message says mends it.
     table = by_id.tables["measured"]
     table.var_names = table.var["feature_name"].astype(str)

@@ -246,7 +246,8 @@ def test_entries_go_with_the_element(backed):
     put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}, "defaults": {"mask": "a name"}})
     put(backed, "mask", labels(2), overwrite=True)
     for sdata in (backed, sd.read_zarr(backed.path)):
-        assert sdata.attrs["pixnet"] == {"format": FORMAT, "images": {}, "defaults": {"mask": "a name"}}
+        found = {role: part for role, part in sdata.attrs["pixnet"].items() if part}
+        assert found == {"format": FORMAT, "defaults": {"mask": "a name"}}
 
 
 def test_a_crop_keeps_its_own_record(backed):
@@ -287,7 +288,8 @@ def test_it_is_completed_by_whoever_looks_first(interrupted):
     assert (interrupted["mask"].values == 1).all()
     check_sdata(interrupted, "pl.gene_map")
     assert (interrupted["mask"].values == 2).all()
-    assert interrupted.attrs == sd.read_zarr(interrupted.path).attrs
+    stored = sd.read_zarr(interrupted.path).attrs["pixnet"]
+    assert {k: v for k, v in interrupted.attrs["pixnet"].items() if v} == {k: v for k, v in stored.items() if v}
     assert found(interrupted.path) == (2, 2, 0.5)
     assert leftovers(interrupted) == []
 

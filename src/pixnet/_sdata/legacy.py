@@ -42,7 +42,8 @@ def bring_over(sdata: SpatialData) -> None:
         for key, mask in recorded(sdata, "masks").items()
         if key in sdata.images and isinstance(mask, str)
     }
-    new = {"format": FORMAT, "defaults": recorded(sdata, "defaults"), "images": images, "masks": masks}
+    roles = {"defaults": recorded(sdata, "defaults"), "images": images, "masks": masks}
+    new: dict[str, Any] = {"format": FORMAT, **{role: part for role, part in roles.items() if part}}
     if told:
         logger.info(
             "an earlier version of pixnet recorded the pixel sizes and quantities of %s: the images tell them now",

@@ -67,7 +67,9 @@ def merged(attrs: Mapping[str, Any], key: str | None, entries: Entries) -> dict[
         part = roles.get(role)
         part = part if isinstance(part, Mapping) else {}  # edited by hand
         kept = {name: entry for name, entry in part.items() if role == "defaults" or name != key}
-        record[role] = {name: e for name, e in {**kept, **entries.get(role, {})}.items() if e is not None}
+        new = {name: e for name, e in {**kept, **entries.get(role, {})}.items() if e is not None}
+        if new or part:
+            record[role] = new
     return {**attrs, KEY: record} if old or entries else dict(attrs)
 
 

@@ -157,18 +157,21 @@ class MapWriter:
             check_free_on_disk(store, key, overwrite)
         root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}
-        work = _interrupted(root, key, job, resume)
-        if work is None:
-            if resume:
-                logger.info("nothing to resume for %r: starting from the beginning", key)
-            work = Workspace.create(root, job)
-            try:
+        found = _interrupted(root, key, job, resume)
+        if found is None and resume:
+            logger.info("nothing to resume for %r: starting from the beginning", key)
+        work = Workspace.create(root, job) if found is None else found
+        try:
+            if found is None:
                 _write_empty(work.path / NEW, key, spec)
                 (work.path / DONE).touch()
-            except BaseException:
+            return cls(root, key, work, spec.scale_factors, scratch=store is None, overwrite=overwrite)
+        except BaseException:
+            if found is None:
                 work.remove()
-                raise
-        return cls(root, key, work, spec.scale_factors, scratch=store is None, overwrite=overwrite)
+            else:
+                work.release()
+            raise
 
     def mark(self, i: int, j: int) -> None:
         """Note that a tile is written: a resumed run leaves it out."""
@@ -227,7 +230,8 @@ class MapWriter:
 
     def interrupt(self) -> bool:
         """Leave what is written for a run with ``resume=True``; False if the store was moved away, and it with it."""
-        self._log.close()
+        with contextlib.suppress(OSError):  # of a full disk, at its last write
+            self._log.close()
         if self.scratch or (self.root / METADATA).exists():
             self._work.release()
             return True
@@ -238,7 +242,8 @@ class MapWriter:
 
     def discard(self) -> None:
         """Delete what is written."""
-        self._log.close()
+        with contextlib.suppress(OSError):  # of a full disk, at its last write
+            self._log.close()
         self._work.remove()
 
     @property
