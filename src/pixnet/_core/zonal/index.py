@@ -12,6 +12,8 @@ from pixnet._core.coverage import ShapeArrays
 from pixnet._core.coverage.fractions import boxes_in
 from pixnet._core.zonal.reader import Edges, Window
 
+_LIST_PX = 100  # the objects of a list in Python
+
 
 class Tile(NamedTuple):
     """A part of an image, and what is asked of it.
@@ -84,7 +86,7 @@ class TileIndex:
         """Return how many pixels are held at a time if each tile keeps those of the shapes that reach beyond it.
 
         A tile's pixels are let go after the last of the tiles that these shapes reach into. A shape's pixels are taken
-        to be spread evenly over its tiles.
+        to be spread evenly over its tiles, and the list of them in each tile to take as much as `_LIST_PX` pixels.
         """
         if not len(self):
             return 0.0
@@ -95,7 +97,7 @@ class TileIndex:
         tile = np.repeat(np.arange(len(self)), np.diff(np.append(self._first, len(self._members))))
         last = np.zeros(len(shapes), dtype=np.int64)
         np.maximum.at(last, self._members, tile)
-        held = np.bincount(tile, np.where(counts > 1, pixels[self._members] / counts, 0.0))
+        held = np.bincount(tile, np.where(counts > 1, pixels[self._members] / counts + _LIST_PX, 0.0))
         let_go = np.maximum.reduceat(np.where(counts > 1, last[self._members], 0), self._first)
         freed = np.bincount(let_go, held, minlength=len(self))
         return float((np.cumsum(held) - np.cumsum(freed) + freed).max())

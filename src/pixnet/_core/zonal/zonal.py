@@ -154,6 +154,6 @@ def _check_memory(request: Request, index: TileIndex, shapes: ShapeArrays, held_
         names = ", ".join(repr(s.name) for s in keeping)
         raise ValueError(
             f"{names} of {request.n_channels} channels would keep about {needed / 1e9:.1f} GB of pixels of shapes that "
-            f"reach over several tiles of the image; the limit is {held_bytes / 1e9:.1f} GB: take fewer channels at a "
-            "time, or smaller shapes"
+            f"reach over several tiles of the image; the limit is {held_bytes / 1e9:.1f} GB. Take fewer channels at a "
+            "time (genes=), or smaller shapes"
         )
