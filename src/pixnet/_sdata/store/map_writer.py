@@ -212,7 +212,12 @@ class MapWriter:
             place = self.root / f"{self._work.path.name}.zarr"
             new.rename(place)
         else:
-            commit(sdata, self._work, "images", self.key, overwrite=self.overwrite, entries=entries)
+            try:
+                commit(sdata, self._work, "images", self.key, overwrite=self.overwrite, entries=entries)
+            except BaseException:
+                if self._work.committed:  # unlocked, so that the next call completes it
+                    self._work.release()
+                raise
         self._placed = True
         self._work.remove()
         element = read_element(place, "images", self.key)
