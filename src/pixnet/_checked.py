@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar, dataclass_transform
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+
+from pixnet._names import listed
 
 T = TypeVar("T")
 
@@ -29,19 +32,19 @@ def checked(cls: type[T]) -> type[T]:
         except ValidationError as error:
             first = error.errors()[0]
             wrong_name = first["type"] in _WRONG_NAMES
-            raise (TypeError if wrong_name else ValueError)(explain(first, made.__name__)) from None
+            raise (TypeError if wrong_name else ValueError)(explain(first, made)) from None
 
     made.__init__ = __init__
     return made
 
 
-def explain(error: Mapping[str, Any], owner: str = "") -> str:
+def explain(error: Mapping[str, Any], owner: Any) -> str:
     """Say what one of pydantic's errors is about: the name, the value, and what it should be."""
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] in {"missing", "missing_argument"}:
-        return f"{owner} lacks {name!r}"
+        return f"{owner.__name__} lacks {name!r}"
     if error["type"] == "unexpected_keyword_argument":
-        return f"{owner} has no setting {name!r}"
+        return f"{owner.__name__} has no setting {name!r}; it has: {listed(f.name for f in fields(owner))}"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     value = repr(error["input"])

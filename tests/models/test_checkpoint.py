@@ -164,6 +164,12 @@ class TestFormats:
         with pytest.raises(ValueError, match=r"m\.safetensors .*'programs', which this version .* update pixnet"):
             px.models.load(path)
 
+    def test_an_entry_of_the_future_is_refused_by_name(self, model, path):
+        model.save(path)
+        rewritten(path, path, lambda header, _: header.update(loadings=[]))
+        with pytest.raises(ValueError, match="the header has 'loadings', which this version .* update pixnet"):
+            px.models.load(path)
+
     def test_a_format_of_the_future(self, model, path):
         model.save(path)
         rewritten(path, path, lambda header, _: header.update(format=3))

@@ -96,6 +96,8 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
 
     Raises
     ------
+    ImportError
+        If its encoder needs a package that is not there.
     ValueError
         If the file is not a whole checkpoint of pixnet, a setting is unknown or out of range, tensors do not fit the
         configuration, or they hold NaN or infinite values.
@@ -113,7 +115,9 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in names for part in [file.get_slice(name)]}
         try:
             expected = layout_of(header.config)
-        except (ImportError, OSError, RuntimeError, ValueError) as err:
+        except ImportError as err:
+            raise ImportError(f"{path}: {err}") from err
+        except (OSError, RuntimeError, ValueError) as err:
             raise ValueError(f"{path}: its model cannot be built: {err}") from err
         _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in added})
         return header, added | {name: _checked_tensor(path, name, file.get_tensor(name)) for name in names}
@@ -158,15 +162,21 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[
     try:
         added = _from_version_1(values) if version == 1 else {}
         config = LACKING[version] | values.pop("config")
-        known = {field.name for field in fields(ModelConfig)}
-        lacking, unknown = sorted(known - set(config)), sorted(set(config) - known)
+        _check_known("config", config, ModelConfig)
+        _check_known("the header", {"config": config, **values}, Header)
+        lacking = sorted({field.name for field in fields(ModelConfig)} - set(config))
         if lacking:
             raise ValueError(f"config lacks {listed(lacking)}")
-        if unknown:
-            raise ValueError(f"config has {listed(unknown)}, which this version of pixnet does not know: update pixnet")
         return Header(config=ModelConfig(**config), **values), added
     except (TypeError, ValueError) as err:
         raise ValueError(f"{path} has a header that cannot be used: {err}") from err
+
+
+def _check_known(part: str, values: Mapping[str, Any], owner: Any) -> None:
+    """Refuse entries that a later version may have written."""
+    unknown = sorted(set(values) - {field.name for field in fields(owner)})
+    if unknown:
+        raise ValueError(f"{part} has {listed(unknown)}, which this version of pixnet does not know: update pixnet")
 
 
 def _from_version_1(values: dict[str, Any]) -> dict[str, Tensor]:

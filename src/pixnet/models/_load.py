@@ -35,6 +35,8 @@ def load(path: str | Path) -> PixNet:
     ------
     FileNotFoundError
         If there is no such file and no shipped model of that name.
+    ImportError
+        If the model's encoder needs a package that is not installed, such as timm.
     ValueError
         If the file is not a checkpoint of pixnet (a pickle, another format), is cut short, holds a setting that is unknown
         or out of range, tensors that do not fit its configuration, or NaN or infinite weights. File, field and value
