@@ -47,10 +47,10 @@ class Workspace:
 
     @classmethod
     def adopt(cls, path: Path) -> Workspace | None:
-        """Take over a work folder that was left behind; None if its process is alive."""
+        """Take over a work folder that was left behind; None if its process is alive or has just removed it."""
         try:
             lock = _lock(path)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             return None
         try:
             job = read_json(path / JOB)
