@@ -284,7 +284,7 @@ def test_aggregate(name, quantity, store, tmp_path):
 def model():
     torch.manual_seed(0)
     net = px.models.PixNet(GENES, mpp=MPP, stride=STRIDE, pretrained=False, window=64, halo=64)
-    torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
+    torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
     return net.eval()
 
 

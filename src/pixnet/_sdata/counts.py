@@ -13,6 +13,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import listed
+from pixnet._programs import is_program
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.shapes import label_ids
@@ -61,6 +62,11 @@ def made_by_pixnet(table: AnnData) -> dict[str, Any]:
 def is_predicted_table(table: AnnData) -> bool:
     """Whether a table was aggregated from an image by pixnet: it is not a measurement then."""
     return made_by_pixnet(table).get("kind") == "aggregate"
+
+
+def is_loadings(table: AnnData) -> bool:
+    """Whether a table holds the loadings of a model's programs."""
+    return table.n_obs > 0 and all(map(is_program, map(str, table.obs_names)))
 
 
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
@@ -212,7 +218,7 @@ def read_counts(
 
 
 def dense(matrix: Any) -> np.ndarray:
-    """Return a matrix, sparse or not, as an array."""
+    """Return a matrix, sparse, lazy or neither, as an array."""
     return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spatialdata import SpatialData
 
 from pixnet._checked import given
-from pixnet._core.train.options import Loss, TrainingOptions, as_dict, resolve_options
+from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_dict, resolve_options
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
 Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
+
+MANY_GENES = 500
+"""From more genes than this on, a new model has programs in place of a channel for each gene."""
+
+PROGRAMS = 64
+"""Number of these programs, unless there are too few shapes to tell them apart."""
+
+LEAST_DETECTED = 0.01
+"""Share of the training shapes in which a gene is detected, at least, to be predicted."""
 
 FINEST_MPP = 0.5
 """Pixel size (µm/px) that a model works at unless a training slide is coarser."""
@@ -54,6 +63,7 @@ def train(
     lr: float | None = None,
     weight_decay: float | None = None,
     loss: Loss | None = None,
+    gene_weights: GeneWeights | None = None,
     total_weight: float | None = None,
     batch_shapes: int | None = None,
     batch_crops: int | None = None,
@@ -70,6 +80,7 @@ def train(
     hidden: int | None = None,
     members: int | None = None,
     quantity: Quantity | None = None,
+    n_programs: int | None = None,
     zoom: Zoom | None = None,
     window: int | None = None,
     halo: int | None = None,
@@ -165,13 +176,13 @@ def train(
     True
     """
     asked = given(
-        max_epochs=max_epochs, patience=patience, lr=lr, weight_decay=weight_decay, loss=loss, total_weight=total_weight,
-        batch_shapes=batch_shapes, batch_crops=batch_crops, variants=variants, stain=stain, dropout=dropout, ema=ema,
-        adapt_norms=adapt_norms, tune_encoder=tune_encoder, refit=refit,
+        max_epochs=max_epochs, patience=patience, lr=lr, weight_decay=weight_decay, loss=loss, gene_weights=gene_weights,
+        total_weight=total_weight, batch_shapes=batch_shapes, batch_crops=batch_crops, variants=variants, stain=stain,
+        dropout=dropout, ema=ema, adapt_norms=adapt_norms, tune_encoder=tune_encoder, refit=refit,
     )  # fmt: skip
     build = given(
         encoder=encoder, mpp=mpp, stride=stride, decoder=decoder, widths=widths, hidden=hidden, members=members,
-        quantity=quantity, zoom=zoom, window=window, halo=halo,
+        quantity=quantity, n_programs=n_programs, zoom=zoom, window=window, halo=halo,
     )  # fmt: skip
     _check_start(model, build)
     seed = _resolve_seed(seed)
@@ -183,6 +194,8 @@ def train(
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     chosen, tables = _choose_genes(genes, model, tables, held_out)
+    n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
+    _check_programs(n_programs, n_shapes)
 
     import torch
 
@@ -192,7 +205,7 @@ def train(
     device = _device(device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
         torch.manual_seed(seed)
-        net = _new_model(chosen, build, slides) if model is None else model.with_genes(chosen)
+        net = _new_model(chosen, build, slides, n_shapes) if model is None else model.with_genes(chosen)
         _check_resolution(slides, net)
         sections = {m.name: open_section(m, tables[m.name], net.mpp, net.stride) for m in slides}
         training = [section for name, section in sections.items() if name not in held_out]
@@ -277,7 +290,7 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
 def _choose_genes(
     genes: str | Sequence[str] | None, model: PixNet | None, tables: Tables, held_out: Mapping[str, Any]
 ) -> tuple[list[str], Tables]:
-    """Return the genes to predict and their counts: as given, the model's, or those of highest mean.
+    """Return the genes to predict and their counts: as given, the model's, or all that are detected often enough.
 
     Genes without a count in the training tables are left out, except those of a model that was trained before.
     """
@@ -287,7 +300,12 @@ def _choose_genes(
     elif model is not None:
         chosen = model.genes
     else:
-        chosen = rank_genes([table for name in names for table in tables[name].values()])
+        chosen = rank_genes(
+            [table for name in names for table in tables[name].values()],
+            n_top=None,
+            exclude_prefixes=(),
+            min_fraction=LEAST_DETECTED,
+        )
     tables = {name: {key: t.select(chosen) for key, t in found.items()} for name, found in tables.items()}
     if genes is None and model is not None and model.history:
         return chosen, tables
@@ -296,11 +314,22 @@ def _choose_genes(
     return [chosen[i] for i in columns], tables
 
 
-def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide]) -> PixNet:
+def _check_programs(n_programs: int | None, n_shapes: int) -> None:
+    """Refuse more programs than there are shapes to tell them apart."""
+    if isinstance(n_programs, int) and n_programs > n_shapes:
+        raise ValueError(
+            f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
+            "shapes or less"
+        )
+
+
+def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide], n_shapes: int) -> PixNet:
     """Return a model that works at 0.5 µm/px or at the coarsest slide's pixel size, unless told otherwise."""
     from pixnet.models import PixNet
 
     mpp = max(FINEST_MPP, *(m.slide.mpp for m in slides))
+    if "n_programs" not in build and build.get("quantity", "density") == "density" and len(genes) > MANY_GENES:
+        build = {**build, "n_programs": max(2, min(PROGRAMS, n_shapes // 3))}
     # A copy, since training may change it: the caller's module, and the folds of a cross-validation, stay as they were.
     return PixNet(genes, **{"mpp": mpp, **build, "encoder": copy.deepcopy(build.get("encoder"))})
 
