@@ -11,18 +11,23 @@ TOP_GENES = 4
 """Genes that name a program."""
 
 
-def loadings_table(loadings: pd.DataFrame, model: str | None = None) -> AnnData:
+def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = None) -> AnnData:
     """Return loadings ``(programs, genes)`` as a table; ``obs["top_genes"]`` names each program by its genes.
 
-    It annotates no element.
+    It annotates the map, so that SpatialData keeps both together (a table that annotates nothing breaks its queries).
     """
+    obs = {
+        "region": pd.Categorical([image_key] * len(loadings)),
+        "instance_id": np.arange(1, len(loadings) + 1),
+        "top_genes": top_genes(loadings),
+    }
     table = AnnData(
         X=loadings.to_numpy(dtype=np.float32),
-        obs=pd.DataFrame({"top_genes": top_genes(loadings)}, index=loadings.index),
+        obs=pd.DataFrame(obs, index=loadings.index),
         var=pd.DataFrame(index=loadings.columns),
         uns={"pixnet": {"kind": "loadings", **({} if model is None else {"model": model})}},
     )
-    return TableModel.parse(table)
+    return TableModel.parse(table, region=image_key, region_key="region", instance_key="instance_id")
 
 
 def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:

@@ -163,7 +163,7 @@ def predict(
     _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
     request = _resolve(slide, model, genes, store, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
-    loadings = request.loadings(key if key_added is not None else slide.key)
+    loadings = request.loadings(key, slide.key if key_added is None else key)
     if inplace:
         _check_target(slide, key, "images", overwrite)
         for name in loadings:
@@ -206,12 +206,12 @@ class _Request:
     precision: str
     threads: int | None
 
-    def loadings(self, prefix: str) -> dict[str, AnnData]:
+    def loadings(self, key: str, prefix: str) -> dict[str, AnnData]:
         """Return the table of loadings by its name; empty for a map of genes."""
         found = self.model.loadings if self.store == "programs" else None
         if found is None:
             return {}
-        return {f"{prefix}_loadings": loadings_table(found, self.model_name)}
+        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name)}
 
     @property
     def transformations(self) -> dict[str, Any]:
