@@ -41,7 +41,7 @@ def told_fingerprint(channel: str) -> str:
 
 def fingerprint(loadings: NDArray[np.float32], genes: Sequence[str]) -> str:
     """Return a fingerprint of loadings, whatever the order of the genes."""
-    order = np.argsort(np.asarray(genes, dtype=object), kind="stable")
+    order = np.argsort(np.asarray(list(genes), dtype=object), kind="stable")
     digest = hashlib.sha256("\n".join(str(genes[i]) for i in order).encode())
     digest.update(np.ascontiguousarray(np.asarray(loadings, dtype=np.float32)[:, order]).tobytes())
     return digest.hexdigest()[:8]

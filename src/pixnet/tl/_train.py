@@ -28,14 +28,8 @@ if TYPE_CHECKING:
 Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
 
-MANY_GENES = 500
-"""From more genes than this on, a new model has programs in place of a channel for each gene."""
-
-PROGRAMS = 64
-"""Number of these programs, unless there are too few shapes to tell them apart."""
-
 LEAST_DETECTED = 0.01
-"""Share of the training shapes in which a gene is detected, at least, to be predicted."""
+"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
 
 FINEST_MPP = 0.5
 """Pixel size (µm/px) that a model works at unless a training slide is coarser."""
@@ -103,7 +97,7 @@ def train(
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
         Gene or genes to predict. None: the 250 of highest mean that all training tables have (see
-        `pixnet.pp.select_genes`).
+        `pixnet.pp.select_genes`); with ``n_programs``, all that are detected in at least 1 % of the shapes.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -136,10 +130,14 @@ def train(
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
-    patience, lr, weight_decay, loss, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
+    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
         Settings of training: see `TrainingOptions`. None: those of ``options``, else the model's own, else the defaults.
     adapt_norms, tune_encoder, refit
         The same.
+    n_programs
+        Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
+        to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
+        measured shapes. None: a channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
         Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
 
@@ -193,7 +191,7 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    chosen, tables = _choose_genes(genes, model, tables, held_out)
+    chosen, tables = _choose_genes(genes, model, tables, held_out, n_programs is not None)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
     _check_programs(n_programs, n_shapes)
 
@@ -205,7 +203,7 @@ def train(
     device = _device(device)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.startswith("cuda") else []):
         torch.manual_seed(seed)
-        net = _new_model(chosen, build, slides, n_shapes) if model is None else model.with_genes(chosen)
+        net = _new_model(chosen, build, slides) if model is None else model.with_genes(chosen)
         _check_resolution(slides, net)
         sections = {m.name: open_section(m, tables[m.name], net.mpp, net.stride) for m in slides}
         training = [section for name, section in sections.items() if name not in held_out]
@@ -288,9 +286,13 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
 
 
 def _choose_genes(
-    genes: str | Sequence[str] | None, model: PixNet | None, tables: Tables, held_out: Mapping[str, Any]
+    genes: str | Sequence[str] | None,
+    model: PixNet | None,
+    tables: Tables,
+    held_out: Mapping[str, Any],
+    all_genes: bool,
 ) -> tuple[list[str], Tables]:
-    """Return the genes to predict and their counts: as given, the model's, or all that are detected often enough.
+    """Return the genes to predict and their counts: as given, the model's, those of highest mean, or all.
 
     Genes without a count in the training tables are left out, except those of a model that was trained before.
     """
@@ -300,12 +302,9 @@ def _choose_genes(
     elif model is not None:
         chosen = model.genes
     else:
-        chosen = rank_genes(
-            [table for name in names for table in tables[name].values()],
-            n_top=None,
-            exclude_prefixes=(),
-            min_fraction=LEAST_DETECTED,
-        )
+        own = [table for name in names for table in tables[name].values()]
+        every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
+        chosen = rank_genes(own, **(every if all_genes else {}))
     tables = {name: {key: t.select(chosen) for key, t in found.items()} for name, found in tables.items()}
     if genes is None and model is not None and model.history:
         return chosen, tables
@@ -323,13 +322,11 @@ def _check_programs(n_programs: int | None, n_shapes: int) -> None:
         )
 
 
-def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide], n_shapes: int) -> PixNet:
+def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide]) -> PixNet:
     """Return a model that works at 0.5 µm/px or at the coarsest slide's pixel size, unless told otherwise."""
     from pixnet.models import PixNet
 
     mpp = max(FINEST_MPP, *(m.slide.mpp for m in slides))
-    if "n_programs" not in build and build.get("quantity", "density") == "density" and len(genes) > MANY_GENES:
-        build = {**build, "n_programs": max(2, min(PROGRAMS, n_shapes // 3))}
     # A copy, since training may change it: the caller's module, and the folds of a cross-validation, stay as they were.
     return PixNet(genes, **{"mpp": mpp, **build, "encoder": copy.deepcopy(build.get("encoder"))})
 

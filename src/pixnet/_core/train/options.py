@@ -81,7 +81,7 @@ class TrainingOptions:
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Nonnegative = 1e-2
     loss: Loss = "mse+pcc"
-    gene_weights: GeneWeights = "signal"
+    gene_weights: GeneWeights = "equal"
     total_weight: Nonnegative = 0.2
     batch_shapes: Count = 48
     batch_crops: Count = 32
