@@ -88,6 +88,7 @@ class Workspace:
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name != LOCK:
                     path.unlink(missing_ok=True)
+        self.release()
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()
