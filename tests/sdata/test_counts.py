@@ -10,6 +10,7 @@ from scipy import sparse
 
 import pixnet as px
 from pixnet._sdata.counts import counts_matrix, dense, element_ids, match_rows, totals
+from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.measured import MeasuredTable
 
 SYMBOLS = ["ERBB2", "CD74", "ACTB", "MYH11"]
@@ -222,13 +223,13 @@ def test_symbols_against_ids(by_id):
     with pytest.raises(
         KeyError, match=r"names are symbols, the genes asked for are Ensembl.*var\['gene_ids'\] holds 4"
     ):
-        read(by_id, "measured", IDS)
+        gene_positions(by_id.tables["measured"], "measured", IDS)
 
 
 def test_no_column_holds_them(by_id):
     del by_id.tables["measured"].var["feature_name"]
     with pytest.raises(KeyError, match="names are Ensembl ids.*no column of its var"):
-        read(by_id, "measured", SYMBOLS)
+        gene_positions(by_id.tables["measured"], "measured", SYMBOLS)
 
 
 def test_repeated_symbols_after_mapping(by_id):
@@ -240,13 +241,13 @@ def test_repeated_symbols_after_mapping(by_id):
 
 def test_near_misses(by_id):
     with pytest.raises(KeyError, match="4 of them would be found without the version"):
-        read(by_id, "measured", [name.partition(".")[0] + ".3" for name in IDS])
+        gene_positions(by_id.tables["measured"], "measured", [name.partition(".")[0] + ".3" for name in IDS])
     with pytest.raises(KeyError, match="another case"):
-        read(by_id, "p", ["Erbb2", "Cd74"])
+        gene_positions(by_id.tables["p"], "p", ["Erbb2", "Cd74"])
     with pytest.raises(
         KeyError, match="lacks 1 of the 2 genes: 'NOPE'; its names look like 'ERBB2', 'CD74', 'ACTB'\"?$"
     ):
-        read(by_id, "p", ["ERBB2", "NOPE"])
+        gene_positions(by_id.tables["p"], "p", ["ERBB2", "NOPE"])
 
 
 # labels ------------------------------------------------------------------------------------------------------------
