@@ -160,6 +160,15 @@ def write_map(sdata, value):
         raise
 
 
+def discard_map(sdata, value):
+    """Write a map but for its end, and give it up, as on a full disk."""
+    writer = MapWriter.open(sdata, "map", MapSpec(["a"], (32, 8), 8, (), dict(IDENTITY)), {"value": value}, resume=True)
+    for i in range(4):
+        writer.arrays[0][:, i * 8 : i * 8 + 8] = value
+        writer.mark(i, 0)
+    writer.discard()
+
+
 def write_pixel_size(sdata, value):
     write_mpp(sdata, "he", value / 10)
 
@@ -332,7 +341,7 @@ def serve():
             try:
                 sdata = sd.read_zarr(path)
                 with Faults(Path(path), at=int(at), kill=True):
-                    WRITERS[what][1](sdata, 2)
+                    (discard_map if what == "discarded map" else WRITERS[what][1])(sdata, 2)
             finally:
                 os._exit(0)
         os.wait()
@@ -370,6 +379,29 @@ def test_a_kill_at_any_step(stores, writer, tmp_path, what, before):
 def test_a_kill_at_really_any_step(stores, writer, tmp_path, what, before):
     trial = Trial(stores, tmp_path, what, before)
     kill(trial, writer, trial.chosen(few=what == "table"))
+
+
+def test_a_kill_while_a_map_is_discarded(stores, writer, tmp_path):
+    """What is half deleted is not resumed: it would have holes."""
+    base, path = stores("map"), tmp_path / "dry.zarr"
+    shutil.copytree(base, path)
+    with Faults(path) as faults:
+        discard_map(sd.read_zarr(path), 2)
+    (end,) = [k for k, step in enumerate(faults.steps) if step.startswith("unlink") and step.endswith(DONE)]
+    resumed = 0
+    for k in range(end, len(faults.steps)):
+        path = tmp_path / f"{k}.zarr"
+        shutil.copytree(base, path)
+        writer("discarded map", path, k)
+        again = MapWriter.open(
+            sd.read_zarr(path), "map", MapSpec(["a"], (32, 8), 8, (), dict(IDENTITY)), {"value": 2}, resume=True
+        )
+        for i, _ in again.done:
+            assert (again.arrays[0][:, i * 8 : i * 8 + 8] == 2).all()
+        resumed += bool(again.done)
+        again.discard()
+        assert leftovers(path) == []
+    assert resumed == 1  # killed before anything was deleted
 
 
 # models ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pixnet._logging import logger
-from pixnet._sdata.store.element_store import put
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 from pixnet._settings import settings
 
@@ -63,9 +62,7 @@ def write_map(
     writer = MapWriter.open(sdata, key, spec, job, resume=resume, overwrite=overwrite)
     try:
         _run_tiles(writer, runner)
-        for name, table in (tables or {}).items():
-            put(sdata, name, table, overwrite=overwrite)
-        writer.finish(sdata, {"images": {key: entry}})
+        writer.finish(sdata, {"images": {key: entry}}, tables)
     except BaseException as error:
         if writer.committed:
             raise
