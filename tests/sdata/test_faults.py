@@ -144,7 +144,11 @@ def put_mask(sdata, value):
     put(sdata, "mask", labels, overwrite=True, entries={"masks": {"he": "mask"}, "images": {"mask": {"value": value}}})
 
 
-def write_map(sdata, value):
+def write_map_and_table(sdata, value):
+    write_map(sdata, value, {"beside": table(value)})
+
+
+def write_map(sdata, value, tables=None):
     spec = MapSpec(["a", "__total__"], (16, 16), 8, (2,), dict(IDENTITY))
     writer = MapWriter.open(sdata, "map", spec, {"value": value}, overwrite=True)
     try:
@@ -153,7 +157,7 @@ def write_map(sdata, value):
             writer.mark(i, j)
         for i, j in writer.level_tasks(1, 2, [(0, 0), (1, 1)], 8):
             store_level(*writer.arrays, 2, i, j)
-        writer.finish(sdata, {"images": {"map": {"value": value}}})
+        writer.finish(sdata, {"images": {"map": {"value": value}}}, tables)
     except OSError:
         if not writer.committed:
             writer.discard()
@@ -182,6 +186,7 @@ WRITERS = {
     "table": ("counts", put_table),
     "mask": ("mask", put_mask),
     "map": ("map", write_map),
+    "map and table": ("map", write_map_and_table),
     "pixel size": (None, write_pixel_size),
     "record": (None, write_record),
 }
@@ -191,6 +196,7 @@ def state(sdata, key):
     """What an object holds of an element, and what is recorded of it."""
     record = sdata.attrs.get("pixnet", {})
     recorded = [record.get(role, {}).get(key or "he") for role in ("tables", "images")]
+    recorded.append(float(sdata["beside"].X[0, 0]) if "beside" in sdata else None)  # the map's table goes with it
     if key is None or key not in sdata:
         return (None, *recorded)
     element = sdata[key]
@@ -277,7 +283,7 @@ class Trial:
 
 CASES = [(what, before) for what in WRITERS for before in ((), (1,))]
 QUICK = {("mask", (1,)), ("pixel size", ())}
-QUICK_KILLS = {("map", (1,)), ("table", ()), ("pixel size", ())}
+QUICK_KILLS = {("map and table", (1,)), ("table", ()), ("pixel size", ())}
 
 
 def marked(quick):

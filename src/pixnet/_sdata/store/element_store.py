@@ -285,9 +285,11 @@ def prepare(work: Workspace, key: str, element: Any) -> None:
     shutil.rmtree(single, ignore_errors=True)  # of an interrupted run
     kind = _write_single(single, key, element)
     place = work.path / NEW / kind / key
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(exist_ok=True)
-    (single / kind / key).rename(place)
+    if place.parent.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        (single / kind / key).rename(place)
+    else:
+        (single / kind).rename(place.parent)  # with the metadata of the group
     shutil.rmtree(single)
 
 
