@@ -262,7 +262,7 @@ class TestMap:
         )
         assert scores is None
 
-    def test_pictures(self, predicted, model):
+    def test_pictures_of_genes(self, predicted, model):
         px.tl.predict(predicted, model, store="genes", mask_key=False)
         for show in ("density", "cp10k"):
             pictures = [
@@ -436,3 +436,27 @@ class TestPanels:
             px.tl.train(slides, totals={"a": "panel"}, genes=["PINK", "NOPE"], **self.OPTIONS)
         with pytest.raises(KeyError, match="lacks 1 of the 1 genes: 'BLUE'"):
             px.tl.train({"a": a, "b": b}, totals="panel", validation="a", genes="BLUE", **self.OPTIONS)
+
+
+class TestPictures:
+    def test_maps_and_bars(self, predicted, model):
+        axes = px.pl.programs(predicted, ncols=3)
+        assert len(axes) == 6
+        assert axes[0].get_title() == "H&E"
+        drawn = {ax.get_title().split(":")[0]: ax.images[0].get_array() for ax in axes[1:]}
+        assert sorted(drawn) == ["P01", "P02", "P03", "P04", "P05"]
+        np.testing.assert_allclose(np.ma.sum([drawn[name] for name in drawn], axis=0), 1e4, rtol=1e-4)
+        one = px.pl.programs(predicted, ["P04", 2], he_key=False)
+        assert [ax.get_title().split(":")[0] for ax in one] == ["P04", "P02"]
+        bars = px.pl.programs(predicted, [1], kind="genes", n_genes=3)
+        loadings = model.loadings.to_numpy()
+        lift = np.where(loadings[0] >= loadings[0].mean(), loadings[0] / loadings.mean(axis=0), 0)
+        np.testing.assert_allclose([bar.get_width() for bar in bars.patches], np.sort(lift)[::-1][:3], rtol=1e-5)
+
+    def test_refusals(self, predicted, slide):
+        with pytest.raises(KeyError, match="has no program 'P09', '0'; it has 5, from 'P01' on"):
+            px.pl.programs(predicted, ["P09", 0])
+        with pytest.raises(ValueError, match="kind is 'list'; valid"):
+            px.pl.programs(predicted, kind="list")
+        with pytest.raises(ValueError, match="no program map"):
+            px.pl.programs(slide)
