@@ -1,8 +1,10 @@
-"""Open files as SpatialData."""
+"""Open files as SpatialData, and write what other programs open."""
 
 from __future__ import annotations
 
 from pixnet.io._legacy_st import legacy_st
+from pixnet.io._read_geojson import read_geojson
 from pixnet.io._slide import slide
+from pixnet.io._write_geojson import write_geojson
 
-__all__ = ["legacy_st", "slide"]
+__all__ = ["legacy_st", "read_geojson", "slide", "write_geojson"]
