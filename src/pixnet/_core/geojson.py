@@ -106,12 +106,21 @@ def _stream(path: Path) -> Iterator[Any]:
                             break
                         raise ValueError(f"a FeatureCollection is needed; this is of type {feature.get('type')!r}")
                     found = True
-                    yield feature
+                    yield from _with_children(feature)
             except (ijson.JSONError, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise ValueError(f"not readable as GeoJSON, damaged or truncated ({error})") from error
+                what = " ".join(str(error).split())  # ijson draws where it is, over three lines
+                raise ValueError(f"not readable as GeoJSON, damaged or truncated ({what})") from error
         if found:
             return
     raise ValueError("there is no feature in it")
+
+
+def _with_children(feature: Any) -> Iterator[Any]:
+    """Yield an object and those that QuPath nests in it."""
+    yield feature
+    properties = feature.get("properties") if isinstance(feature, dict) else None
+    for child in (properties or {}).get("childObjects") or []:
+        yield from _with_children(child)
 
 
 def _first(path: Path) -> bytes:
@@ -184,8 +193,8 @@ class _Reader:
         label = properties.get("classification")
         if isinstance(label, Mapping):
             label = label.get("name") or ": ".join(label.get("names") or []) or None
-        # QuPath before 0.3 wrote object_type
-        kind = properties.get("objectType") or properties.get("object_type")
+        # QuPath takes all three, and wrote object_type before 0.4
+        kind = properties.get("objectType") or properties.get("object_type") or properties.get("type")
         for name, value in (("object_type", kind), ("classification", label), ("name", properties.get("name"))):
             self.columns[name].append(None if value is None else str(value))
         measured = properties.get("measurements") or {}
