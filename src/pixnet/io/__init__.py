@@ -6,5 +6,6 @@ from pixnet.io._legacy_st import legacy_st
 from pixnet.io._read_geojson import read_geojson
 from pixnet.io._slide import slide
 from pixnet.io._write_geojson import write_geojson
+from pixnet.io._write_ome_tiff import write_ome_tiff
 
-__all__ = ["legacy_st", "read_geojson", "slide", "write_geojson"]
+__all__ = ["legacy_st", "read_geojson", "slide", "write_geojson", "write_ome_tiff"]
