@@ -118,7 +118,12 @@ def test_read(sdata, tmp_path, warnings):
                 measurements={"Area µm^2": 64.0, "Circularity": 0.8},
                 name="ROI 1",
             ),
-            feature([[square(200)], [square(300)]], "MultiPolygon", identity="b", measurements=[{"name": "Area µm^2", "value": 5}]),
+            feature(
+                [[square(200)], [square(300)]],
+                "MultiPolygon",
+                identity="b",
+                measurements=[{"name": "Area µm^2", "value": 5}],
+            ),
         ],
     )
     px.io.read_geojson(sdata, file)

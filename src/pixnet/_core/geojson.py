@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import ijson
 import numpy as np
@@ -136,8 +136,9 @@ def _opened(path: Path) -> IO[bytes]:
     """Open a file to read, unpacked where it is gzip."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    opened: Any = gzip.open(path) if packed else path.open("rb")
-    return io.BufferedReader(opened, 1 << 20) if packed else opened
+    if packed:
+        return io.BufferedReader(cast("Any", gzip.open(path)), 1 << 20)
+    return path.open("rb")
 
 
 @dataclass

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from pixnet._core.geojson import RESERVED, Features, read_features
 from pixnet._core.placement import on_mask
 from pixnet._logging import logger
-from pixnet._names import listed
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
+
+    from pixnet._sdata.slide import Slide
 
 # Below this share of objects in the image the file is refused; below this share on tissue a warning is given.
 IN_IMAGE, ON_TISSUE = 0.5, 0.5
@@ -128,8 +129,8 @@ def read_geojson(
         if any(value is not None for value in values):
             column = pd.Series(values, dtype=object).iloc[kept].reset_index(drop=True)
             columns[name] = column.astype("category") if name != "name" else column
-    for name, values in features.measurements.items() if measurements else ():
-        columns[f"measured {name}" if name in RESERVED else name] = values[kept]
+    for name, numbers in features.measurements.items() if measurements else ():
+        columns[f"measured {name}" if name in RESERVED else name] = numbers[kept]
     frame = geopandas.GeoDataFrame(columns, geometry=geometries)
     frame.index = _index([features.ids[i] for i in kept])
     systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
@@ -156,7 +157,9 @@ def _say_what_changed(features: Features, path: Path) -> None:
     """Log what was left out and what was repaired, with the first ids."""
 
     def named(which: NDArray[np.bool_]) -> str:
-        first = [features.ids[i] if features.ids[i] is not None else f"number {i + 1}" for i in np.flatnonzero(which)[:3]]
+        first = [
+            features.ids[i] if features.ids[i] is not None else f"number {i + 1}" for i in np.flatnonzero(which)[:3]
+        ]
         return ", ".join(map(str, first)) + (", ..." if which.sum() > 3 else "")
 
     missing = shapely.is_missing(features.geometries)
@@ -166,13 +169,17 @@ def _say_what_changed(features: Features, path: Path) -> None:
         logger.warning("%s: %d objects without an area are left out (%s)", path.name, without, kinds)
     broken = features.repaired & missing
     if broken.any():
-        logger.warning("%s: %d objects are left out, their rings enclose nothing: %s", path.name, broken.sum(), named(broken))
+        logger.warning(
+            "%s: %d objects are left out, their rings enclose nothing: %s", path.name, broken.sum(), named(broken)
+        )
     repaired = features.repaired & ~missing
     if repaired.any():
-        logger.warning("%s: %d objects had invalid rings and were repaired: %s", path.name, repaired.sum(), named(repaired))
+        logger.warning(
+            "%s: %d objects had invalid rings and were repaired: %s", path.name, repaired.sum(), named(repaired)
+        )
 
 
-def _check_place(slide, geometries: NDArray, path: Path, unit: str | None) -> None:  # type: ignore[no-untyped-def]
+def _check_place(slide: Slide, geometries: NDArray, path: Path, unit: str | None) -> None:
     """Refuse objects that belong to another slide or are in other units."""
     from pixnet._sdata.tissue import read_mask
 

@@ -99,8 +99,6 @@ def write_geojson(
     >>> sdata = px.datasets.synthetic_tissue(size_um=300)
     >>> px.io.write_geojson(sdata, "spots", "spots.geojson.gz", table_key="spots_counts", genes=["EPCAM"])
     """
-    from geopandas import GeoDataFrame
-
     from pixnet._sdata.counts import annotated_regions
     from pixnet._sdata.inputs import check_sdata
     from pixnet._sdata.keys import resolve_image, resolve_shapes
@@ -216,7 +214,9 @@ class _Columns:
             return element[column].tolist()
         if table is None or column not in table.obs:
             have = [*element.columns.drop("geometry"), *(() if table is None else table.obs)]
-            raise KeyError(f"no column {column!r} (classification=) in the shapes or the table's obs; they have: {listed(have)}")
+            raise KeyError(
+                f"no column {column!r} (classification=) in the shapes or the table's obs; they have: {listed(have)}"
+            )
         found = table.obs[column].astype(object).to_numpy()
         assert self.rows is not None
         return [found[row] if row >= 0 else None for row in self.rows]
@@ -232,7 +232,10 @@ class _Columns:
                 values = np.full((n, len(self.positions)), np.nan, dtype=np.float32)
                 values[rows >= 0] = _dense(self.matrix, rows[rows >= 0], self.positions)
                 more = measured(self.gene_names, values)
-                held = [f"{{{a[1:-1]},{b[1:-1]}}}" if len(a) > 2 and len(b) > 2 else max(a, b, key=len) for a, b in zip(held, more)]
+                held = [
+                    f"{{{a[1:-1]},{b[1:-1]}}}" if len(a) > 2 and len(b) > 2 else max(a, b, key=len)
+                    for a, b in zip(held, more)
+                ]
         out = []
         for i, text in enumerate(held, start):
             one = {'"objectType"': encoded(self.types[i])}

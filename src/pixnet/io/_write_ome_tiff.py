@@ -28,7 +28,7 @@ TILE = 512
 SMALLEST = 1024
 """Pyramids end with a level whose longer side is at most this many pixels."""
 
-DTYPES = "uint8 uint16 uint32 int8 int16 int32 float32 float64".split()
+DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "float32", "float64"]
 
 
 def write_ome_tiff(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
+from pixnet._core.placement import SPREAD, pitch
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
@@ -19,9 +19,8 @@ from pixnet.pp._set_mpp import set_mpp
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-# How far the two axes of a transformation may differ, or a median size from its neighbours.
+# How far the two axes of a transformation may differ.
 TOLERANCE = 0.01
-SPREAD = 0.2
 
 
 def infer_mpp(
@@ -106,7 +105,7 @@ def infer_mpp(
             raise ValueError(f"{shapes!r} is empty: nothing to measure")
         bounds = geometries.bounds
         if name == "pitch_um":
-            pixels = _pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
+            pixels = pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
         else:
             # A disc of diameter d has the area pi d^2 / 4, a square its edge squared, whichever way it is turned.
             ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
@@ -131,23 +130,3 @@ def _middle(sizes: NDArray, shapes: str) -> float:
             "the pixel size is measured on spots or bins of one size"
         )
     return middle
-
-
-def _pitch(centres: NDArray, shapes: str) -> float:
-    """Mean distance, in pixels, of neighbours in a square or hexagonal array."""
-    if len(centres) < 4:
-        raise ValueError(f"{shapes!r} has {len(centres)} shapes; at least 4 are needed to measure their pitch")
-    tree = cKDTree(centres)
-    distances = tree.query(centres, k=min(7, len(centres)))[0][:, 1:]
-    nearest = float(np.median(distances[:, 0]))
-    if nearest <= 0:
-        raise ValueError(f"the shapes of {shapes!r} lie on one another; a regular array is needed")
-    for _ in range(3):
-        # Only the nearest neighbour would be short where centres were jittered by measurement; diagonals of a square
-        # array are 1.41 away and stay out.
-        neighbours = distances[(distances > 0.75 * nearest) & (distances < 1.25 * nearest)]
-        nearest = float(neighbours.mean())
-    usual = distances[:, 0]
-    if np.mean(np.abs(usual - nearest) < SPREAD * nearest) < 0.8:
-        raise ValueError(f"the centres of {shapes!r} do not form a regular array, so there is no pitch to measure")
-    return nearest
