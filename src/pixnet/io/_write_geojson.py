@@ -97,7 +97,8 @@ def write_geojson(
     --------
     >>> import pixnet as px
     >>> sdata = px.datasets.synthetic_tissue(size_um=300)
-    >>> px.io.write_geojson(sdata, "spots", "spots.geojson.gz", table_key="spots_counts", genes=["EPCAM"])
+    >>> genes = sdata["spots_counts"].var_names[:3]
+    >>> px.io.write_geojson(sdata, "spots", "spots.geojson.gz", table_key="spots_counts", genes=genes)
     """
     from pixnet._sdata.counts import annotated_regions
     from pixnet._sdata.inputs import check_sdata
