@@ -42,6 +42,7 @@ class Watershed:
 
     # All found on sections of her2st and on H&E of other laboratories, by their overlays. Lengths in µm.
     SMOOTH, SURROUNDINGS, CENTRE, APART = 0.6, 10.0, 1.9, 2.5
+    PALEST = 0.12  # even where a slide has no nucleus that would tell
     FLOOR = 0.65  # of the threshold: no nucleus is paler, wherever it is
     DEPTH, DEPTH_WEIGHT = 3.0, 0.35
     AREA_UM2 = (12.0, 400.0)
@@ -54,7 +55,7 @@ class Watershed:
 
         parts = [_smooth(optical_density(pixels)[0], cls.SMOOTH / mpp)[tissue] for pixels, tissue in samples]
         values = np.concatenate([part for part in parts if part.size] or [np.zeros(1, np.float32)])
-        return cls(float(threshold_otsu(values)) if np.ptp(values) > 0 else np.inf, mpp)
+        return cls(max(float(threshold_otsu(values)), cls.PALEST) if np.ptp(values) > 0 else cls.PALEST, mpp)
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Return the nuclei of a tile, as `Method` does."""
