@@ -102,13 +102,16 @@ def from_anndata(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.pixel_size import check_mpp
     from pixnet._sdata.raster_element import raster_element
     from pixnet._sdata.record import note
     from pixnet._sdata.store.element_store import write_mpp
 
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata is {type(adata).__name__}; an AnnData object is needed")
-    for name, value in (("mpp", mpp), ("pitch_um", pitch_um), ("diameter_um", diameter_um), ("scale", scale)):
+    if mpp is not None:
+        mpp = check_mpp(mpp)
+    for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um), ("scale", scale)):
         if value is not None and (isinstance(value, bool) or not (np.isfinite(value) and value > 0)):
             raise ValueError(f"{name} is {value!r}; a positive number is needed")
     positions = _positions(adata, spatial_key)
@@ -129,7 +132,9 @@ def from_anndata(
     centres = positions * scale
     mpp = mpp or stated
     if mpp is None:
-        mpp = _measured(centres, pitch_um, factors.get("microns_per_pixel"), scale)
+        mpp = check_mpp(
+            _measured(centres, pitch_um, factors.get("microns_per_pixel"), scale), "the measured pixel size"
+        )
     _check_inside(centres, (height, width), mpp, scale)
 
     transformations = {"global": Identity(), "um": Scale([mpp, mpp], axes=("x", "y"))}

@@ -54,6 +54,8 @@ def slide(
     ------
     FileNotFoundError, IsADirectoryError
         If ``path`` is not a file.
+    TypeError
+        If ``mpp`` is not a number, False or None.
     ValueError
         If the file is truncated or damaged, is not 8-bit RGB, cannot be read tile by tile and is too large to be decoded
         at once, or states no pixel size where ``mpp`` is None.
@@ -74,6 +76,7 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.pixel_size import check_mpp
     from pixnet._sdata.record import note
     from pixnet._sdata.store.element_store import write_mpp
 
@@ -84,8 +87,8 @@ def slide(
         raise FileNotFoundError(f"no file {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
-    if mpp is True or (mpp is not None and mpp is not False and not (np.isfinite(mpp) and mpp > 0)):
-        raise ValueError(f"mpp is {mpp!r}; a positive number (µm/px), None or False is needed")
+    if mpp is not None and mpp is not False:
+        mpp = check_mpp(mpp)
 
     levels, scales, stated = _read(path)
     value = _resolution(path, mpp, stated)

@@ -12,6 +12,7 @@ from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_image, resolve_shapes
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.shapes import read_shapes
 from pixnet._sdata.transforms import affine_to_pixels
 from pixnet.pp._set_mpp import set_mpp
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # How far the two axes of a transformation may differ.
 TOLERANCE = 0.01
+# How far a measured pixel size may be from the recorded one without a warning, and at all.
+DIFFERS, CONTRADICTS = 0.02, 0.10
 
 
 def infer_mpp(
@@ -33,6 +36,7 @@ def infer_mpp(
     edge_um: float | None = None,
     unit_um: float | None = None,
     coordinate_system: str | None = None,
+    overwrite: bool = False,
 ) -> float:
     """Measure the pixel size (µm/px) of an image on shapes of known size, and set it.
 
@@ -55,6 +59,8 @@ def infer_mpp(
         exactly one of the four. For spots, the pitch is best, because spots are often drawn at a nominal size.
     coordinate_system
         Where shapes and image meet; ``None`` takes "global" if shared, else the first shared one.
+    overwrite
+        Replace a pixel size that is recorded and differs by more than 10 %.
 
     Returns
     -------
@@ -66,8 +72,8 @@ def infer_mpp(
     KeyError
         If an element is missing.
     ValueError
-        If not exactly one size is given, the shapes are not a regular array, or the transformation between shapes and
-        image stretches x and y differently or shears.
+        If not exactly one size is given, the shapes are not a regular array, the transformation between shapes and
+        image stretches x and y differently or shears, the result is impossible, or contradicts the recorded pixel size.
 
     Examples
     --------
@@ -111,8 +117,17 @@ def infer_mpp(
             ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
             pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
     mpp = float(value / pixels)
+    what = f"{value:g} µm of {shapes!r} ({name}) are {pixels:.2f} px"
+    known = find_mpp(sdata, image_key)
+    if known is not None and not overwrite and abs(np.log(mpp / known)) > np.log(1 + CONTRADICTS):
+        raise ValueError(
+            f"image {image_key!r} has {known:.4g} µm/px as recorded, and {mpp:.4g} as measured: {what}. One is wrong: is it the "
+            f"right size ({listed(sizes)}), and is the image the one of full resolution? overwrite=True replaces the recorded one"
+        )
+    if known is not None and abs(np.log(mpp / known)) > np.log(1 + DIFFERS):
+        logger.warning("image %r had %.4g µm/px as recorded; %.4g as measured replaces it", image_key, known, mpp)
     set_mpp(sdata, image_key, mpp)
-    logger.info("image %r has %.4f µm/px (%s: %g µm of %r are %.2f px)", image_key, mpp, name, value, shapes, pixels)
+    logger.info("image %r has %.4f µm/px: %s", image_key, mpp, what)
     return mpp
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.cells import Watershed, joined, segment_tile
 from pixnet._core.parallel import run
-from pixnet._core.placement import on_mask
+from pixnet._core.placement import Map
 from pixnet._core.slide.stain import sample
 from pixnet._logging import logger
 from pixnet._sdata.inputs import check_sdata
@@ -25,7 +25,7 @@ from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.pixel_size import is_pixel_size
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
-from pixnet._sdata.tissue import no_tissue, open_mask, read_mask
+from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ def segment_cells(
     reader.check()
     cells = joined([parts[where] for where in tiles])
 
-    tissue, to_mask = read_mask(slide) if slide.mask_key is not None else (mask.mask, mask.to_mask @ grid.to_out)
-    y, x = (cells.centres * grid.px).T
-    kept = on_mask(tissue, to_mask, x, y)
+    kept = Map(mask.mask, mask.to_mask).at(*cells.centres.T[::-1])
     height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     polygons = shapely.intersection(cells.polygons[kept], shapely.box(0, 0, width, height))
     polygons = polygons[shapely.area(polygons) > 0]
