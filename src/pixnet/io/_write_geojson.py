@@ -100,7 +100,7 @@ def write_geojson(
     >>> genes = sdata["spots_counts"].var_names[:3]
     >>> px.io.write_geojson(sdata, "spots", "spots.geojson.gz", table_key="spots_counts", genes=genes)
     """
-    from pixnet._sdata.counts import annotated_regions
+    from pixnet._sdata.counts import annotated_regions, not_annotated
     from pixnet._sdata.inputs import check_sdata
     from pixnet._sdata.keys import resolve_image, resolve_shapes
     from pixnet._sdata.shapes import pack_element
@@ -129,9 +129,7 @@ def write_geojson(
             raise KeyError(f"no table {table_key!r} in this object (table_key=); it has: {listed(sdata.tables)}")
         table = sdata.tables[table_key]
         if shapes not in annotated_regions(table):
-            raise ValueError(
-                f"table {table_key!r} does not annotate {shapes!r} but {listed(annotated_regions(table)) or 'nothing'}"
-            )
+            raise ValueError(not_annotated(table, table_key, shapes))
         rows = _rows(sdata, table_key, shapes)
         if layer is not None and layer not in table.layers:
             raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {listed(table.layers)}")
