@@ -11,10 +11,14 @@ import ome_types
 import pytest
 import tifffile
 from spatialdata import SpatialData
+from spatialdata.models import ShapesModel
+from spatialdata.transformations import Scale
 
 import pixnet as px
 from pixnet._core.slide.pyramid import block_means
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.raster_element import raster_element
+from pixnet._sdata.rasters import full_resolution
 
 NAMES = ["EPCAM", "HLA-A", "odd <&> µ", "__total__"]
 
@@ -136,3 +140,59 @@ def test_refusals(sdata, tmp_path, monkeypatch):
         px.io.write_ome_tiff(sdata, "one", path, overwrite=True)
     assert path.read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# reading back --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped():
+    """A slide of 401 x 300 px, and a gene map of 4 px over it."""
+    rgb = np.random.default_rng(1).integers(60, 200, (3, 300, 401), dtype=np.uint8)
+    values = np.random.default_rng(0).random((4, 75, 101), dtype=np.float32)
+    values[:, 10:20, 30:40] = np.nan
+    genes = raster_element(
+        [values], [(1.0, 1.0)], channels=NAMES, transformations={"global": Scale([4.0, 4.0], axes=("x", "y"))}
+    )
+    sdata = SpatialData(images={"he": raster_element([rgb], [(1.0, 1.0)]), "he_genes": genes})
+    px.pp.set_mpp(sdata, "he", 0.5)
+    px.pp.set_mpp(sdata, "he_genes", 2.0)
+    sdata["spots"] = ShapesModel.parse(np.array([[60.0, 70.0], [140.0, 60.0], [300.0, 200.0]]), geometry=0, radius=25.0)
+    return sdata
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_a_map_comes_back(mapped, tmp_path, backed):
+    px.io.write_ome_tiff(mapped, "he_genes", tmp_path / "again.ome.tif")
+    if backed:
+        mapped.write(tmp_path / "a.zarr")
+    px.io.read_ome_tiff(mapped, tmp_path / "again.ome.tif", image_key="he")
+    np.testing.assert_array_equal(full_resolution(mapped["again"]).values, mapped["he_genes"].values)
+    assert find_mpp(mapped, "again") == 2.0
+    for key in ("he_genes", "again"):
+        px.tl.aggregate(mapped, "spots", image_key=key, key_added=f"by_{key}")
+    np.testing.assert_array_equal(mapped["by_again"].X, mapped["by_he_genes"].X)
+
+
+def test_scaled_numbers_come_back(mapped, tmp_path):
+    px.io.write_ome_tiff(mapped, "he_genes", tmp_path / "a.ome.tif", dtype="uint16")
+    found = px.io.read_ome_tiff(mapped, tmp_path / "a.ome.tif", image_key="he", inplace=False)
+    np.testing.assert_allclose(full_resolution(found).values, np.nan_to_num(mapped["he_genes"].values), atol=1e-5)
+
+
+def test_maps_of_other_programs(mapped, tmp_path):
+    values = np.random.default_rng(0).random((38, 51)).astype(np.float32)
+    tifffile.imwrite(tmp_path / "heat.tif", values)  # states neither names nor size
+    found = px.io.read_ome_tiff(mapped, tmp_path / "heat.tif", image_key="he", inplace=False)
+    np.testing.assert_array_equal(full_resolution(found).values[0], values)
+    tifffile.imwrite(tmp_path / "other.tif", values[:20])
+    with pytest.raises(ValueError, match="do not cover image 'he' of 401 x 300 px"):
+        px.io.read_ome_tiff(mapped, tmp_path / "other.tif", image_key="he")
+    tifffile.imwrite(tmp_path / "stack.ome.tif", np.zeros((3, 2, 38, 51), np.uint8), metadata={"axes": "ZCYX"})
+    with pytest.raises(ValueError, match="has axes ZCYX"):
+        px.io.read_ome_tiff(mapped, tmp_path / "stack.ome.tif", image_key="he")
+    (tmp_path / "bad.tif").write_bytes(b"II*\0cut")
+    with pytest.raises(ValueError, match="not a readable TIFF"):
+        px.io.read_ome_tiff(mapped, tmp_path / "bad.tif", image_key="he")
+    with pytest.raises(FileNotFoundError):
+        px.io.read_ome_tiff(mapped, tmp_path / "none.tif", image_key="he")
