@@ -113,13 +113,13 @@ class TestRoundTrip:
 
     def test_half_precision_halves_the_file_and_keeps_areas(self, tmp_path):
         model = PixNet(GENES, quantity="log_sum")
-        model.set_baseline(torch.zeros(3), 123_456.0)  # more than float16 holds
+        model.head.area_um2.fill_(123_456.0)  # more than float16 holds
         model.save(tmp_path / "a.safetensors")
         model.save(tmp_path / "b.safetensors", dtype="float16")
         assert (tmp_path / "b.safetensors").stat().st_size < 0.55 * (tmp_path / "a.safetensors").stat().st_size
         found = px.models.load(tmp_path / "b.safetensors")
         assert next(found.parameters()).dtype == torch.float32
-        assert found.area_um2 == 123_456.0
+        assert found.head.area_um2 == 123_456.0
 
     def test_existing_files_are_kept(self, model, path):
         model.save(path)
@@ -195,13 +195,13 @@ class TestFormats:
         log.save(path)
 
         def edit(header, tensors):
-            tensors.pop("area_um2")
+            tensors.pop("head.area_um2")
             config = header["config"] | {"decoder": "none", "area_um2": 50.0, "recipe": {"lr": 0.1}, "name": "old"}
             return {"format": 1, "config": config}
 
         rewritten(path, path, edit)
         found = px.models.load(path)
-        assert (float(found.area_um2), found.training_options) == (50.0, {"lr": 0.1})
+        assert (float(found.head.area_um2), found.training_options) == (50.0, {"lr": 0.1})
 
 
 class TestOtherFiles:
@@ -266,7 +266,7 @@ class TestTensors:
             self._refused(model, path, edit, match)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    @pytest.mark.parametrize("name", ["members.0.head.weight", "encoder.norm.running_mean", "feature_mean_1"])
+    @pytest.mark.parametrize("name", ["members.0.last.weight", "encoder.norm.running_mean", "feature_mean_1"])
     def test_that_are_not_finite(self, model, path, name, value):
         def edit(_, tensors):
             tensors[name].view(-1)[-1] = value

@@ -14,7 +14,7 @@ HALO = 320
 def test_a_crop_is_the_inner_part_of_the_whole_map(stride):
     torch.manual_seed(0)
     model = PixNet(["A", "B"], stride=stride, pretrained=False).eval()
-    torch.nn.init.normal_(model.members[0].head.weight, std=0.5)
+    torch.nn.init.normal_(model.members[0].last.weight, std=0.5)
     seen = []
     model.members[0].decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
     with torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from pixnet._core.train.options import TrainingOptions
+from pixnet.models._heads import GeneHead, LogSumHead, ProgramHead
 from pixnet.models._losses import LOSSES, correlation, nb_deviance, shape_loss
-from pixnet.models._quantity import UNITS, log_expression
 
 
 def case(n=40, genes=3):
@@ -56,10 +56,23 @@ def test_genes_that_are_constant_in_a_batch_do_not_spoil_the_gradients(loss):
     assert predicted.grad.isfinite().all()
 
 
+def sums_of(head, cp10k, pixel_um2):
+    """Sums of a map over shapes of which each has the total 20e4."""
+    if isinstance(head, ProgramHead):  # a program for each gene, and what is left in the total
+        head.loading_logits.data = torch.cat([torch.eye(3) * 40, torch.zeros(3, 1)], dim=1)
+        rest = (1e4 - cp10k.sum(dim=1, keepdim=True)) * 20
+        head.loading_logits.data = torch.cat([head.loading_logits, torch.tensor([[0.0, 0, 0, 40]])])
+        return torch.cat([cp10k * 20, rest], dim=1)
+    genes = torch.log1p(cp10k) / pixel_um2 if isinstance(head, LogSumHead) else cp10k * 20
+    return torch.cat([genes, torch.full((len(cp10k), 1), 20e4)], dim=1)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("quantity", UNITS)
-def test_what_is_right_is_least(loss, quantity):
-    """Whatever the loss and the quantity: of predictions scaled up and down, the measurement itself is best."""
+@pytest.mark.parametrize(
+    "head", [GeneHead("abc"), LogSumHead("abc"), ProgramHead("abc", 3)], ids=["genes", "logs", "programs"]
+)
+def test_what_is_right_is_least(loss, head):
+    """Whatever the loss and the head: of predictions scaled up and down, the measurement itself is best."""
     torch.manual_seed(1)
     pixel = 4.0
     cp10k = torch.rand(60, 3) * 30 + 5
@@ -68,8 +81,7 @@ def test_what_is_right_is_least(loss, quantity):
     def compared(factor):
         values = cp10k.mean(0) + (cp10k - cp10k.mean(0)) * factor
         logs = torch.log1p(values)
-        sums = {"density": values * 20, "log_sum": logs / pixel}[quantity]
-        predicted = log_expression(torch.cat([sums, torch.full((60, 1), 20e4)], dim=1), quantity, pixel)
+        predicted = head.log_expression(sums_of(head, values, pixel), pixel)
         torch.testing.assert_close(predicted, logs)
         return shape_loss(predicted, torch.full((60,), 1e4), cp10k, torch.full((60,), 1e4), loss, **counts)
 

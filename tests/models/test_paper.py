@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy import sparse
 from torch import nn
 
 import pixnet as px
 from pixnet.models import PixNet
 from pixnet.models._config import PAPER_FILTERS, paper_levels
+from pixnet.models._heads import MeasuredShapes
 from pixnet.models._paper import DepthToSpaceUp, PaperDecoder
 from pixnet.models._pixnet import PixNet as Model
 
@@ -76,7 +78,7 @@ def test_every_level_reaches_the_map(stride):
     model = paper(stride=stride)
     image = torch.rand(1, 3, 64, 64)
     features = {i: f.detach().requires_grad_() for i, f in model.encode(image).items()}
-    nn.init.normal_(model.members[0].head.weight)
+    nn.init.normal_(model.members[0].last.weight)
     model.decode(features).square().sum().backward()
     assert all(f.grad.abs().sum() > 0 for f in features.values())
 
@@ -108,7 +110,7 @@ def test_what_lies_far_away_changes_nothing():
 @pytest.mark.parametrize("stride", [4, 1])
 def test_a_crop_is_the_inner_part_of_the_whole_map(stride):
     model = paper(stride=stride, quantity="density")
-    nn.init.normal_(model.members[0].head.weight, std=0.5)
+    nn.init.normal_(model.members[0].last.weight, std=0.5)
     seen = []
     model.members[0].decoder.fuse[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
     image, crop = torch.rand(1, 3, 64, 384), 128 // stride
@@ -138,27 +140,32 @@ def test_wrong_settings():
         paper(depth=3)
 
 
+def measured(logs, area_um2):
+    """A shape with a log1p CP10k of each gene."""
+    return MeasuredShapes(sparse.csr_array(torch.expm1(logs)[None].numpy() / 1e4), area_um2, 0)
+
+
 class TestQuantity:
     def test_a_log_sum_starts_from_the_mean_log_of_the_mean_area(self):
         model = paper(stride=4)
         level = torch.tensor([0.5, 2.0, 3.0])
-        model.set_baseline(level, 400.0)
-        nn.init.zeros_(model.members[0].head.weight)
+        model.start(measured(level, 400.0))
+        nn.init.zeros_(model.members[0].last.weight)
         with torch.inference_mode():
             out = model(torch.rand(1, 3, 64, 64))[0, :, 0, 0]
         torch.testing.assert_close(out[:3] * 400, level)
         assert out[3].item() == pytest.approx(1e4)
         with pytest.raises(ValueError, match="mean area"):
-            model.set_baseline(level)
+            model.start(measured(level, float("nan")))
 
     def test_it_survives_a_file(self, tmp_path):
         model = paper(stride=4)
-        model.set_baseline(torch.tensor([0.5, 2.0, 3.0]), 400.0)
+        model.start(measured(torch.tensor([0.5, 2.0, 3.0]), 400.0))
         model.save(tmp_path / "m.safetensors")
         found = px.models.load(tmp_path / "m.safetensors")
         assert found.config == model.config
         assert found.training_options == model.training_options
-        assert found.area_um2 == 400
+        assert found.head.area_um2 == 400
         image = torch.rand(1, 3, 64, 64)
         with torch.inference_mode():
             torch.testing.assert_close(found(image), model(image), rtol=0, atol=0)

@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import nn
 
 import pixnet as px
@@ -15,6 +16,7 @@ from pixnet._core.predict.portable_model import model_hash
 from pixnet.models import PixNet
 from pixnet.models._config import ModelConfig
 from pixnet.models._encoders import build_encoder, check_encoder
+from pixnet.models._heads import MeasuredShapes
 from pixnet.models._lite0 import EfficientNetLite0, imagenet_weights
 
 GENES = ["A", "B", "C"]
@@ -71,9 +73,9 @@ def test_a_subset_of_channels_is_the_same_numbers(tiny):
 
 def test_baseline_is_the_mean_composition(tiny):
     share = torch.tensor([0.01, 0.002, 1e-5])
-    tiny.set_baseline(share)
+    tiny.start(MeasuredShapes(sparse.csr_array(share[None].numpy()), 1.0, 0))
     for member in tiny.members:
-        nn.init.zeros_(member.head.weight)
+        nn.init.zeros_(member.last.weight)
     with torch.inference_mode():
         out = tiny(torch.rand(1, 3, 64, 64))
     torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([100.0, 20.0, 0.1, 1e4]))
@@ -132,7 +134,7 @@ def test_settings_are_checked(options, match):
 def test_every_setting_is_an_argument(function):
     """Settings are declared in one place; signatures that list them list all."""
     settings = {field.name for field in fields(ModelConfig)} - (
-        {"decoder", "hidden"} if function == PixNet.paper else set()
+        {"decoder", "hidden", "n_programs"} if function == PixNet.paper else set()
     )
     assert settings <= set(inspect.signature(function).parameters)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad
@@ -23,7 +26,9 @@ from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.pixel_size import PIXNET_UM, get_mpp
 from pixnet._sdata.record import FORMAT
 from pixnet._sdata.store import commit as commits
+from pixnet._sdata.store import element_store
 from pixnet._sdata.store import workspace as work
+from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import (
     heal,
@@ -336,6 +341,78 @@ def test_what_must_be_completed_and_cannot_be_is_refused(interrupted, monkeypatc
     for folder in work.work_folders(interrupted.path):
         (folder / "commit.json").unlink()
     check_sdata(interrupted, "tl.aggregate")  # only debris: a store that is read is left as it is
+
+
+def test_an_element_is_bound_before_another_process_can_replace_it(backed, monkeypatch):
+    other, original = sd.read_zarr(backed.path), element_store.store_lock
+
+    @contextlib.contextmanager
+    def lock(root):
+        with original(root):
+            yield
+        monkeypatch.undo()
+        put(other, "mask", labels(2), overwrite=True)
+
+    monkeypatch.setattr(element_store, "store_lock", lock)
+    put(backed, "mask", labels(1), entries={"images": {"mask": {"n": 1}}})
+    assert (other["mask"].values == 2).all()
+    with pytest.raises(RuntimeError, match="replaced"):  # not the other's, under our entry
+        check_bound(backed["mask"], "labels 'mask'")
+
+
+def test_the_pixel_size_of_an_image_that_is_being_replaced_is_stored(backed):
+    """In the middle of a replacement there is no image on disk."""
+    element, aside = backed.path / "images" / "he", backed.path / "aside"
+    with ThreadPoolExecutor(1) as pool:
+        with work.store_lock(backed.path):
+            element.rename(aside)
+            done = pool.submit(write_mpp, backed, "he", 0.25)
+            time.sleep(0.1)
+            aside.rename(element)
+        done.result(timeout=30)
+    assert get_mpp(sd.read_zarr(backed.path), "he") == 0.25
+
+
+@pytest.mark.skipif(work.fcntl is None, reason="no locks there")
+def test_a_child_that_was_forked_meanwhile_does_not_keep_a_lock(tmp_path, monkeypatch):
+    """A duplicate of the open file is what a child has."""
+    original, duplicates = work._flock, []
+
+    def flock(handle, wait):
+        original(handle, wait)
+        duplicates.append(os.dup(handle.fileno()))
+
+    monkeypatch.setattr(work, "_flock", flock)
+
+    def take():
+        with work.store_lock(tmp_path):
+            return "taken"
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with work.store_lock(tmp_path):
+                waiting = pool.submit(take)
+                time.sleep(0.1)
+            try:
+                assert waiting.result(timeout=10) == "taken"
+            finally:
+                for duplicate in duplicates:  # else the thread waits for ever
+                    os.close(duplicate)
+    finally:
+        assert not (tmp_path / WORK).exists()
+
+
+def test_what_another_wrote_between_the_moves_of_a_change_stays(interrupted):
+    """Killed when the old mask was out and the new one not in; then written anew without pixnet."""
+    (folder,) = work.work_folders(interrupted.path)
+    (folder / "old" / "labels").mkdir(parents=True)
+    (interrupted.path / "labels" / "mask").rename(folder / "old" / "labels" / "mask")
+    del interrupted["mask"]
+    interrupted["mask"] = labels(3, n=4)
+    interrupted.write_element("mask")
+    assert heal(interrupted) == []
+    assert found(interrupted.path) == (3, 1, 0.5)
+    assert leftovers(interrupted) == []
 
 
 # attributes of elements -----------------------------------------------------------------------------------------------

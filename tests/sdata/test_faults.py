@@ -144,7 +144,11 @@ def put_mask(sdata, value):
     put(sdata, "mask", labels, overwrite=True, entries={"masks": {"he": "mask"}, "images": {"mask": {"value": value}}})
 
 
-def write_map(sdata, value):
+def write_map_and_table(sdata, value):
+    write_map(sdata, value, {"beside": table(value)})
+
+
+def write_map(sdata, value, tables=None):
     spec = MapSpec(["a", "__total__"], (16, 16), 8, (2,), dict(IDENTITY))
     writer = MapWriter.open(sdata, "map", spec, {"value": value}, overwrite=True)
     try:
@@ -153,11 +157,20 @@ def write_map(sdata, value):
             writer.mark(i, j)
         for i, j in writer.level_tasks(1, 2, [(0, 0), (1, 1)], 8):
             store_level(*writer.arrays, 2, i, j)
-        writer.finish(sdata, {"images": {"map": {"value": value}}})
+        writer.finish(sdata, {"images": {"map": {"value": value}}}, tables)
     except OSError:
         if not writer.committed:
             writer.discard()
         raise
+
+
+def discard_map(sdata, value):
+    """Write a map but for its end, and give it up, as on a full disk."""
+    writer = MapWriter.open(sdata, "map", MapSpec(["a"], (32, 8), 8, (), dict(IDENTITY)), {"value": value}, resume=True)
+    for i in range(4):
+        writer.arrays[0][:, i * 8 : i * 8 + 8] = value
+        writer.mark(i, 0)
+    writer.discard()
 
 
 def write_pixel_size(sdata, value):
@@ -173,6 +186,7 @@ WRITERS = {
     "table": ("counts", put_table),
     "mask": ("mask", put_mask),
     "map": ("map", write_map),
+    "map and table": ("map", write_map_and_table),
     "pixel size": (None, write_pixel_size),
     "record": (None, write_record),
 }
@@ -182,6 +196,7 @@ def state(sdata, key):
     """What an object holds of an element, and what is recorded of it."""
     record = sdata.attrs.get("pixnet", {})
     recorded = [record.get(role, {}).get(key or "he") for role in ("tables", "images")]
+    recorded.append(float(sdata["beside"].X[0, 0]) if "beside" in sdata else None)  # the map's table goes with it
     if key is None or key not in sdata:
         return (None, *recorded)
     element = sdata[key]
@@ -268,7 +283,7 @@ class Trial:
 
 CASES = [(what, before) for what in WRITERS for before in ((), (1,))]
 QUICK = {("mask", (1,)), ("pixel size", ())}
-QUICK_KILLS = {("map", (1,)), ("table", ()), ("pixel size", ())}
+QUICK_KILLS = {("map and table", (1,)), ("table", ()), ("pixel size", ())}
 
 
 def marked(quick):
@@ -332,7 +347,7 @@ def serve():
             try:
                 sdata = sd.read_zarr(path)
                 with Faults(Path(path), at=int(at), kill=True):
-                    WRITERS[what][1](sdata, 2)
+                    (discard_map if what == "discarded map" else WRITERS[what][1])(sdata, 2)
             finally:
                 os._exit(0)
         os.wait()
@@ -370,6 +385,29 @@ def test_a_kill_at_any_step(stores, writer, tmp_path, what, before):
 def test_a_kill_at_really_any_step(stores, writer, tmp_path, what, before):
     trial = Trial(stores, tmp_path, what, before)
     kill(trial, writer, trial.chosen(few=what == "table"))
+
+
+def test_a_kill_while_a_map_is_discarded(stores, writer, tmp_path):
+    """What is half deleted is not resumed: it would have holes."""
+    base, path = stores("map"), tmp_path / "dry.zarr"
+    shutil.copytree(base, path)
+    with Faults(path) as faults:
+        discard_map(sd.read_zarr(path), 2)
+    (end,) = [k for k, step in enumerate(faults.steps) if step.startswith("unlink") and step.endswith(DONE)]
+    resumed = 0
+    for k in range(end, len(faults.steps)):
+        path = tmp_path / f"{k}.zarr"
+        shutil.copytree(base, path)
+        writer("discarded map", path, k)
+        again = MapWriter.open(
+            sd.read_zarr(path), "map", MapSpec(["a"], (32, 8), 8, (), dict(IDENTITY)), {"value": 2}, resume=True
+        )
+        for i, _ in again.done:
+            assert (again.arrays[0][:, i * 8 : i * 8 + 8] == 2).all()
+        resumed += bool(again.done)
+        again.discard()
+        assert leftovers(path) == []
+    assert resumed == 1  # killed before anything was deleted
 
 
 # models ----------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +16,12 @@ from spatialdata.models import Image2DModel, get_channel_names
 from spatialdata.transformations import Identity, Scale, get_transformation
 
 from pixnet._core.parallel import run
+from pixnet._sdata.store import commit as commits
+from pixnet._sdata.store import map_writer
+from pixnet._sdata.store.commit import CommittedError
+from pixnet._sdata.store.element_store import heal
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.workspace import WORK, Workspace, store_lock, work_folders
 
 
 def spec_of(shape, chunk=16, factors=(2, 2), channels=("a", "b", "__total__")):
@@ -146,3 +154,38 @@ def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
     assert not root.exists()
     with pytest.raises(FileNotFoundError, match="goes with the process that predicted the map"):
         found["scale0"]["image"].values.any()  # not NaN
+
+
+# interrupted maps, and other processes ---------------------------------------------------------------------------------
+
+
+def test_an_interrupted_map_that_another_process_looks_at_is_resumed(sdata, monkeypatch):
+    monkeypatch.setattr(map_writer, "heal", lambda sdata: [])  # the other comes just after it
+    spec = spec_of((32, 32))
+    MapWriter.open(sdata, "map", spec, {"n": 1}).interrupt()
+    (folder,) = work_folders(sdata.path)
+    with ThreadPoolExecutor(1) as pool:
+        with store_lock(sdata.path):
+            looking = Workspace.adopt(folder)
+            resumed = pool.submit(MapWriter.open, sdata, "map", spec, {"n": 1}, resume=True)
+            time.sleep(0.1)
+            looking.release()
+        resumed.result(timeout=30).discard()
+    assert not (sdata.path / WORK).exists()
+
+
+def test_a_map_that_was_committed_is_not_cleared_as_an_interrupted_one(sdata, monkeypatch):
+    spec, values = spec_of((32, 32)), np.ones((3, 32, 32), np.float32)
+
+    def fail(root, work):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "complete", fail)
+        with pytest.raises(CommittedError, match="the new 'map' is whole"):
+            write(sdata, values, spec)
+    monkeypatch.setattr(map_writer, "heal", lambda sdata: [])  # it failed just after we looked
+    MapWriter.open(sdata, "map", spec, {"n": 2}).discard()
+    assert (sd.read_zarr(sdata.path).images.keys()) == {"he"}
+    assert heal(sdata) == ["map"]
+    assert (sd.read_zarr(sdata.path)["map"]["scale0"]["image"].values == 1).all()

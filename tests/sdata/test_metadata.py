@@ -17,7 +17,7 @@ from spatialdata.transformations import Scale, get_transformation
 from pixnet._core.stored import check_stored, identity, stored_array
 from pixnet._sdata.store import metadata
 from pixnet._sdata.store.scratch import ScratchStore
-from pixnet._sdata.store.workspace import Workspace
+from pixnet._sdata.store.workspace import Workspace, store_lock
 
 VERSIONS = f"spatialdata {sd.__version__}, zarr {zarr.__version__}, dask {dask.__version__}"
 
@@ -33,7 +33,8 @@ def root(tmp_path):
 
 @pytest.fixture
 def work(root):
-    made = Workspace.create(root, {})
+    with store_lock(root):
+        made = Workspace.create(root, {})
     yield made
     made.remove()
 

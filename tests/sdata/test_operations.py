@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 import spatialdata as sd
@@ -19,6 +21,8 @@ from spatialdata.transformations import Sequence as Chain
 
 import pixnet as px
 from pixnet._names import TOTALS
+from pixnet._programs import program_names
+from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.pixel_size import find_mpp, set_pixel_size
 from pixnet._sdata.rasters import full_resolution
 
@@ -28,6 +32,7 @@ GENES = ["ACTB", "CD3E"]
 BOX = {"min": [64, 64], "max": [256, 256]}  # x, y; whole pixels of the slide and of the map
 
 RIGHT, NO_SUMS, REFUSED = "right", "right; sums refused", "refused"
+LOST = "refused: SpatialData drops the loadings"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, and what is expected of a map of densities, of a map of log sums, and of a prediction from the slide.
+    """An operation, and what is expected of maps of densities, of log sums, of programs, and of a prediction from the slide.
 
     Attributes
     ----------
@@ -57,6 +62,8 @@ class Operation:
     do: Callable[[SpatialData], tuple[SpatialData, Keys]]
     density: str = RIGHT
     log_sum: str = RIGHT
+    programs: str = ""
+    """Empty: the same as of densities."""
     predict: str = RIGHT
     tolerance: float = 1e-5
 
@@ -81,10 +88,17 @@ def build(quantity: str, seed: int = 0) -> SpatialData:
     to_slide = Scale([STRIDE, STRIDE], axes=("x", "y"))
     values = smooth(seed + 1, 3, SIDE // STRIDE).astype(np.float32)
     values *= np.float32([[[0.002]], [[0.001]], [[5000]]]) if quantity == "log_sum" else np.float32(1000)
+    tables = {}
+    names = [*GENES, TOTALS["density" if quantity == "programs" else quantity]]
+    if quantity == "programs":
+        shares = np.random.default_rng(seed).dirichlet([1, 1, 3], 3)[:, :2]
+        loadings = pd.DataFrame(shares.astype(np.float32), columns=GENES)
+        loadings.index = names = program_names(loadings.to_numpy(), GENES)
+        tables["he_loadings"] = loadings_table(loadings, "he_genes")
     genes = Image2DModel.parse(
         values,
         dims=("c", "y", "x"),
-        c_coords=[*GENES, TOTALS[quantity]],
+        c_coords=names,
         scale_factors=[2],
         transformations={name: Chain([to_slide, system]) for name, system in placed.items()},
     )
@@ -101,15 +115,20 @@ def build(quantity: str, seed: int = 0) -> SpatialData:
             )
         },
         shapes={"bins": ShapesModel.parse(bins, transformations=dict(systems))},
+        tables=tables,
     )
 
 
 # the operations ----------------------------------------------------------------------------------------------------
 
 
-def box_crop(sdata):
+def box_crop(sdata, **options):
     found = sdata.query.bounding_box(
-        axes=("x", "y"), min_coordinate=BOX["min"], max_coordinate=BOX["max"], target_coordinate_system="global"
+        axes=("x", "y"),
+        min_coordinate=BOX["min"],
+        max_coordinate=BOX["max"],
+        target_coordinate_system="global",
+        **options,
     )
     return found, Keys()
 
@@ -126,6 +145,8 @@ def concatenated(sdata, **options):
     other = build("density", seed=7)
     if TOTALS["density"] in full_resolution(sdata["he_genes"]).coords["c"].values:
         other = build("log_sum", seed=7)
+    if "he_loadings" in sdata:
+        other = build("programs", seed=7)
     for _ in range(2):  # once more, as projects grow
         sdata = sd.concatenate({"a": sdata, "b": other}, **options)
         other = build("density", seed=8)
@@ -138,7 +159,15 @@ def parent_of_a_concatenation(sdata):
 
 
 def renamed(sdata):
-    for old, new in (("he", "slide"), ("he_genes", "picture"), ("bins", "squares"), ("he_tissue", "mask")):
+    for old, new in (
+        ("he", "slide"),
+        ("he_genes", "picture"),
+        ("bins", "squares"),
+        ("he_tissue", "mask"),
+        ("he_loadings", "table"),
+    ):
+        if old not in sdata:
+            continue
         element = sdata[old]
         del sdata[old]
         sdata[new] = element
@@ -150,8 +179,9 @@ def replaced(sdata):
     ours = full_resolution(sdata["he_genes"]).coords["c"].values[-1]
     before = build("log_sum" if ours == TOTALS["density"] else "density", seed=9)
     px.tl.aggregate(before, "bins")
-    for key in ("he", "he_genes"):
-        del before[key]
+    for key in ("he", "he_genes", *sdata.tables):
+        if key in before:
+            del before[key]
         before[key] = sdata[key]
     return before, Keys()
 
@@ -180,9 +210,15 @@ def without_record(sdata):
 
 
 OPERATIONS = {
-    "subset": Operation("`subset`", lambda sdata: (sdata.subset(["he", "he_genes", "he_tissue", "bins"]), Keys())),
-    "box": Operation("`query.bounding_box`", box_crop),
-    "polygon": Operation("`query.polygon`", polygon_crop),
+    "subset": Operation(
+        "`subset` that names the loadings, where there are any",
+        lambda sdata: (sdata.subset(["he", "he_genes", "he_tissue", "bins", *sdata.tables]), Keys()),
+    ),
+    "box": Operation("`query.bounding_box`", box_crop, programs=LOST),
+    "polygon": Operation("`query.polygon`", polygon_crop, programs=LOST),
+    "box-tables": Operation(
+        "`query.bounding_box(..., filter_table=False)`", lambda sdata: box_crop(sdata, filter_table=False)
+    ),
     "filter": Operation(
         "`filter_by_coordinate_system`", lambda sdata: (sdata.filter_by_coordinate_system("global"), Keys())
     ),
@@ -227,6 +263,7 @@ OPERATIONS = {
     "attrs": Operation("`sdata.attrs` lost", without_record),
     "store": Operation("`write` and `read_zarr`", lambda sdata: (sdata, Keys())),
 }
+CROP = re.compile("box|polygon")
 STORES = ["memory", "store before", "store after"]
 
 
@@ -245,16 +282,20 @@ def operate(operation: Operation, quantity: str, store: str, folder: Path) -> tu
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("quantity", ["density", "log_sum"])
+@pytest.mark.parametrize("quantity", ["density", "log_sum", "programs"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_aggregate(name, quantity, store, tmp_path):
     operation = OPERATIONS[name]
     sdata, keys = operate(operation, quantity, store, tmp_path)
-    expected = getattr(operation, quantity)
+    expected = getattr(operation, quantity) or operation.density
 
     def aggregated(functions):
         return px.tl.aggregate(sdata, keys.shapes, image_key=keys.map, agg_func=functions, inplace=False)
 
+    if expected == LOST:
+        with pytest.raises(KeyError, match="loadings of program map .* are missing.*filter_table=False"):
+            aggregated("mean")
+        return
     if expected != RIGHT:
         with pytest.raises(ValueError, match=r"pixel size is unknown.*set_mpp"):
             aggregated(["mean", "sum"])
@@ -265,8 +306,8 @@ def test_aggregate(name, quantity, store, tmp_path):
     found = aggregated(["mean", "sum"] if expected == RIGHT else "mean")
     truth = px.tl.aggregate(build(quantity), "bins", agg_func=["mean", "sum"], inplace=False)
     inside = shapely.box(*BOX["min"], *BOX["max"]).contains(build(quantity)["bins"].geometry)
-    ids = [i for i in truth.obs_names if i in found.obs_names and (inside[i] or name not in {"box", "polygon"})]
-    assert len(ids) == (36 if name in {"box", "polygon"} else 64)
+    ids = [i for i in truth.obs_names if i in found.obs_names and (inside[i] or not CROP.match(name))]
+    assert len(ids) == (36 if CROP.match(name) else 64)
     found, truth = found[ids], truth[ids]
     close = {"rtol": operation.tolerance}
     np.testing.assert_allclose(found.X, truth.X, **close)
@@ -284,7 +325,7 @@ def test_aggregate(name, quantity, store, tmp_path):
 def model():
     torch.manual_seed(0)
     net = px.models.PixNet(GENES, mpp=MPP, stride=STRIDE, pretrained=False, window=64, halo=64)
-    torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
+    torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
     return net.eval()
 
 
@@ -307,7 +348,7 @@ def test_predict(name, store, tmp_path, model, predicted):
     assert find_mpp(SpatialData(images={"map": found}), "map") == pytest.approx(MPP * STRIDE, rel=1e-9)
     if name == "transform-keep":  # pixels of 1 µm, enlarged for the model
         assert found.shape[1:] == predicted.shape[1:]
-    elif name in {"box", "polygon"}:
+    elif CROP.match(name):
         assert found.shape[1:] == (192 // STRIDE, 192 // STRIDE)
         # the window whose surroundings are all in the crop
         np.testing.assert_allclose(found.values[:, 16:32, 16:32], predicted[:, 32:48, 32:48], rtol=1e-5)
@@ -330,8 +371,14 @@ def test_an_object_resampled_to_pixels_of_1_um(model):
 
 def table() -> str:
     """Return the page's table."""
-    rows = ["| operation | `aggregate`, densities | `aggregate`, log sums | `predict` |", "|---|---|---|---|"]
-    rows += [f"| {o.text} | {o.density} | {o.log_sum} | {o.predict} |" for o in OPERATIONS.values()]
+    rows = [
+        "| operation | `aggregate`, densities | `aggregate`, log sums | `aggregate`, programs | `predict` |",
+        "|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {o.text} | {o.density} | {o.log_sum} | {o.programs or o.density} | {o.predict} |"
+        for o in OPERATIONS.values()
+    ]
     return "\n".join(rows)
 
 

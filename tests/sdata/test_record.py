@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import spatialdata as sd
+import zarr
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel
 
@@ -256,3 +257,46 @@ def test_the_next_to_be_resampled_has_no_pixel_size():
     resampled = sdata.transform_to_coordinate_system("global")
     use(resampled)
     assert find_mpp(resampled, "he") is None
+
+
+@pytest.mark.parametrize("done", ["nothing", "old one out", "all but the metadata"])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_change_that_version_0_0_left_undone_is_completed(tmp_path, replaces, done):
+    """Its journal holds the whole record of its object, and not what it replaces."""
+    root, work = tmp_path / "old.zarr", tmp_path / "old.zarr" / ".pixnet" / "0f"
+    before = old()
+    if not replaces:
+        del before.images["he_genes"]
+        del before.attrs["pixnet"]["images"]["he_genes"]
+    before.write(root)
+    new = image(["A", "B", TOTAL], 20, np.float32, scale_factors=[2])
+    SpatialData(images={"he_genes": new}).write(work / "new.zarr", consolidate_metadata=False)
+    record = old(model="new").attrs["pixnet"] | {"mpp": {"he": 0.125}}  # corrected on disk since
+    journal = {"kind": "images", "key": "he_genes", "consolidated": True, "pixnet": record}
+    (work / "commit.json").write_text(json.dumps(journal))
+    (work / "job.json").write_text(json.dumps({"key": "he_genes", "resumable": True, "what": {}}))
+    if done != "nothing":
+        content = json.loads((root / "zarr.json").read_text())
+        del content["consolidated_metadata"]
+        (root / "zarr.json").write_text(json.dumps(content))
+    place = root / "images" / "he_genes"
+    if done != "nothing" and replaces:
+        (work / "old" / "images").mkdir(parents=True)
+        place.rename(work / "old" / "images" / "he_genes")
+    if done.startswith("all"):
+        (work / "new.zarr" / "images" / "he_genes").rename(place)
+
+    sdata = sd.read_zarr(root)
+    use(sdata)
+    assert not work.parent.exists()
+    unwritten = sd.read_zarr(root)
+    use(unwritten)
+    px.pp.set_mpp(sdata, "he", 0.5)
+    px.pp.tissue_mask(sdata)
+    for found in (sdata, unwritten, sd.read_zarr(root)):
+        assert found["he_genes"]["scale0"]["image"].shape == (3, 20, 20)
+        assert channel_names(found["he_genes"]) == ["A", "B", TOTALS["log_sum"]]
+        assert (find_mpp(found, "he"), find_mpp(found, "he_genes")) == (0.5, 2.0)
+        assert find_entry(found, "images", "he_genes")["model"] == "new"
+        assert tissue_key(found, "he", None) == ("drawn" if found is unwritten else "he_tissue")
+    assert zarr.open_group(root).metadata.consolidated_metadata is not None

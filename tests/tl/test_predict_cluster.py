@@ -40,7 +40,7 @@ def client():
 def model():
     torch.manual_seed(0)
     net = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64)
-    torch.nn.init.normal_(net.members[0].head.weight, std=0.5)
+    torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
     return net.eval()
 
 

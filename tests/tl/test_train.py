@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_weights(slide):
     c = train(slide, **options, seed=1)
     for key, value in a.state_dict().items():
         assert torch.equal(value, b.state_dict()[key]), key
-    assert not torch.equal(a.members[0].head.weight, c.members[0].head.weight)
+    assert not torch.equal(a.members[0].last.weight, c.members[0].last.weight)
     assert torch.equal(torch.get_rng_state(), before), "the caller's random state is left alone"
 
 
@@ -79,8 +79,8 @@ def test_the_seed_is_that_of_the_settings_unless_given(slide, monkeypatch):
     monkeypatch.setattr(px.settings, "seed", 3)
     left, given, other = train(slide), train(slide, seed=3), train(slide, seed=before)
     assert left.provenance["seed"] == 3
-    assert torch.equal(left.members[0].head.weight, given.members[0].head.weight)
-    assert not torch.equal(left.members[0].head.weight, other.members[0].head.weight)
+    assert torch.equal(left.members[0].last.weight, given.members[0].last.weight)
+    assert not torch.equal(left.members[0].last.weight, other.members[0].last.weight)
 
 
 def test_genes_default_to_those_of_highest_mean(slide):
@@ -102,7 +102,7 @@ def test_starting_from_a_model_leaves_it_alone(slide, quick_model):
     new = px.tl.train(slide, model=quick_model, max_epochs=1, **options)
     assert new.genes == quick_model.genes
     assert all(torch.equal(v, before[k]) for k, v in quick_model.state_dict().items())
-    assert not torch.equal(new.members[0].head.weight, quick_model.members[0].head.weight)
+    assert not torch.equal(new.members[0].last.weight, quick_model.members[0].last.weight)
     assert {row["run"] for row in quick_model.history} == {1}
     assert [row["run"] for row in new.history[len(quick_model.history) :]] == [2]
     for own in ({"mpp": 1.0}, {"encoder": "efficientnet_lite0"}, {"hidden": 128}):  # its defaults too
@@ -287,16 +287,16 @@ class TestUntrainedModels:
         given = self._model()
         model = px.tl.train(slide, model=given, mask_key=False, variants=1, max_epochs=1)
         assert (model.feature_mean_0 != 0).all()
-        assert float(model.area_um2) == pytest.approx(np.pi * 12**2 * 0.25, rel=1e-3), "that of a spot"
+        assert float(model.head.area_um2) == pytest.approx(np.pi * 12**2 * 0.25, rel=1e-3), "that of a spot"
         share = np.log1p(1e4 * slide["spots_counts"].X / slide["spots_counts"].X.sum(axis=1, keepdims=True))[
             :, :3
         ].mean(axis=0)
-        np.testing.assert_allclose(model.members[0].head.bias.detach()[:3], share, atol=0.3)
+        np.testing.assert_allclose(model.members[0].last.bias.detach()[:3], share, atol=0.3)
         assert not given.history
         assert (given.feature_mean_0 == 0).all()
         # The same once trained: it goes on from what it knows.
         again = px.tl.train(slide, model=model, mask_key=False, variants=1, max_epochs=1, lr=1e-12)
-        torch.testing.assert_close(again.members[0].head.bias, model.members[0].head.bias)
+        torch.testing.assert_close(again.members[0].last.bias, model.members[0].last.bias)
 
     def test_a_log_sum_fits_the_size_it_was_trained_on(self):
         slides = [coloured_slide(1), coloured_slide(2)]

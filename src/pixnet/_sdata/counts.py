@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import listed
-from pixnet._sdata.genes import gene_positions
+from pixnet._programs import is_program
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.shapes import label_ids
 from pixnet._sdata.store.bound import bound
@@ -23,25 +22,6 @@ EXACT = {np.float32: 2**24, np.float64: 2**53}
 
 SUM_RATIO = 1.5
 """Totals that are sums over columns may be compared while the numbers of columns differ at most this much."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Counts of some shapes.
-
-    Attributes
-    ----------
-    rows
-        Position in the shapes element of each observation, ``(n,)``.
-    counts
-        Raw counts of the chosen genes, ``(n, genes)`` float32 or float64.
-    total
-        All UMI of each observation, ``(n,)`` float64.
-    """
-
-    rows: np.ndarray
-    counts: np.ndarray
-    total: np.ndarray
 
 
 def annotated_regions(table: Any) -> list[str]:
@@ -72,6 +52,11 @@ def made_by_pixnet(table: AnnData) -> dict[str, Any]:
 def is_predicted_table(table: AnnData) -> bool:
     """Whether a table was aggregated from an image by pixnet: it is not a measurement then."""
     return made_by_pixnet(table).get("kind") == "aggregate"
+
+
+def is_loadings(table: AnnData) -> bool:
+    """Whether a table holds the loadings of a model's programs."""
+    return table.n_obs > 0 and all(map(is_program, map(str, table.obs_names)))
 
 
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:
@@ -194,36 +179,8 @@ def element_ids(sdata: SpatialData, shapes_key: str) -> pd.Index:
     return pd.Index(label_ids(labels[labels != 0], shapes_key))
 
 
-def read_counts(
-    sdata: SpatialData,
-    table_key: str,
-    shapes_key: str,
-    genes: Sequence[str],
-    *,
-    layer: str | None = None,
-    total_key: str | None = None,
-) -> Counts:
-    """Read the counts of the shapes of one element.
-
-    Raises
-    ------
-    KeyError
-        If the layer, the total or genes are missing.
-    ValueError
-        If the counts are not raw, or the table's ids do not match the element's.
-    """
-    table = sdata.tables[table_key]
-    positions = gene_positions(table, table_key, genes)
-    rows = match_rows(sdata, table_key, shapes_key)
-    matrix = counts_matrix(table, table_key, layer)
-    total = totals(table, table_key, matrix, total_key)
-    counts = dense(matrix[:, positions])
-    here = rows >= 0
-    return Counts(rows[here], counts[here], total[here])
-
-
 def dense(matrix: Any) -> np.ndarray:
-    """Return a matrix, sparse or not, as an array."""
+    """Return a matrix, sparse, lazy or neither, as an array."""
     return matrix.toarray() if sparse.issparse(matrix) else np.asarray(matrix)
 
 

@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import annotated_regions, is_predicted_table, not_annotated
+from pixnet._sdata.counts import annotated_regions, is_loadings, is_predicted_table, not_annotated
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry, recorded
@@ -67,7 +67,7 @@ def _check_he(sdata: SpatialData, key: str) -> None:
     image = sdata.images[key]
     data = full_resolution(image)
     if is_gene_map(image):
-        raise ValueError(f"image {key!r} is a gene map (it has a channel of totals); an H&E image is needed")
+        raise ValueError(f"image {key!r} is a map of genes or programs; an H&E image is needed")
     n = data.sizes.get("c", 0)
     if "z" in data.dims:
         raise ValueError(f"image {key!r} is three-dimensional; pixnet works on 2D images")
@@ -89,7 +89,9 @@ def resolve_any_image(sdata: SpatialData, image_key: str | None = None) -> str:
     if image_key is not None:
         return _check_known(image_key, sdata.images, "image", "image_key")
     maps = [key for key in sdata.images if is_gene_map(sdata.images[key])]
-    predicted = [key for key in maps if find_entry(sdata, "images", key) is not None]
+    entries = {key: find_entry(sdata, "images", key) for key in maps}
+    # A map of some genes of a program map that is here too is not what a call means that names none.
+    predicted = [key for key, entry in entries.items() if entry is not None and entry.get("from") not in maps]
     return _only(
         predicted or maps,
         "gene map",
@@ -131,7 +133,7 @@ def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str 
         if shapes is not None and shapes not in annotated_regions(sdata.tables[table_key]):
             raise ValueError(not_annotated(sdata.tables[table_key], table_key, shapes))
         return table_key
-    measured = [key for key in sdata.tables if not is_predicted_table(sdata.tables[key])]
+    measured = [key for key, t in sdata.tables.items() if not (is_predicted_table(t) or is_loadings(t))]
     if shapes is not None:
         measured = [key for key in measured if shapes in annotated_regions(sdata.tables[key])]
         if f"{shapes}_counts" in measured:

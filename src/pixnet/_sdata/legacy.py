@@ -54,17 +54,45 @@ def bring_over(sdata: SpatialData) -> None:
     sdata.attrs = {**sdata.attrs, KEY: new}
 
 
-def write_brought_over(sdata: SpatialData) -> Entries:
-    """Write the elements that were brought over to the store of a backed object; return what is to be recorded there."""
+def is_unwritten(sdata: SpatialData) -> bool:
+    """Whether elements were brought over in memory and not in the store."""
     record = sdata.attrs.get(KEY)
-    if not isinstance(record, Mapping) or UNWRITTEN not in record:
-        return {}
+    return isinstance(record, Mapping) and UNWRITTEN in record
+
+
+def write_brought_over(sdata: SpatialData) -> Entries:
+    """Write the elements that were brought over to the store of a backed object; return what is to be recorded there.
+
+    The store's lock is held.
+    """
+    record = sdata.attrs[KEY]
     for key in record[UNWRITTEN]:
         if key in sdata.images and find_mpp(sdata, key) is not None:
             sdata.write_transformations(key)
             sdata.write_channel_names(key)
     sdata.attrs = {**sdata.attrs, KEY: {name: part for name, part in record.items() if name != UNWRITTEN}}
     return {role: recorded(sdata, role) for role in ("images", "masks")}
+
+
+def with_earlier_entries(attrs: Mapping[str, Any], key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes with what the record of a journal of version 0.0 says of one element; the rest stays as it is.
+
+    Such a journal holds the whole record of its object, in which other entries may be out of date.
+    """
+    here = attrs.get(KEY)
+    here = here if isinstance(here, Mapping) else {}
+    merged = dict(here)
+    for role in ("mpp", "images", "tables", "masks"):
+        ours, theirs = (
+            {
+                name: entry
+                for name, entry in dict(of.get(role) or {}).items()
+                if (key in {name, entry} if role == "masks" else name == key) == about
+            }
+            for of, about in ((here, False), (record, True))
+        )
+        merged[role] = {**ours, **theirs}
+    return {**attrs, KEY: merged}
 
 
 def _set_mpp(sdata: SpatialData, key: str, mpp: Any) -> bool:

@@ -32,6 +32,10 @@ class MeasuredTable:
         All UMI of each observation.
     genes
         Names of the genes.
+    panel
+        Positions of the genes that the table has; None: all of them. Others have no counts.
+    within_panel
+        Whether the total is that of the table's own genes.
     """
 
     name: str
@@ -39,6 +43,8 @@ class MeasuredTable:
     counts: Any
     total: np.ndarray
     genes: pd.Index
+    panel: np.ndarray | None = None
+    within_panel: bool = False
 
     @classmethod
     def read(cls, table: AnnData, name: str, layer: str | None, total_key: str | None) -> MeasuredTable:

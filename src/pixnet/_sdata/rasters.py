@@ -9,6 +9,7 @@ from spatialdata.transformations import get_transformation
 from xarray import DataArray, DataTree
 
 from pixnet._names import is_total
+from pixnet._programs import is_program
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,5 @@ def channel_names(image: DataArray | DataTree) -> list[str]:
 
 
 def is_gene_map(image: DataArray | DataTree) -> bool:
-    """Whether an image is a gene map: one of its channels is a total, such as ``__total__``."""
-    return any(is_total(name) for name in channel_names(image))
+    """Whether an image is a map of genes or of programs: a channel is a total, such as ``__total__``, or a program."""
+    return any(is_total(name) or is_program(name) for name in channel_names(image))

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._core.train.crops import Section, Targets
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import annotated_regions, check_totals_alike, dense, match_rows
+from pixnet._sdata.counts import annotated_regions, check_totals_alike, match_rows
 from pixnet._sdata.keys import resolve_shapes, resolve_table
 from pixnet._sdata.measured import MeasuredTable
 from pixnet._sdata.shapes import pixel_shapes
@@ -128,11 +129,14 @@ def open_section(
         rows = match_rows(slide.sdata, measured.pairs[shapes_key], shapes_key)
         here = np.flatnonzero(rows >= 0)
         shapes = pixel_shapes(slide.sdata, shapes_key, slide.key).take(rows[here]).transform(grid.to_out)
-        counts = dense(table.counts[here]).astype(np.float32)
         umi = table.total[here]
         keep = _usable(f"{measured.name}/{shapes_key}", shapes.bounds, umi, grid.out_shape)
-        cp10k = 1e4 * counts[keep] / umi[keep][:, None].astype(np.float32)
-        targets.append(Targets(shapes_key, shapes.take(keep), cp10k.astype(np.float32), umi[keep]))
+        counts = sparse.csr_array(table.counts[here[keep]])
+        targets.append(
+            Targets(
+                shapes_key, shapes.take(keep), counts, umi[keep], panel=table.panel, within_panel=table.within_panel
+            )
+        )
     return Section(measured.name, slide.reader(grid), open_mask(slide, grid.out_px), targets)
 
 

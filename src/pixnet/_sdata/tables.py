@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -14,14 +17,17 @@ from spatialdata.models import TableModel
 from xarray import DataArray
 
 from pixnet._core.coverage import Weights
-from pixnet._core.zonal import Mean, Statistic, Sum, ZonalStatistics
+from pixnet._core.zonal import Mean, Statistic, ZonalStatistics
 from pixnet._logging import logger
-from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.gene_map import GeneMap, ProgramSelection, Selection
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 
-UNITS = {"density": "density", "log_sum": "log1p CP10k / um^2"}
-"""Unit of the values of a gene map, by quantity."""
+LARGEST_DENSE = 2 << 30
+"""Bytes of genes of a program map up to which a table holds them as numbers; beyond, they are computed when asked for."""
+
+BLOCK_BYTES = 64 << 20
+"""Bytes of a block of rows of such a table."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Plan:
         The image, and its full-resolution level.
     gene_map
         The image as a gene map; None if it is not one.
+    selection
+        The genes of it that are asked for.
     names, channels
         Names of the channels asked for, and their indices; of a gene map the index of the total comes last.
     statistics
@@ -51,6 +59,7 @@ class Plan:
     image_key: str
     data: DataArray
     gene_map: GeneMap | None
+    selection: Selection | None
     names: list[str]
     channels: list[int]
     statistics: list[Statistic]
@@ -63,9 +72,7 @@ class Plan:
     @property
     def computed(self) -> list[Statistic]:
         """The statistics to compute: those asked for, and those that the CP10k of a gene map is made of."""
-        needed: list[Statistic] = [] if self.gene_map is None else [Mean()]
-        if self.gene_map is not None and self.gene_map.quantity == "log_sum":
-            needed.append(Sum())
+        needed = [] if self.selection is None else self.selection.needs
         return list({s.name: s for s in [*needed, *self.statistics]}.values())
 
 
@@ -97,15 +104,15 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
     obs["coverage"] = np.where(coverage > 1 - 1e-9, 1.0, coverage)
     thin = obs["coverage"].to_numpy() < plan.min_coverage
 
-    if plan.gene_map is None:
+    for found in sums.values.values():
+        found[thin] = np.nan
+    programs: dict[str, Any] = {"obsm": {}, "varm": {}}
+    if plan.gene_map is None or plan.selection is None:
         values, layers, units = _image_values(plan, sums)
     else:
-        values, layers, units = _map_values(plan, plan.gene_map, sums, obs)
-    if thin.any():
-        for value in (values, *layers.values()):
-            value[thin] = np.nan
-        if plan.gene_map is not None:
-            obs.loc[thin, "total"] = np.nan
+        if isinstance(plan.selection, ProgramSelection):
+            programs = _programs(plan.selection, sums.values[Mean.name])
+        values, layers, units = _map_values(plan, plan.gene_map, plan.selection, sums, obs)
     empty = int((seen == 0).sum())
     if empty or thin.any():
         logger.info(
@@ -133,36 +140,52 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
         obs=obs,
         var=pd.DataFrame(index=pd.Index(plan.names)),
         layers=layers,
-        obsm={"spatial": rows.centroids},
+        obsm={"spatial": rows.centroids, **programs["obsm"]},
+        varm=programs["varm"],
         uns={"pixnet": parameters},
     )
     return TableModel.parse(table, region=name, region_key="region", instance_key="instance_id")
 
 
 def _map_values(
-    plan: Plan, gene_map: GeneMap, sums: ZonalStatistics, obs: pd.DataFrame
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:
+    plan: Plan, gene_map: GeneMap, selection: Selection, sums: ZonalStatistics, obs: pd.DataFrame
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Return CP10k of a gene map, and statistics of its values."""
-    mean = sums.values.pop(Mean.name)
-    density, total = np.ascontiguousarray(mean[:, :-1]), mean[:, -1].astype(np.float64) / 1e4
-    del mean  # it is as large as the table
-    obs["total"] = total
-    unit = UNITS[gene_map.quantity]
-    layers, units = {"density": density}, {"density": unit}
+    mean, n_genes = sums.values[Mean.name], len(selection.genes)
+    obs["total"] = selection.total(mean).astype(np.float64) / 1e4
+    values = _by_rows(lambda rows: selection.cp10k({**sums.values, Mean.name: rows}, gene_map.pixel_um2), mean, n_genes)
+    layers: dict[str, Any] = {}
+    units: dict[str, Any] = {}
+    asked = {s.name for s in plan.statistics}
     for statistic in plan.computed:
-        if statistic.name in sums.values:
-            area = gene_map.pixel_um2 if statistic.extensive else 1.0
-            layers[statistic.name] = sums.values.pop(statistic.name)[:, :-1] * np.float32(area)
-            units[statistic.name] = statistic.unit(unit, "um^2")
-    if gene_map.quantity == "log_sum":
-        values = np.expm1(layers[Sum.name])
-    else:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = density / np.where(total > 0, total, np.nan)[:, None].astype(np.float32)
-    asked = {"density", *(s.name for s in plan.statistics)}
-    layers = {name: layer for name, layer in layers.items() if name in asked}
-    units = {name: unit for name, unit in units.items() if name in asked}
+        name = "density" if statistic.name == Mean.name else statistic.name
+        # A lazy table is given once; its densities are X times obs["total"].
+        if name == "density" and not isinstance(values, np.ndarray):
+            continue
+        if name == "density" or name in asked:
+            found = sums.values.pop(statistic.name)
+            area = np.float32(gene_map.pixel_um2 if statistic.extensive else 1.0)
+            layers[name] = _by_rows(partial(_scaled_values, selection, area), found, n_genes)
+            units[name] = selection.unit if name == "density" else statistic.unit(selection.unit, "um^2")
     return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
+
+
+def _scaled_values(selection: Selection, area: np.float32, read: np.ndarray) -> np.ndarray:
+    return selection.values(read) * area
+
+
+def _programs(selection: ProgramSelection, mean: np.ndarray) -> dict[str, Any]:
+    """Return the CP10k of the programs of each shape, and what each program has of every gene."""
+    return {"obsm": {"X_programs": selection.programs(mean)}, "varm": {"loadings": selection.loadings.T.copy()}}
+
+
+def _by_rows(function: Callable[[np.ndarray], np.ndarray], read: np.ndarray, n_genes: int) -> Any:
+    """Apply a function of rows ``(shapes, channels)`` that returns ``(shapes, genes)``, when asked for where it is large."""
+    if 4 * len(read) * n_genes <= LARGEST_DENSE or n_genes < read.shape[1]:
+        return function(read)
+    rows = max(1, BLOCK_BYTES // (4 * n_genes))
+    blocks = da.from_array(read, chunks=(rows, -1))
+    return blocks.map_blocks(function, chunks=(blocks.chunks[0], (n_genes,)), dtype=np.float32, meta=read[:0, :0])
 
 
 def _image_values(plan: Plan, sums: ZonalStatistics) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,16 +26,19 @@ MAX_NESTING = 20
 LACKING: dict[int, dict[str, Any]] = {
     1: {
         "decoder": "pixel_mlp", "widths": None, "hidden": 128, "members": 1, "quantity": "density",
-        "zoom": 1, "window": 1024, "halo": 320,
+        "zoom": 1, "window": 1024, "halo": 320, "n_programs": None,
     },
-    2: {},
+    2: {"n_programs": None},
 }  # fmt: skip
 """By header version: what a setting is that a header lacks. Whoever adds a setting adds, to each version, the value that
 models had before there was the setting; defaults of new models may change, these never do."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FLOATS, _INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32"}
-_POSITIVE = ("feature_sd_", "area_um2")
+_POSITIVE = ("feature_sd_", "head.area_um2")
+_RENAMED = ((re.compile(r"^(members\.\d+)\.head\."), r"\1.last."), (re.compile(r"^area_um2$"), "head.area_um2"))
+"""Names that tensors had in earlier versions."""
+
 Three = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=3)]
 
 
@@ -111,8 +115,9 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
         raise ValueError(f"{path} is not a whole safetensors file (cut short, or another format): {err}") from err
     with opened as file:
         header, added = _read_header(path, file.metadata() or {})
-        names = sorted(file.keys())
-        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name in names for part in [file.get_slice(name)]}
+        names = {_current(name): name for name in sorted(file.keys())}
+        parts = {name: file.get_slice(stored) for name, stored in names.items()}
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         try:
             expected = layout_of(header.config)
         except ImportError as err:
@@ -120,7 +125,8 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
         except (OSError, RuntimeError, ValueError) as err:
             raise ValueError(f"{path}: its model cannot be built: {err}") from err
         _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in added})
-        return header, added | {name: _checked_tensor(path, name, file.get_tensor(name)) for name in names}
+        tensors = {name: _checked_tensor(path, name, file.get_tensor(stored)) for name, stored in names.items()}
+        return header, added | tensors
 
 
 def _check_start(path: Path) -> None:
@@ -199,7 +205,7 @@ def _from_version_1(values: dict[str, Any]) -> dict[str, Tensor]:
     area = config.pop("area_um2", 1000.0)
     if isinstance(area, bool) or not isinstance(area, int | float) or not 0 < area < 1e12:
         raise ValueError(f"config.area_um2 is {area!r}; an area in µm² is needed")
-    return {"area_um2": torch.tensor(float(area))} if config.get("quantity") == "log_sum" else {}
+    return {"head.area_um2": torch.tensor(float(area))} if config.get("quantity") == "log_sum" else {}
 
 
 def _nesting(value: Any) -> int:
@@ -218,6 +224,13 @@ def _nesting(value: Any) -> int:
 
 
 # the tensors -------------------------------------------------------------------------------------------------------
+
+
+def _current(name: str) -> str:
+    """Return the name that a tensor has in this version."""
+    for pattern, replacement in _RENAMED:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def _check_layout(path: Path, found: Layout, expected: Layout) -> None:

@@ -86,6 +86,8 @@ class ModelConfig:
         Decoders side by side; the map is their mean.
     quantity
         ``"density"``: a gene's channel is the density of its transcripts. ``"log_sum"``: it sums to a shape's log.
+    n_programs
+        Number of programs that the map holds in place of genes; None: a channel for each gene.
     zoom
         Factor by which an image is enlarged for the encoder. Default: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window, halo
@@ -101,9 +103,18 @@ class ModelConfig:
     hidden: Width = 128
     members: Annotated[int, Field(ge=1, le=64)] = 1
     quantity: Quantity = "density"
+    n_programs: Annotated[int, Field(ge=2, le=1024)] | None = None
     zoom: Zoom = Field(default_factory=_zoom)
     window: Annotated[int, Field(ge=64, le=16384, multiple_of=64)] = Field(default_factory=_window)
     halo: Annotated[int, Field(ge=0, le=4096, multiple_of=64)] = Field(default_factory=_halo)
+
+    @model_validator(mode="after")
+    def _check_programs(self) -> ModelConfig:
+        if self.n_programs is not None and self.quantity != "density":
+            raise ValueError(
+                f"n_programs is {self.n_programs}; programs hold densities, quantity={self.quantity!r} genes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_widths(self) -> ModelConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,6 +36,12 @@ def trim(x: Tensor, n: int) -> Tensor:
     return x[..., n:-n, n:-n] if n else x
 
 
+def linear(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to pixels in rows ``(pixels, C)``: as a linear layer it is much faster."""
+    layer = cast(nn.Conv2d, layer)
+    return F.linear(rows, layer.weight.flatten(1), layer.bias)
+
+
 class StackDecoder(nn.Module):
     """All maps of the encoder brought to the output stride and stacked, then one linear layer on each pixel.
 
@@ -59,9 +67,23 @@ class StackDecoder(nn.Module):
             level = i
         return trim(enlarge(total, self.strides[level] // self.stride), crop - dropped // self.stride)
 
+    def enlargements(self, level: int) -> tuple[int, ...]:
+        """Return the factors, one after the other, by which a level's map is enlarged to the output stride."""
+        strides = [self.strides[i] for i in reversed(self.used) if i <= level] + [self.stride]
+        return tuple(before // after for before, after in zip(strides, strides[1:]))
+
+    def at(self, rows: Mapping[int, Tensor]) -> Tensor:
+        """Return decoded pixels ``(pixels, width)`` of each level's features there, ``(pixels, C)``."""
+        return torch.stack([linear(project, rows[i]) for i, project in zip(self.used, self.project)]).sum(dim=0)
+
 
 class PixelMixer(nn.Sequential):
     """A hidden layer on each pixel by itself, after norm and activation."""
 
     def __init__(self, width: int) -> None:
         super().__init__(ChannelNorm(width), nn.GELU(), nn.Conv2d(width, width, 1), nn.GELU())
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Return the same of pixels in rows ``(pixels, width)``."""
+        norm, before, layer, after = self
+        return after(linear(layer, before(nn.LayerNorm.forward(cast(nn.LayerNorm, norm), rows))))

@@ -12,10 +12,20 @@ PCC_WEIGHT = 0.5
 
 
 class ExpressionLoss(Protocol):
-    """A loss of expression: takes predicted log1p CP10k and measured CP10k ``(shapes, genes)``, returns a scalar."""
+    """A loss of expression: takes predicted log1p CP10k and measured CP10k ``(shapes, genes)``, returns a scalar.
+
+    ``pcc`` is the mean correlation; ``weights`` are those of the genes, 1 on average.
+    """
 
     def __call__(
-        self, predicted: Tensor, cp10k: Tensor, pcc: Tensor, *, umi: Tensor | None, dispersion: Tensor | None
+        self,
+        predicted: Tensor,
+        cp10k: Tensor,
+        pcc: Tensor,
+        *,
+        weights: Tensor | None,
+        umi: Tensor | None,
+        dispersion: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -42,20 +52,31 @@ def cp10k_of(log1p: Tensor) -> Tensor:
 
 
 def squared_error_and_pcc(
-    predicted: Tensor, cp10k: Tensor, pcc: Tensor, *, umi: Tensor | None = None, dispersion: Tensor | None = None
+    predicted: Tensor, cp10k: Tensor, pcc: Tensor, *, weights: Tensor | None = None, **_: Tensor | None
 ) -> Tensor:
     """Mean squared error on log1p of CP10k, plus ``0.5 (1 - PCC)`` (PixNet as published)."""
-    return F.mse_loss(predicted, torch.log1p(cp10k)) + PCC_WEIGHT * (1 - pcc)
+    return _mean((predicted - torch.log1p(cp10k)).square(), weights) + PCC_WEIGHT * (1 - pcc)
 
 
 def negative_binomial_and_pcc(
-    predicted: Tensor, cp10k: Tensor, pcc: Tensor, *, umi: Tensor | None, dispersion: Tensor | None
+    predicted: Tensor,
+    cp10k: Tensor,
+    pcc: Tensor,
+    *,
+    weights: Tensor | None = None,
+    umi: Tensor | None,
+    dispersion: Tensor | None,
 ) -> Tensor:
     """Half the negative binomial deviance of the raw counts, plus ``0.5 (1 - PCC)``: shallow shapes weigh less."""
     if umi is None or dispersion is None:
         raise ValueError("loss 'nb+pcc' needs umi= and dispersion=")
     per = umi[:, None] / 1e4
-    return nb_deviance(cp10k * per, cp10k_of(predicted) * per, dispersion).mean() + PCC_WEIGHT * (1 - pcc)
+    return _mean(nb_deviance(cp10k * per, cp10k_of(predicted) * per, dispersion), weights) + PCC_WEIGHT * (1 - pcc)
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the mean over shapes and genes ``(shapes, genes)``, genes by their weights."""
+    return values.mean() if weights is None else (values.mean(dim=0) * weights).mean()
 
 
 LOSSES: dict[str, ExpressionLoss] = {"mse+pcc": squared_error_and_pcc, "nb+pcc": negative_binomial_and_pcc}
@@ -68,6 +89,7 @@ def shape_loss(
     depth: Tensor,
     loss: ExpressionLoss = squared_error_and_pcc,
     *,
+    weights: Tensor | None = None,
     umi: Tensor | None = None,
     dispersion: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -82,8 +104,10 @@ def shape_loss(
         mean, times 1e4, ``(shapes,)``.
     loss
         The loss of expression.
+    weights
+        Weight of each gene, 1 on average, ``(genes,)``; None: all the same.
     umi
-        All UMI of each shape, ``(shapes,)``.
+        Total of each shape, ``(shapes,)``.
     dispersion
         Dispersion of each gene, ``(genes,)``.
 
@@ -94,9 +118,11 @@ def shape_loss(
     """
     r = correlation(predicted, torch.log1p(cp10k))
     known = torch.isfinite(r)
-    pcc = torch.where(known, r, 0.0).sum() / known.sum().clamp(min=1)
+    r = torch.where(known, r, 0.0)
+    weight = known.float() if weights is None else known * weights
+    pcc = (r * weight).sum() / weight.sum().clamp(min=1e-6)
     return {
-        "expression": loss(predicted, cp10k, pcc, umi=umi, dispersion=dispersion),
-        "pcc": pcc.detach(),
+        "expression": loss(predicted, cp10k, pcc, weights=weights, umi=umi, dispersion=dispersion),
+        "pcc": (r.sum() / known.sum().clamp(min=1)).detach(),
         "total": F.mse_loss(density.clamp(min=1e-6).log(), depth.log()),
     }

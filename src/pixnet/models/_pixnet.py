@@ -6,27 +6,31 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pixnet._checked import given
-from pixnet._names import TOTAL, check_genes
+from pixnet._names import check_genes
 from pixnet.models._checkpoint import Header, write_checkpoint
 from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity, Stride, Zoom, paper_levels
 from pixnet.models._encoders import Encoder, Enlarged, build_encoder, check_encoder, encoder_name
+from pixnet.models._heads import Head, MeasuredShapes, ProgramHead, build_head
 from pixnet.models._member import Member
 from pixnet.models._paper import PAPER_TRAINING
-from pixnet.models._quantity import UNITS, baseline, linked, log_expression
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class PixNet(nn.Module):
-    """Dense prediction of gene expression from H&E: encoder, decoder, and one density channel per gene.
+    """Dense prediction of gene expression from H&E: encoder, decoder, and a head that says what the channels mean.
 
-    The densities are those of transcripts in linear space, so they add up over any shape. The last channel,
-    ``__total__``, is the density of all transcripts; it averages 10,000 over the training shapes. A gene's density is the
-    product of the total and the gene's share.
+    The densities are those of transcripts in linear space, so they add up over any shape. A head of genes has a channel for
+    each gene, and the last, ``__total__``, is the density of all transcripts, which averages 10,000 over the training
+    shapes. A head of programs (``n_programs=``) has a few nonnegative channels that add up to that total, and ``loadings``
+    that say which share of each program every gene has: any number of genes for the cost of a few channels.
 
     Parameters
     ----------
@@ -52,6 +56,8 @@ class PixNet(nn.Module):
         Quantity that a gene's channel holds. ``"density"``: the linear density of its transcripts. ``"log_sum"``: a value
         per µm² whose sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was
         trained on), and may be negative. The total is a linear density in both cases. None: ``"density"``.
+    n_programs
+        Number of programs that the map holds in place of genes; 2 or more. None: a channel for each gene.
     zoom
         Factor by which an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to
         1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
@@ -92,8 +98,9 @@ class PixNet(nn.Module):
     """Settings of training that `pixnet.tl.train` takes from the model unless they are given."""
 
     encoder: Encoder
+    head: Head
+    """What the channels of the map mean."""
     members: list[Member]  # an nn.ModuleList
-    area_um2: Tensor
 
     def __init__(
         self,
@@ -107,6 +114,7 @@ class PixNet(nn.Module):
         hidden: int | None = None,
         members: int | None = None,
         quantity: Quantity | None = None,
+        n_programs: int | None = None,
         zoom: Zoom | None = None,
         window: int | None = None,
         halo: int | None = None,
@@ -117,7 +125,7 @@ class PixNet(nn.Module):
             **given(
                 genes=genes, mpp=mpp, stride=stride, decoder=decoder, widths=widths, hidden=hidden, members=members,
                 encoder=None if encoder is None else encoder_name(encoder),
-                quantity=quantity, zoom=zoom, window=window, halo=halo,
+                quantity=quantity, n_programs=n_programs, zoom=zoom, window=window, halo=halo,
             )
         )  # fmt: skip
         module = build_encoder(config.encoder if encoder is None else encoder, pretrained)
@@ -125,14 +133,12 @@ class PixNet(nn.Module):
         self.config, self.history, self.provenance, self.stain, self.training_options = config, [], {}, [], {}
         self.encoder = Enlarged(module, config.zoom) if config.zoom > 1 else module
         channels, strides = self.encoder.channels, self.encoder.strides
-        members_ = (Member(config, channels, strides) for _ in range(config.members))
+        self.head = build_head(config)
+        members_ = (Member(config, channels, strides, self.head.n_logits) for _ in range(config.members))
         self.members = nn.ModuleList(members_)  # type: ignore[assignment]
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_sd_{i}", torch.ones(n))
-        if config.quantity == "log_sum":
-            # Logits are divided by the mean area of the training shapes, so that they are of the size of logs.
-            self.register_buffer("area_um2", torch.tensor(1000.0))
 
     @classmethod
     def paper(
@@ -224,13 +230,13 @@ class PixNet(nn.Module):
 
     @property
     def genes(self) -> list[str]:
-        """Names of the gene channels; ``__total__`` follows them."""
+        """Names of the genes."""
         return list(self.config.genes)
 
     @property
     def channels(self) -> list[str]:
         """Names of all channels of the map."""
-        return [*self.genes, TOTAL]
+        return self.head.channels
 
     @property
     def mpp(self) -> float:
@@ -244,13 +250,22 @@ class PixNet(nn.Module):
 
     @property
     def quantity(self) -> str:
-        """Quantity that a gene's channel holds: ``"density"`` or ``"log_sum"``."""
+        """Quantity that the model predicts for a gene: ``"density"`` or ``"log_sum"``."""
         return self.config.quantity
+
+    @property
+    def loadings(self) -> pd.DataFrame | None:
+        """Share of each program's transcripts that each gene has, programs by genes; None for a channel for each gene."""
+        if not isinstance(self.head, ProgramHead):
+            return None
+        import pandas as pd
+
+        return pd.DataFrame(self.head.loadings.detach().cpu().numpy(), index=self.channels, columns=self.genes)
 
     @property
     def unit(self) -> str:
         """Unit of the map, in words."""
-        return UNITS[self.quantity]
+        return self.head.unit
 
     @property
     def window(self) -> int:
@@ -264,8 +279,9 @@ class PixNet(nn.Module):
 
     def __repr__(self) -> str:
         c, n = self.config, sum(p.numel() for p in self.parameters()) / 1e6
+        programs = "" if c.n_programs is None else f" in {c.n_programs} programs"
         return (
-            f"PixNet({len(c.genes)} genes, {c.mpp:g} µm/px in, {c.mpp * c.stride:g} µm/px out, "
+            f"PixNet({len(c.genes)} genes{programs}, {c.mpp:g} µm/px in, {c.mpp * c.stride:g} µm/px out, "
             f"encoder={c.encoder}, decoder={c.decoder}, members={c.members}, {n:.1f} M parameters)"
         )
 
@@ -274,7 +290,7 @@ class PixNet(nn.Module):
         return copy.deepcopy(self)
 
     def with_genes(self, genes: str | Sequence[str]) -> PixNet:
-        """Return a copy that predicts other genes: heads of genes it knows are kept, those of others start anew.
+        """Return a copy that predicts other genes: what it knows of genes is kept, others start anew.
 
         Parameters
         ----------
@@ -286,8 +302,10 @@ class PixNet(nn.Module):
         if genes == self.genes:
             return new
         new.config = replace(self.config, genes=tuple(genes))
+        new.head = build_head(new.config)
+        positions = new.head.taking_over(self.head)
         for member in new.members:
-            member.set_channels(self.channels, new.channels)
+            member.take_over(positions)
         return new
 
     def forward(self, image: Tensor, channels: Tensor | None = None, crop: int = 0) -> Tensor:
@@ -298,7 +316,8 @@ class PixNet(nn.Module):
         image
             RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
         channels
-            Indices of the wanted channels (of `channels`), the total's last; None: all.
+            Indices of the wanted genes (of `genes`), followed by the total's, which is the number of genes; None: the
+            channels of the head (`channels`).
         crop
             Map pixels to leave out at each edge: those of a halo, most of which is needed by the encoder alone.
 
@@ -330,46 +349,21 @@ class PixNet(nn.Module):
             out[i] = (f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None]
         return out
 
+    def standardise_rows(self, level: int, rows: Tensor) -> Tensor:
+        """Return features of pixels ``(pixels, C)`` of a level, standardised."""
+        return (rows - getattr(self, f"feature_mean_{level}")) / getattr(self, f"feature_sd_{level}")
+
     def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
-        maps = [self.density(member(features, channels, crop)) for member in self.members]
+        wanted = self.head.wanted(channels)
+        maps = [self.head(member(features, wanted, crop), channels) for member in self.members]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
 
-    def density(self, logits: Tensor) -> Tensor:
-        """Return the map of logits, whose last channel is the total's and the others the genes'."""
-        return linked(logits, self.area_um2 if self.quantity == "log_sum" else None)
-
-    def log_expression(self, sums: Tensor, covered: Tensor, pixel_um2: float) -> Tensor:
-        """Return the log1p CP10k of shapes from sums of the map over their pixels.
-
-        Parameters
-        ----------
-        sums
-            Sums of the map over each shape, ``(shapes, genes + 1)``, the total last.
-        covered
-            Map pixels that each shape covers, ``(shapes,)``.
-        pixel_um2
-            Area of a map pixel in µm².
-        """
-        return log_expression(sums, self.quantity, pixel_um2)
-
-    def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
-        """Start from a map that is the same everywhere.
-
-        Parameters
-        ----------
-        level
-            For densities, each gene's mean share of all transcripts, ``(G,)``; for logs, its mean log1p CP10k.
-        area_um2
-            Mean area of the training shapes in µm²; needed for ``"log_sum"``.
-        """
-        if self.quantity == "log_sum":
-            if area_um2 is None or not area_um2 > 0:
-                raise ValueError(f"area_um2 is {area_um2!r}; a map of log sums needs the mean area of its shapes")
-            self.area_um2.fill_(area_um2)
-        genes, total = baseline(level, self.quantity)
+    def start(self, measured: MeasuredShapes) -> None:
+        """Start from a map that is the same everywhere, by what was measured in the training shapes."""
+        biases, total = self.head.start(measured)
         for member in self.members:
-            member.set_baseline(genes, total)
+            member.set_baseline(biases, total)
 
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, configuration, provenance and history.

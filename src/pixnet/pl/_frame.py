@@ -102,7 +102,7 @@ def make_frame(sdata: SpatialData, anchor: str, box: Sequence[float] | None = No
 
 def predicted_box(frame: Frame, key: str, margin: float = 0.03) -> Box:
     """Return the box that holds what a gene map predicts, in frame units, with a margin: slides are mostly glass."""
-    pixels = read_pixels(frame, key, 400, [GeneMap.open(frame.sdata, key).total])
+    pixels = read_pixels(frame, key, 400, [GeneMap.open(frame.sdata, key).validity])
     known = np.isfinite(pixels.values[0])
     if not known.any():
         return frame.box

@@ -12,16 +12,13 @@ from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
 from pixnet._names import check_genes, is_total
-from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.gene_map import GeneMap, Selection
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import to_cp10k
-
-_UNITS = {"density": "density of transcripts", "cp10k": "CP10k", "log_sum": "log1p CP10k / µm²"}
 
 
 def gene_map(
@@ -125,15 +122,13 @@ def gene_map(
     check_sdata(sdata, "pl.gene_map")
     image_key = resolve_any_image(sdata, image_key)
     gene_map = GeneMap.open(sdata, image_key)
-    genes = check_genes(genes, among=gene_map.channels, where=f"gene map {image_key!r}")
+    genes = check_genes(genes, among=[*gene_map.genes, gene_map.total_name], where=f"gene map {image_key!r}")
     if show not in ("density", "cp10k"):
         raise ValueError(f"show is {show!r}; valid: 'density', 'cp10k'")
-    held = gene_map.quantity
-    if show == "cp10k" and held != "density":
-        raise ValueError(
-            f"gene map {image_key!r} holds {held!r}, which is CP10k only when summed over shapes; leave show='density' to "
-            "draw the map as it is, or draw a table: pixnet.pl.scales(..., image_key=False)"
-        )
+    of_genes = [gene for gene in genes if not is_total(gene)]
+    selection = gene_map.select(of_genes) if of_genes else gene_map.total
+    if show == "cp10k":
+        selection.check_pixels()
     if he not in ("beside", "under"):
         raise ValueError(f"he is {he!r}; valid: 'beside', 'under' (he_key=False shows none)")
     outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
@@ -154,12 +149,14 @@ def gene_map(
         if beside:
             draw_he(axes[0], frame, beside)
             axes[0].set_title("H&E")
-        values, affine = _read(frame, gene_map, genes, show, panel_pixels(axes[-1]))
+        values, affine = _read(frame, gene_map.key, selection, genes, show, panel_pixels(axes[-1]))
         shared = limits(values, percentiles, vmin, vmax) if shared_scale else None
         # The unit of the genes is written once, beside the last of them.
         last = next((g for g in reversed(genes) if not is_total(g)), None)
-        units = {last: _UNITS[show if held == "density" else held]}
-        units[gene_map.channels[gene_map.total]] = "density of all transcripts"
+        units = {
+            last: "CP10k" if show == "cp10k" else selection.label,
+            gene_map.total_name: "density of all transcripts",
+        }
         for panel, gene, picture in zip(axes[bool(beside) :], genes, values, strict=True):
             if under:
                 draw_he(panel, frame, under)
@@ -187,14 +184,12 @@ def gene_map(
     return returned(axes)
 
 
-def _read(frame: Frame, gene_map: GeneMap, genes: list[str], show: str, width: float) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    frame: Frame, image_key: str, selection: Selection, genes: list[str], show: str, width: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the values ``(gene, y, x)`` and the matrix that places them."""
-    where = [gene_map.channels.index(gene) for gene in genes]
-    if show == "density":
-        pixels = read_pixels(frame, gene_map.key, width, where)
-        return pixels.values, pixels.affine
-    pixels = read_pixels(frame, gene_map.key, width, [*where, gene_map.total])
-    cp10k = to_cp10k(pixels.values[:-1], pixels.values[-1])
-    if gene_map.total in where:  # its part of itself says nothing
-        cp10k[where.index(gene_map.total)] = pixels.values[-1]
-    return cp10k, pixels.affine
+    pixels = read_pixels(frame, image_key, width, selection.channels)
+    read = np.moveaxis(pixels.values, 0, -1)
+    of_genes = np.moveaxis(selection.pixel_cp10k(read) if show == "cp10k" else selection.values(read), -1, 0)
+    found = dict(zip(selection.genes, of_genes))
+    return np.stack([selection.total(read) if is_total(gene) else found[gene] for gene in genes]), pixels.affine

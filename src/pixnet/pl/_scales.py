@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
-from pixnet._names import check_genes, listed
+from pixnet._names import listed
 from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
@@ -20,7 +20,7 @@ from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
 from pixnet.pl._style import bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
-from pixnet.pl._values import table_values, to_cp10k
+from pixnet.pl._values import table_values
 
 
 def scales(
@@ -127,9 +127,9 @@ def scales(
         everything = [values.to_numpy() for values in columns]
         if map_key is not None:
             gene_map = GeneMap.open(sdata, map_key)
-            channels = [gene_map.channels.index(gene), gene_map.total]
-            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), channels)
-            picture = to_cp10k(pixels.values[0], pixels.values[1])
+            selection = gene_map.select([gene])
+            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), selection.channels)
+            picture = selection.pixel_cp10k(np.moveaxis(pixels.values, 0, -1))[..., 0]
             picture = np.log1p(picture) if log else picture
             everything.append(picture.ravel())
         # Each scale weighs the same in the shared limits, however many shapes it has.
@@ -193,14 +193,9 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
         return None
     if image_key is None:
         opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
-        maps = [found.key for found in opened if gene in found.genes and found.quantity == "density"]
+        maps = [found.key for found in opened if gene in found.genes and found.pixels_have_cp10k]
         maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
     found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
-    check_genes(gene, among=found.channels, where=f"gene map {found.key!r}")
-    if found.quantity != "density":
-        raise ValueError(
-            f"gene map {found.key!r} holds {found.quantity!r}, which is CP10k only when summed over shapes; pass "
-            "image_key=False to draw the tables alone"
-        )
+    found.select(gene).check_pixels()
     return found.key

@@ -10,7 +10,8 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import check_genes, listed
-from pixnet._sdata.counts import annotated_regions, counts_matrix, gene_positions, is_predicted_table, totals
+from pixnet._sdata.counts import annotated_regions, counts_matrix, is_predicted_table, totals
+from pixnet._sdata.genes import gene_positions
 
 
 def to_cp10k(density: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from pixnet._core.coverage import WEIGHTS, ShapeArrays, Weights
 from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
-from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.gene_map import GeneMap, Selection
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image, resolve_shapes
 from pixnet._sdata.pixel_size import find_mpp
@@ -155,7 +155,7 @@ def aggregate(
             plan.data.data,
             ShapeArrays.concatenate([element.geometries for element in found.values()]),
             channels=plan.channels,
-            validity=len(plan.channels) - 1 if plan.gene_map else None,
+            validity=None if plan.selection is None else len(plan.channels) - 1,
             statistics=plan.computed,
             weights=weights,
             description=f"aggregate {image_key}",
@@ -218,8 +218,17 @@ def _check(
         raise ValueError(f"min_coverage is {min_coverage}; a share from 0 to 1 is needed")
 
     check_bound(data, f"image {image_key!r}")
-    gene_map = GeneMap.open(sdata, image_key) if is_gene_map(image) else None
-    chosen, channels = _channels(image_key, channel_names(image), None if gene_map is None else gene_map.total, genes)
+    available = channel_names(image)
+    _check_unique(image_key, available)
+    gene_map, selection = None, None
+    if is_gene_map(image):
+        gene_map = GeneMap.open(sdata, image_key)
+        selection = _select(gene_map, genes)
+        for statistic in statistics:
+            selection.check_statistic(statistic)
+        chosen, channels = selection.genes, selection.channels
+    else:
+        chosen, channels = _channels(image_key, available, genes)
     systems = {}
     for name in names:
         systems[name] = shared_coordinate_system(sdata, name, image_key, coordinate_system)
@@ -227,7 +236,7 @@ def _check(
             to_coordinate_system(sdata, key, systems[name])
     mpp = find_mpp(sdata, image_key)
     if mpp is None:
-        if gene_map is not None and (any(s.extensive for s in statistics) or gene_map.quantity == "log_sum"):
+        if selection is not None and any(s.extensive for s in [*statistics, *selection.needs]):
             raise ValueError(
                 f"sums of the gene map {image_key!r} are per µm², but its pixel size is unknown: it was resampled, or its slide's "
                 f"was unknown; state it with pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
@@ -241,6 +250,7 @@ def _check(
         image_key=image_key,
         data=data,
         gene_map=gene_map,
+        selection=selection,
         names=chosen,
         channels=channels,
         statistics=statistics,
@@ -252,24 +262,31 @@ def _check(
     )
 
 
-def _channels(
-    image_key: str, available: list[str], total: int | None, genes: Sequence[str] | str | None
-) -> tuple[list[str], list[int]]:
-    """Return names and indices of the channels asked for; of a gene map the total comes last."""
-    duplicates = pd.Index(available)
+def _check_unique(image_key: str, channels: list[str]) -> None:
+    """Refuse an image in which channels share a name."""
+    duplicates = pd.Index(channels)
     if not duplicates.is_unique:
         repeated = listed(duplicates[duplicates.duplicated()].unique()[:5])
         raise ValueError(f"image {image_key!r} has several channels of one name: {repeated}; rename them")
-    position = {name: index for index, name in enumerate(available) if index != total}
+
+
+def _select(gene_map: GeneMap, genes: Sequence[str] | str | None) -> Selection:
+    """Return the genes asked for."""
+    if not gene_map.genes:
+        raise ValueError(f"gene map {gene_map.key!r} has no gene, only {gene_map.total_name!r}")
+    return gene_map.select(genes)
+
+
+def _channels(image_key: str, available: list[str], genes: Sequence[str] | str | None) -> tuple[list[str], list[int]]:
+    """Return names and indices of the channels asked for."""
+    position = {name: index for index, name in enumerate(available)}
     chosen = list(position) if genes is None else check_genes(genes)
     unknown = [gene for gene in chosen if gene not in position]
     if unknown:
         offered = list(position)
         shown = listed(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
         raise KeyError(f"image {image_key!r} has no channel {listed(unknown[:5])} (genes=); it has {shown}")
-    if not position:
-        raise ValueError(f"gene map {image_key!r} has no gene, only {available[0]!r}")
-    return chosen, [*(position[name] for name in chosen), *([] if total is None else [total])]
+    return chosen, [position[name] for name in chosen]
 
 
 def _table_keys(names: list[str], key_added: str | Mapping[str, str] | None, plan: Plan) -> dict[str, str]:

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from pixnet._correlation import pearson
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed, some
-from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, made_by_pixnet, totals
+from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, is_predicted_table, totals
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
 
@@ -142,11 +142,10 @@ def _matched(
             f"{there[0][1] if len(there) else None!r}; aggregate over the shapes that the measured table annotates"
         )
     rows = np.flatnonzero((found >= 0) & (total > 0))
-    values = dense(predicted.X[found[rows]])[:, columns].astype(np.float64)
-    # Sums of logs may come out slightly below 0; a share of transcripts cannot.
-    logs = made_by_pixnet(predicted).get("quantity", "density") != "density"
-    values = np.maximum(values, -0.99) if logs else values
-    if not logs and (values < 0).any():
+    values = dense(predicted.X[found[rows]][:, columns]).astype(np.float64)
+    if is_predicted_table(predicted):  # sums of logs may come out slightly below 0
+        values = np.maximum(values, -0.99)
+    elif (values < 0).any():
         raise ValueError(f"table {table_key!r} holds negative values; X must be CP10k, as pixnet.tl.aggregate makes it")
     known = np.isfinite(values).all(axis=1)
     rows, values = rows[known], values[known]

@@ -17,9 +17,10 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import TOTALS, check_genes
+from pixnet._names import check_genes
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import local_store
@@ -30,11 +31,18 @@ from pixnet._settings import settings
 
 if TYPE_CHECKING:
     import torch
+    from anndata import AnnData
     from spatialdata import SpatialData
     from xarray import DataArray
 
     from pixnet._core.predict.tile_runner import TileRunner
     from pixnet.models import PixNet
+
+
+Store = Literal["genes", "programs"]
+
+MOST_CHANNELS = 1000
+"""Genes up to which a map has a channel for each, unless told otherwise."""
 
 
 def predict(
@@ -43,6 +51,7 @@ def predict(
     *,
     image_key: str | None = None,
     genes: str | Sequence[str] | None = None,
+    store: Store | None = None,
     mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
@@ -53,11 +62,12 @@ def predict(
     overwrite: bool = False,
     resume: bool = False,
     inplace: bool = True,
-) -> DataArray | None:
+) -> DataArray | dict[str, DataArray | AnnData] | None:
     """Predict dense gene maps of a slide.
 
-    The map is an image element with one channel per gene and a last channel ``__total__``. It holds expected densities
-    of transcripts, in linear space, and NaN on background. The slide is predicted tile by tile, so memory does not grow
+    The map is an image element that holds expected densities of transcripts, in linear space, and NaN on background: one
+    channel per gene and a last channel ``__total__``, or the programs of the model, which add up to that total, with a table
+    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. The slide is predicted tile by tile, so memory does not grow
     with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
     at exit. With a ``dask.distributed`` client in scope, the tiles run on its workers.
 
@@ -72,6 +82,9 @@ def predict(
     genes
         Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``__total__`` is always
         added.
+    store
+        ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at any
+        scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else programs.
     mask_key
         Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
         and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
@@ -85,7 +98,8 @@ def predict(
         ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only). ``None``: ``settings.precision``, else bfloat16 if the
         device computes in it natively, else float32. The map is stored as float32 in any case.
     key_added
-        Name of the map; ``None`` is ``"{image_key}_genes"``.
+        Name of the map; ``None`` is ``"{image_key}_genes"``, of programs ``"{image_key}_programs"``. Their loadings are the
+        table ``"{image_key}_loadings"``, or ``"{key_added}_loadings"``.
     scale_factors
         How much coarser each level of the map's pyramid is than the one before. A pixel is the mean of a block of pixels
         of that level; what is left of a last block is left out.
@@ -101,8 +115,9 @@ def predict(
 
     Returns
     -------
-    DataArray or None
-        ``(c, y, x)`` with gene names on ``c``, in the coordinate systems of the image.
+    DataArray, dict or None
+        ``(c, y, x)`` with gene names on ``c``, in the coordinate systems of the image. Of programs, a dict of two elements by
+        their names: the map, and its loadings.
 
     Raises
     ------
@@ -119,7 +134,7 @@ def predict(
         If an argument or the image's pixels are of the wrong type.
     ValueError
         If the pixel size is unknown or more than 2 times coarser than that of the model, if there is no tissue, if
-        ``key_added`` exists, or an argument is out of range.
+        ``key_added`` exists, if programs are asked of a model that has none, or an argument is out of range.
 
     Notes
     -----
@@ -145,27 +160,32 @@ def predict(
     """
     check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
-    key = f"{slide.key}_genes" if key_added is None else key_added
-    if inplace:
-        _check_target(slide, key, overwrite)
     _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
-    request = _resolve(slide, model, genes, out_mpp, tile_size, scale_factors, precision, device)
+    request = _resolve(slide, model, genes, store, out_mpp, tile_size, scale_factors, precision, device)
+    key = f"{slide.key}_{request.store}" if key_added is None else key_added
+    loadings = request.loadings(key, slide.key if key_added is None else key)
+    if inplace:
+        _check_target(slide, key, "images", overwrite)
+        for name in loadings:
+            _check_target(slide, name, "tables", overwrite)
     mask = _open_tissue(request)
     runner = _make_runner(request, mask)
     samples = sample(runner.reader, mask)
     _warn_if_foreign(request, statistics(samples, mask.masked))
     if not inplace:
-        return _lazy_element(request, runner)
+        lazy = _lazy_element(request, runner)
+        return {key: lazy, **loadings} if loadings else lazy
     asked = request.asked(runner.model.hash)
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
     entry = {
         "kind": "gene_map",
+        "store": request.store,
         "model": request.model_name,
         "unit": request.model.unit,
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
-    write_map(sdata, key, runner, request.spec, job, entry, resume=resume, overwrite=overwrite)
+    write_map(sdata, key, runner, request.spec, job, entry, tables=loadings, resume=resume, overwrite=overwrite)
     return None
 
 
@@ -178,16 +198,20 @@ class _Request:
     model_name: str | None
     genes: list[str]
     channels: list[int] | None
+    names: list[str]
+    store: Store
     grid: MapGrid
     scale_factors: list[int]
     device: torch.device
     precision: str
     threads: int | None
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the map's channels."""
-        return [*self.genes, TOTALS[self.model.quantity]]
+    def loadings(self, key: str, prefix: str) -> dict[str, AnnData]:
+        """Return the table of loadings by its name; empty for a map of genes."""
+        found = self.model.loadings if self.store == "programs" else None
+        if found is None:
+            return {}
+        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name)}
 
     @property
     def transformations(self) -> dict[str, Any]:
@@ -207,7 +231,8 @@ class _Request:
             "image_key": self.slide.key,
             "image_mpp": self.slide.mpp,
             "mask_key": self.slide.mask_key,
-            "genes": self.genes,
+            "genes": self.genes if self.store == "genes" else [],
+            "store": self.store,
             "model_hash": model_hash,
             "model_mpp": self.model.mpp,
             "mpp": self.grid.mpp,
@@ -224,6 +249,7 @@ def _resolve(
     slide: Slide,
     model: PixNet | str | Path | None,
     genes: str | Sequence[str] | None,
+    store: Store | None,
     out_mpp: float | None,
     tile_size: int | None,
     scale_factors: Sequence[int],
@@ -239,7 +265,8 @@ def _resolve(
     on = resolve_device(settings.device if device is None else device)
     precision = resolve_precision(settings.precision if precision is None else precision, on)
     resolved, model_name = resolve_model(model)
-    chosen, channels = _resolve_genes(resolved, genes)
+    store = _resolve_store(resolved, genes, store)
+    chosen, channels, names = _resolve_genes(resolved, genes, store)
     grid = slide.grid(resolved.mpp, resolved.stride)
     tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide=on.type == "cuda")
     if grid.enlarged:
@@ -252,7 +279,7 @@ def _resolve(
         )
     factors = [int(factor) for factor in scale_factors]
     threads = torch.get_num_threads() if on.type == "cpu" else None
-    return _Request(slide, resolved, model_name, chosen, channels, tiles, factors, on, precision, threads)
+    return _Request(slide, resolved, model_name, chosen, channels, names, store, tiles, factors, on, precision, threads)
 
 
 def _open_tissue(request: _Request) -> TissueMask:
@@ -320,24 +347,48 @@ def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
     )
 
 
-def _check_target(slide: Slide, key: str, overwrite: bool) -> None:
-    """Check that the map can be stored under a name."""
+def _check_target(slide: Slide, key: str, kind: str, overwrite: bool) -> None:
+    """Check that the map, or its loadings, can be stored under a name."""
     check_key_free(slide.sdata, key, overwrite)
-    check_replaces(slide.sdata, key, "images")
+    check_replaces(slide.sdata, key, kind)
     if key == slide.key:
         raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
     local_store(slide.sdata)
 
 
-def _resolve_genes(model: PixNet, genes: str | Sequence[str] | None) -> tuple[list[str], list[int] | None]:
-    """Return the genes of the map, and the model's channels that it takes (None: all)."""
-    if genes is None:
-        return list(model.genes), None
-    chosen = check_genes(genes, among=model.genes, where="the model")
-    if chosen == model.genes:
-        return chosen, None
+def _resolve_store(model: PixNet, genes: str | Sequence[str] | None, store: Store | None) -> Store:
+    """Return what the map stores."""
+    if store not in (None, "genes", "programs"):
+        raise ValueError(f"store is {store!r}; valid: 'genes', 'programs', None")
+    has_programs = model.loadings is not None
+    if store == "programs":
+        if not has_programs:
+            raise ValueError(
+                "store is 'programs', and this model has a channel for each gene; leave store= out, or train one with "
+                "n_programs="
+            )
+        if genes is not None:
+            raise ValueError(
+                "a map of programs answers for all genes of the model; leave out genes=, or pass store='genes'"
+            )
+    if store is not None:
+        return store
+    n = len(model.genes) if genes is None else 1 if isinstance(genes, str) else len(genes)
+    return "programs" if has_programs and genes is None and n > MOST_CHANNELS else "genes"
+
+
+def _resolve_genes(
+    model: PixNet, genes: str | Sequence[str] | None, store: Store
+) -> tuple[list[str], list[int] | None, list[str]]:
+    """Return the genes of the map, what the model is asked for (None: all its channels), and the channels' names."""
+    if store == "programs":
+        return model.genes, None, model.channels
+    chosen = model.genes if genes is None else check_genes(genes, among=model.genes, where="the model")
+    names = model.head.gene_channels(chosen)
+    if names == model.channels:
+        return chosen, None, names
     position = {gene: k for k, gene in enumerate(model.genes)}
-    return chosen, [*(position[gene] for gene in chosen), len(model.genes)]
+    return chosen, [*(position[gene] for gene in chosen), len(model.genes)], names
 
 
 def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:

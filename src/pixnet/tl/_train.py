@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spatialdata import SpatialData
 
 from pixnet._checked import given
-from pixnet._core.train.options import Loss, TrainingOptions, as_dict, resolve_options
+from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_dict, resolve_options
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
+
+LEAST_DETECTED = 0.01
+"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
 
 FINEST_MPP = 0.5
 """Pixel size (µm/px) that a model works at unless a training slide is coarser."""
@@ -54,6 +57,7 @@ def train(
     lr: float | None = None,
     weight_decay: float | None = None,
     loss: Loss | None = None,
+    gene_weights: GeneWeights | None = None,
     total_weight: float | None = None,
     batch_shapes: int | None = None,
     batch_crops: int | None = None,
@@ -70,6 +74,7 @@ def train(
     hidden: int | None = None,
     members: int | None = None,
     quantity: Quantity | None = None,
+    n_programs: int | None = None,
     zoom: Zoom | None = None,
     window: int | None = None,
     halo: int | None = None,
@@ -92,7 +97,7 @@ def train(
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
         Gene or genes to predict. None: the 250 of highest mean that all training tables have (see
-        `pixnet.pp.select_genes`).
+        `pixnet.pp.select_genes`); with ``n_programs``, all that are detected in at least 1 % of the shapes.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -125,10 +130,14 @@ def train(
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
-    patience, lr, weight_decay, loss, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
+    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
         Settings of training: see `TrainingOptions`. None: those of ``options``, else the model's own, else the defaults.
     adapt_norms, tune_encoder, refit
         The same.
+    n_programs
+        Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
+        to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
+        measured shapes. None: a channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
         Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
 
@@ -165,13 +174,13 @@ def train(
     True
     """
     asked = given(
-        max_epochs=max_epochs, patience=patience, lr=lr, weight_decay=weight_decay, loss=loss, total_weight=total_weight,
-        batch_shapes=batch_shapes, batch_crops=batch_crops, variants=variants, stain=stain, dropout=dropout, ema=ema,
-        adapt_norms=adapt_norms, tune_encoder=tune_encoder, refit=refit,
+        max_epochs=max_epochs, patience=patience, lr=lr, weight_decay=weight_decay, loss=loss, gene_weights=gene_weights,
+        total_weight=total_weight, batch_shapes=batch_shapes, batch_crops=batch_crops, variants=variants, stain=stain,
+        dropout=dropout, ema=ema, adapt_norms=adapt_norms, tune_encoder=tune_encoder, refit=refit,
     )  # fmt: skip
     build = given(
         encoder=encoder, mpp=mpp, stride=stride, decoder=decoder, widths=widths, hidden=hidden, members=members,
-        quantity=quantity, zoom=zoom, window=window, halo=halo,
+        quantity=quantity, n_programs=n_programs, zoom=zoom, window=window, halo=halo,
     )  # fmt: skip
     _check_start(model, build)
     seed = _resolve_seed(seed)
@@ -182,7 +191,9 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    chosen, tables = _choose_genes(genes, model, tables, held_out)
+    chosen, tables = _choose_genes(genes, model, tables, held_out, n_programs is not None)
+    n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
+    _check_programs(n_programs, n_shapes)
 
     import torch
 
@@ -275,9 +286,13 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
 
 
 def _choose_genes(
-    genes: str | Sequence[str] | None, model: PixNet | None, tables: Tables, held_out: Mapping[str, Any]
+    genes: str | Sequence[str] | None,
+    model: PixNet | None,
+    tables: Tables,
+    held_out: Mapping[str, Any],
+    all_genes: bool,
 ) -> tuple[list[str], Tables]:
-    """Return the genes to predict and their counts: as given, the model's, or those of highest mean.
+    """Return the genes to predict and their counts: as given, the model's, those of highest mean, or all.
 
     Genes without a count in the training tables are left out, except those of a model that was trained before.
     """
@@ -287,13 +302,24 @@ def _choose_genes(
     elif model is not None:
         chosen = model.genes
     else:
-        chosen = rank_genes([table for name in names for table in tables[name].values()])
+        own = [table for name in names for table in tables[name].values()]
+        every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
+        chosen = rank_genes(own, **(every if all_genes else {}))
     tables = {name: {key: t.select(chosen) for key, t in found.items()} for name, found in tables.items()}
     if genes is None and model is not None and model.history:
         return chosen, tables
     columns = columns_with_counts([table for name in names for table in tables[name].values()])
     tables = {name: {key: t.keep(columns) for key, t in found.items()} for name, found in tables.items()}
     return [chosen[i] for i in columns], tables
+
+
+def _check_programs(n_programs: int | None, n_shapes: int) -> None:
+    """Refuse more programs than there are shapes to tell them apart."""
+    if isinstance(n_programs, int) and n_programs > n_shapes:
+        raise ValueError(
+            f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
+            "shapes or less"
+        )
 
 
 def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide]) -> PixNet:

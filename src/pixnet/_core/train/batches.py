@@ -11,6 +11,7 @@ from scipy import sparse
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from pixnet._core.train.crops import to_cp10k
 from pixnet._core.train.dataset import Crop, CropDataset
 
 ENOUGH_PX = 200
@@ -114,9 +115,9 @@ def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch
         tensor = torch.sparse_coo_tensor(positions, values, matrix.shape, check_invariants=False)
         targets[name] = BatchTargets(
             tensor.coalesce().to(device),
-            torch.cat([t.cp10k for t in parts]).to(device),
-            torch.cat([t.depth for t in parts]).to(device),
-            torch.cat([t.umi for t in parts]).to(device),
+            torch.from_numpy(np.concatenate([to_cp10k(t.counts, t.umi) for t in parts])).to(device),
+            torch.from_numpy(np.concatenate([t.depth for t in parts]).astype(np.float32)).to(device),
+            torch.from_numpy(np.concatenate([t.umi for t in parts]).astype(np.float32)).to(device),
         )
     crop_of_pixel = torch.from_numpy(np.repeat(np.arange(len(crops)), [len(p) for p in pixels]))
     pixel = torch.from_numpy(np.concatenate(pixels))

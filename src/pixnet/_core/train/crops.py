@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -33,20 +33,36 @@ class Targets:
         Name of the element, the same in every section that has it.
     shapes
         The shapes, in output pixels of the section's grid.
-    cp10k
-        Measured CP10k, ``(n, genes)`` float32.
+    counts
+        Raw counts, ``(n, genes)`` CSR, with a column for each gene of the model.
     umi
-        All UMI of each shape, ``(n,)``.
+        Total of each shape, ``(n,)``: all UMI, or those of the panel.
+    panel
+        Indices of the genes that were measured; None: all.
+    within_panel
+        Whether totals are those of the panel's genes, so that expression is a share of these.
     """
 
     name: str
     shapes: ShapeArrays
-    cp10k: np.ndarray
+    counts: sparse.csr_array
     umi: np.ndarray
+    panel: np.ndarray | None = None
+    within_panel: bool = False
 
     def take(self, rows: np.ndarray) -> Targets:
         """Return some of the shapes."""
-        return Targets(self.name, self.shapes.take(rows), self.cp10k[rows], self.umi[rows])
+        return replace(self, shapes=self.shapes.take(rows), counts=self.counts[rows], umi=self.umi[rows])
+
+    @property
+    def cp10k(self) -> np.ndarray:
+        """Measured CP10k, ``(n, genes)`` float32; 0 for genes that were not measured."""
+        return to_cp10k(self.counts, self.umi)
+
+
+def to_cp10k(counts: sparse.csr_array, umi: np.ndarray) -> np.ndarray:
+    """Return counts per 10,000 of a total, dense float32."""
+    return 1e4 * counts.toarray().astype(np.float32) / umi[:, None].astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pixnet._core.train.crops import Covered, Section, cover, place_crops
+from pixnet.models._heads import MeasuredShapes
 
 Features = Sequence[Sequence[Tensor]]
 """Features of crops, ``(crops, C, h, w)``, for each variant and each of the encoder's levels in use."""
@@ -28,19 +29,19 @@ class CropTargets:
         Positions of the shapes among those of their section.
     weights
         Coverage ``(shapes, pixels)`` of the crop's pixels.
-    cp10k
-        Measured CP10k, ``(shapes, genes)``.
+    counts
+        Raw counts, ``(shapes, genes)``.
     depth
         UMI per covered area over its mean in the section, times 1e4, ``(shapes,)``.
     umi
-        All UMI of each shape, ``(shapes,)``.
+        Total of each shape, ``(shapes,)``.
     """
 
     rows: np.ndarray
     weights: sparse.csr_array
-    cp10k: Tensor
-    depth: Tensor
-    umi: Tensor
+    counts: sparse.csr_array
+    depth: np.ndarray
+    umi: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -144,45 +145,87 @@ class CropDataset(Dataset[Crop]):
                 out[name] = out.get(name, 0) + len(targets.rows)
         return out
 
-    # statistics of what was measured, for the start of training and the loss ------------------------------------------
+    # what was measured, for the start of training and the loss ----------------------------------------------------------
 
-    def mean_share(self) -> Tensor:
-        """Return each gene's mean share of all transcripts over the shapes of the first element."""
-        return torch.cat([_first(crop).cp10k for crop in self.crops]).mean(dim=0) / 1e4
+    def measured(self, seed: int) -> MeasuredShapes:
+        """Return what was measured in the shapes of the first element; a head starts from it.
 
-    def mean_log(self) -> tuple[Tensor, float]:
-        """Return each gene's mean log1p CP10k over the shapes of the first element, and the µm² that these cover."""
-        logs = [torch.log1p(_first(crop).cp10k) for crop in self.crops]
-        areas = [_area(_first(crop).weights) * self.sections[crop.section].pixel_um2 for crop in self.crops]
-        return torch.cat(logs).mean(dim=0), float(np.concatenate(areas).mean())
+        Of genes that a panel lacks, shapes have the mean share that the others have.
+        """
+        targets = [(crop, name, t) for crop in self.crops for name, t in list(crop.targets.items())[:1]]
+        areas = [_area(t.weights) * self.sections[crop.section].pixel_um2 for crop, _, t in targets]
+        counts = sparse.csr_array(sparse.vstack([t.counts for *_, t in targets]), dtype=np.float64)
+        shares = sparse.csr_array(sparse.diags_array(1 / np.concatenate([t.umi for *_, t in targets])) @ counts)
+        panels = [self.panel(crop.section, name) for crop, name, _ in targets]
+        if any(panel is not None for panel in panels):
+            shares = _with_means(shares, panels, [len(t.rows) for *_, t in targets])
+        return MeasuredShapes(shares, float(np.concatenate(areas).mean()), seed)
+
+    def panel(self, section: int, name: str) -> np.ndarray | None:
+        """Return the genes that were measured in an element of a section; None: all."""
+        return next(t.panel for t in self.sections[section].targets if t.name == name)
+
+    def within_panel(self, section: int, name: str) -> bool:
+        """Return whether expression in an element of a section is a share of its panel."""
+        return next(t.within_panel for t in self.sections[section].targets if t.name == name)
 
     @cached_property
+    def _by_element(self) -> dict[str, list[tuple[int, sparse.csr_array, np.ndarray]]]:
+        """Section, counts and totals of the shapes of each element."""
+        parts: dict[tuple[int, str], list[CropTargets]] = {}
+        for crop in self.crops:
+            for name, targets in crop.targets.items():
+                parts.setdefault((crop.section, name), []).append(targets)
+        out: dict[str, list[tuple[int, sparse.csr_array, np.ndarray]]] = {}
+        for (section, name), found in parts.items():
+            counts = sparse.csr_array(sparse.vstack([t.counts for t in found]), dtype=np.float64)
+            out.setdefault(name, []).append((section, counts, np.concatenate([t.umi for t in found])))
+        return out
+
     def dispersion(self) -> dict[str, Tensor]:
-        """Each gene's dispersion in the shapes of each element, by moments: ``var = mean + dispersion * mean**2``.
+        """Return each gene's dispersion in the shapes of each element, by moments: ``var = mean + dispersion * mean**2``.
 
         The mean of a shape is its UMI times the gene's share of its section, so sections may differ in composition.
         """
-        measured: dict[tuple[int, str], list[CropTargets]] = {}
-        for crop in self.crops:
-            for name, targets in crop.targets.items():
-                measured.setdefault((crop.section, name), []).append(targets)
-        moments: dict[str, list[Tensor]] = {}
-        for (_, name), parts in measured.items():
-            umi = torch.cat([t.umi for t in parts])[:, None].double()
-            counts = torch.cat([t.cp10k for t in parts]).double() * umi / 1e4
-            mean = umi * (counts.sum(dim=0) / umi.sum().clamp(min=1))
-            excess = ((counts - mean).square() - mean).sum(dim=0)
-            moments.setdefault(name, []).append(torch.stack([excess, mean.square().sum(dim=0)]))
-        totals = {name: torch.stack(parts).sum(dim=0) for name, parts in moments.items()}
-        return {n: (excess / square.clamp(min=1e-9)).clamp(1e-2, 20).float() for n, (excess, square) in totals.items()}
+        out = {}
+        for name, parts in self._by_element.items():
+            excess = square = np.zeros(1)
+            for _, counts, umi in parts:
+                share = np.asarray(counts.sum(axis=0)).ravel() / max(umi.sum(), 1)
+                # sum of (count - mean)**2 - mean over the shapes, without a dense matrix
+                own = np.asarray((counts * counts).sum(axis=0)).ravel() - 2 * share * (counts.T @ umi)
+                squares = share**2 * (umi**2).sum()
+                excess, square = excess + own + squares - share * umi.sum(), square + squares
+            out[name] = torch.from_numpy(np.clip(excess / np.maximum(square, 1e-9), 1e-2, 20)).float()
+        return out
+
+    def signal(self) -> dict[str, Tensor]:
+        """Return each gene's share of the variance of CP10k that is not counting noise, 0 to 1, for each element."""
+        out = {}
+        for name, parts in self._by_element.items():
+            variance = noise = np.zeros(1)
+            for _, counts, umi in parts:
+                n, scale = len(umi), 1e4 / umi
+                x = sparse.csr_array(sparse.diags_array(scale) @ counts)
+                mean = np.asarray(x.mean(axis=0)).ravel()
+                variance = variance + np.asarray((x * x).sum(axis=0)).ravel() - n * mean**2
+                noise = noise + x.T @ scale  # a count's variance is its mean
+            out[name] = torch.from_numpy(np.clip(1 - noise / np.maximum(variance, 1e-9), 0, 1)).float()
+        return out
+
+
+def _with_means(shares: sparse.csr_array, panels: list[np.ndarray | None], sizes: list[int]) -> sparse.csr_array:
+    """Fill genes that a panel lacks with their mean share over the shapes that have them."""
+    known = np.zeros((len(panels), shares.shape[1]), dtype=bool)
+    for row, panel in zip(known, panels):
+        row[slice(None) if panel is None else panel] = True
+    seen = np.repeat(known, sizes, axis=0)
+    mean = np.asarray(shares.sum(axis=0)).ravel() / np.maximum(seen.sum(axis=0), 1)
+    return sparse.csr_array(shares + np.where(seen, 0.0, mean))
 
 
 def _area(weights: sparse.csr_array) -> np.ndarray:
     return np.asarray(weights.sum(axis=1)).ravel()
-
-
-def _first(crop: Crop) -> CropTargets:
-    return next(iter(crop.targets.values()))
 
 
 def _depth(name: str, umi: np.ndarray, crops: Sequence[Covered]) -> np.ndarray:
@@ -203,9 +246,9 @@ def _crop(section: Section, index: int, crop: Covered, depth: dict[str, np.ndarr
         t.name: CropTargets(
             rows := crop.rows[t.name],
             crop.weights[t.name],
-            torch.from_numpy(t.cp10k[rows]),
-            torch.from_numpy(depth[t.name][rows].astype(np.float32)),
-            torch.from_numpy(t.umi[rows].astype(np.float32)),
+            t.counts[rows],
+            depth[t.name][rows],
+            t.umi[rows],
         )
         for t in section.targets
         if t.name in crop.rows

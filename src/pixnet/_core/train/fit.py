@@ -76,6 +76,7 @@ def fit(
     kept = variants if options.refit else 1
     valid = with_features(valid, model, kept, options.stain, rng, device, "features (validation)")
     start = snapshot(model)
+    objective.prepare(train)
     run = 1 + max((row.get("run", 1) for row in model.history), default=0)
 
     def validated(row: Row) -> None:
@@ -84,7 +85,7 @@ def fit(
             on_epoch(row)
 
     if fresh:
-        initialise(model, train)
+        initialise(model, train, seed)
     state, epochs = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated).run()
     if options.refit:
         logger.info("training again on all sections, %d passes", epochs)
@@ -92,7 +93,7 @@ def fit(
         del train, valid
         model.load_state_dict(start)
         if fresh:
-            initialise(model, both)
+            initialise(model, both, seed)
         again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
         state, _ = again.run()
     model.load_state_dict(state)
@@ -101,13 +102,10 @@ def fit(
     return model.eval().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def initialise(model: PixNet, dataset: CropDataset) -> None:
-    """Let a model start from the statistics of the features and from the mean expression of the shapes."""
+def initialise(model: PixNet, dataset: CropDataset, seed: int) -> None:
+    """Let a model start from the statistics of the features and from what was measured in the shapes."""
     set_feature_statistics(model, dataset)
-    if model.quantity == "density":
-        model.set_baseline(dataset.mean_share())
-    else:
-        model.set_baseline(*dataset.mean_log())
+    model.start(dataset.measured(seed))
 
 
 def _report(train: CropDataset, valid: CropDataset) -> None:

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
+from pixnet._core.train.covered import Features, covered_features
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import autocast, crop_halo, encode_crops, standardised
+from pixnet._core.train.features import autocast, crop_halo, encode_crops
 from pixnet._core.train.options import TrainingOptions
 from pixnet.models._losses import LOSSES, ExpressionLoss, shape_loss
 from pixnet.models._pixnet import PixNet
 
-EVALUATED_CROPS = 8
+LEAST_WEIGHT = 0.02
+"""Weight of a gene whose variance is all counting noise, where one without any has 1."""
+
+EVALUATED_CROPS = 2
 """Crops in a batch of evaluation; it affects memory only."""
 
 
 class ShapeSums(NamedTuple):
-    """Sums of the map over the shapes of an element, ``(shapes, genes + 1)``, and what was measured in them."""
+    """Sums of the map over the shapes of an element, ``(shapes, channels)``, and what was measured in them."""
 
     sums: Tensor
     covered: Tensor
@@ -28,20 +32,14 @@ class ShapeSums(NamedTuple):
     umi: Tensor
 
 
-def shape_sums(
-    model: PixNet, batch: Batch, features: dict[int, Tensor], member: int | None = None
-) -> dict[str, ShapeSums]:
-    """Sum the map of a model, or of one of its members, over the shapes of each element.
-
-    What follows the decoders runs only on the pixels that shapes cover: the rest of the map is not looked at.
-    """
+def shape_sums(model: PixNet, batch: Batch, features: Features, member: int | None = None) -> dict[str, ShapeSums]:
+    """Sum the map of a model, or of one of its members, over the shapes of each element, from `covered_features`."""
     members = list(model.members) if member is None else [model.members[member]]
     densities = []
     for m in members:
         with autocast(batch.pixel.device):
-            decoded = m.decoder(features).flatten(2).transpose(1, 2)[batch.crop_of_pixel, batch.pixel]
-            logits = m.logits(decoded.T[None, :, None])
-        densities.append(model.density(logits)[0, :, 0].T)
+            logits = m.at(features, batch.crop_of_pixel, batch.pixel)
+        densities.append(model.head(logits))
     density = densities[0] if len(densities) == 1 else torch.stack(densities).mean(dim=0)
     return {
         name: ShapeSums(torch.sparse.mm(t.weights, density), t.covered, t.cp10k, t.depth, t.umi)
@@ -57,6 +55,16 @@ class Objective:
 
     def __init__(self, options: TrainingOptions, loss: ExpressionLoss | None = None) -> None:
         self.options, self.loss = options, loss or LOSSES[options.loss]
+        self._weights: dict[str, Tensor] = {}
+        self._dispersion: dict[str, Tensor] = {}
+
+    def prepare(self, dataset: CropDataset) -> None:
+        """Take from the training shapes what the losses need to know of each gene."""
+        if self.options.gene_weights == "signal":
+            signal = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
+            self._weights = {name: found / found.mean() for name, found in signal.items()}
+        if self.options.loss == "nb+pcc":
+            self._dispersion = dataset.dispersion()
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the number that is minimised."""
@@ -79,8 +87,8 @@ class Objective:
                 halo = crop_halo(model)
                 raw = encode_crops(model, dataset.images(indices, halo).to(device), halo)
             else:
-                raw = [f[indices].to(device, memory_format=torch.channels_last) for f in dataset.features[0]]
-            for name, shapes in shape_sums(model, batch, standardised(model, raw)).items():
+                raw = [f[indices].to(device) for f in dataset.features[0]]
+            for name, shapes in shape_sums(model, batch, covered_features(model, batch, raw)).items():
                 found.setdefault((batch.section, name), []).append(shapes)
         losses = [
             self._of_element(model, dataset, section, name, ShapeSums(*map(torch.cat, zip(*found[section, name]))))
@@ -91,14 +99,31 @@ class Objective:
     def _of_element(
         self, model: PixNet, dataset: CropDataset, section: int, name: str, shapes: ShapeSums
     ) -> dict[str, Tensor]:
+        head, pixel_um2, device = model.head, dataset.sections[section].pixel_um2, shapes.sums.device
+        panel = dataset.panel(section, name)
+        genes = None if panel is None else torch.from_numpy(panel).to(device)
+        total = head.total(shapes.sums)
+        if genes is not None and dataset.within_panel(section, name):
+            predicted = head.log_expression(shapes.sums, pixel_um2, genes)
+        else:
+            predicted = head.log_expression(shapes.sums, pixel_um2)
+            predicted = predicted if genes is None else predicted[:, genes]
+
+        def of_genes(known: dict[str, Tensor]) -> Tensor | None:
+            if name not in known:
+                return None
+            values = known[name].to(device)
+            return values if genes is None else values[genes]
+
         return shape_loss(
-            model.log_expression(shapes.sums, shapes.covered, dataset.sections[section].pixel_um2),
-            shapes.sums[:, -1] / shapes.covered.clamp(min=1e-6),
-            shapes.cp10k,
+            predicted,
+            total / shapes.covered.clamp(min=1e-6),
+            shapes.cp10k if genes is None else shapes.cp10k[:, genes],
             shapes.depth,
             self.loss,
+            weights=of_genes(self._weights),
             umi=shapes.umi,
-            dispersion=dataset.dispersion[name].to(shapes.sums.device) if self.options.loss == "nb+pcc" else None,
+            dispersion=of_genes(self._dispersion),
         )
 
 

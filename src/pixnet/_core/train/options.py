@@ -11,6 +11,7 @@ from pydantic import Field
 from pixnet._checked import checked
 
 Loss = Literal["mse+pcc", "nb+pcc"]
+GeneWeights = Literal["signal", "equal"]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Nonnegative = Annotated[float, Field(ge=0)]
@@ -34,6 +35,9 @@ class TrainingOptions:
         ``"mse+pcc"``: mean squared error on log1p of CP10k plus ``0.5 (1 - PCC)``, PCC per gene over the shapes of a batch
         (PixNet). ``"nb+pcc"``: half the negative binomial deviance of the raw counts in place of the error, with each
         gene's dispersion taken from the training shapes, so that shapes of few transcripts weigh less.
+    gene_weights
+        ``"signal"``: genes weigh in the loss of expression by the share of their variance that is not counting noise.
+        ``"equal"``: all genes weigh the same.
     total_weight
         Weight of the loss of totals, the squared error of the log depth.
     batch_shapes
@@ -77,6 +81,7 @@ class TrainingOptions:
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Nonnegative = 1e-2
     loss: Loss = "mse+pcc"
+    gene_weights: GeneWeights = "equal"
     total_weight: Nonnegative = 0.2
     batch_shapes: Count = 48
     batch_crops: Count = 32

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
+from pixnet._core.train.covered import Features, covered_features
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import crop_halo, encode_crops, standardised
+from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet._core.train.objective import Objective, shape_sums
 from pixnet._settings import settings
 from pixnet.models._pixnet import PixNet
@@ -111,7 +113,11 @@ class Trainer:
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=options.weight_decay)
+        # Loadings are logits: decay would pull all genes to one share.
+        loadings = [p for p in model.head.parameters() if p.requires_grad]
+        others = [p for p in self.trained if not any(p is other for other in loadings)]
+        groups: list[dict[str, Any]] = [{"params": others}, {"params": loadings, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
         steps = len(self.sampler) * self.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: learning_rate(step, steps))
         self.average = WeightAverage(model, options.ema)
@@ -189,7 +195,7 @@ class Trainer:
         self.optimiser.step()
         return {key: float(sum(found[key].detach() for found in members)) / len(members) for key in members[0]}
 
-    def _features(self, batch: Batch) -> dict[int, Tensor]:
+    def _features(self, batch: Batch) -> Features:
         """Return the features of a batch in randomly drawn versions, with channels dropped."""
         model, options, rng = self.model, self.options, self.rng
         if options.tune_encoder:
@@ -200,15 +206,13 @@ class Trainer:
             variants = self.train.features
             drawn = torch.randint(len(variants), (len(batch.crops),), generator=rng).tolist()
             raw = [
-                torch.stack([variants[v][level][i] for v, i in zip(drawn, batch.crops)]).to(
-                    self.device, memory_format=torch.channels_last
-                )
+                torch.stack([variants[v][level][i] for v, i in zip(drawn, batch.crops)]).to(self.device)
                 for level in range(len(variants[0]))
             ]
-        features = standardised(model, raw)
+        keep = None
         if options.dropout > 0:
-            for level in model.levels:
-                f = features[level]
-                keep = torch.rand(f.shape[:2], generator=rng).to(f.device) >= options.dropout
-                features[level] = f * (keep / (1 - options.dropout))[:, :, None, None]
-        return features
+            keep = {}
+            for level, feature in zip(model.levels, raw):
+                kept = torch.rand(feature.shape[:2], generator=rng) >= options.dropout
+                keep[level] = kept.to(self.device) / (1 - options.dropout)
+        return covered_features(model, batch, raw, keep)

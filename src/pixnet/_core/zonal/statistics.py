@@ -30,6 +30,8 @@ class Statistic(ABC):
         How messages list it; empty: by its name.
     extensive
         Whether it grows with the area: a sum over pixels is to be multiplied by a pixel's area, a mean is not.
+    linear
+        Whether that of a sum of channels is the sum of theirs.
     bytes_per_pixel
         Memory that it takes for each pixel of a shape until the last tile of the shape is done, for each channel.
     """
@@ -37,6 +39,7 @@ class Statistic(ABC):
     name: str
     syntax = ""
     extensive = False
+    linear = False
     bytes_per_pixel = 0
 
     @classmethod
@@ -93,6 +96,7 @@ class Mean(_FixedSize):
     """Mean of the pixels, weighted by their area inside the shape."""
 
     name = "mean"
+    linear = True
     initial = (0.0, 0.0)
 
     def update(self, pixels: ZonePixels) -> tuple[NDArray[np.float64], ...]:

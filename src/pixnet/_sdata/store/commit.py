@@ -18,15 +18,14 @@ nothing that was changed meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._sdata.record import Entries
 from pixnet._sdata.store import metadata
-from pixnet._sdata.store.workspace import JOURNAL, NEW, OLD, Workspace, read_json, store_lock, work_folders, write_json
+from pixnet._sdata.store.workspace import JOURNAL, NEW, OLD, Workspace, read_json, work_folders, write_json
 
 
 class CommittedError(OSError):
@@ -34,16 +33,24 @@ class CommittedError(OSError):
 
 
 def commit(
-    sdata: SpatialData, work: Workspace, kind: str, key: str, *, overwrite: bool, entries: Entries | None = None
+    root: Path,
+    work: Workspace,
+    kind: str,
+    key: str,
+    *,
+    overwrite: bool,
+    entries: Entries | None = None,
+    companions: Mapping[str, str] | None = None,
 ) -> None:
-    """Move a whole new element from its work folder to its place in the store of ``sdata`` (steps 1 to 5).
+    """Move a whole new element from its work folder to its place in a store (steps 1 to 5).
 
-    The caller removes the work folder, with the old element in it, when this has returned.
+    The caller holds the store's lock, reads the element before it gives the lock back, and then removes the work
+    folder, with the old element in it.
 
     Parameters
     ----------
-    sdata
-        A backed object.
+    root
+        The store.
     work
         The work folder. Its ``new.zarr`` holds the element.
     kind, key
@@ -52,26 +59,35 @@ def commit(
         Whether an element of that name may be replaced.
     entries
         What is recorded of it.
+    companions
+        Other elements in ``new.zarr`` that belong to it: their types by name. They go with it.
     """
-    root = Path(str(sdata.path))
-    with store_lock(root):
-        finish_interrupted(root, work)
-        check_free_on_disk(root, key, overwrite)
-        journal = {
-            "kind": kind,
-            "key": key,
-            "entries": dict(entries or {}),
-            "consolidated": metadata.is_consolidated(root),
-            "replaces": metadata.stored_elements(root, key),
-            "new": metadata.stored_elements(work.path / NEW, key)[kind],
-        }
-        try:
-            write_json(work.path / JOURNAL, journal)
-            complete(root, work)
-        except OSError as error:
-            if not work.committed:
-                raise
+    finish_interrupted(root, work)
+    others = dict(companions or {})
+    for name in (key, *others):
+        check_free_on_disk(root, name, overwrite)
+    journal = {
+        "kind": kind,
+        "key": key,
+        "entries": dict(entries or {}),
+        "consolidated": metadata.is_consolidated(root),
+        "replaces": metadata.stored_elements(root, key),
+        "new": metadata.stored_elements(work.path / NEW, key)[kind],
+        "companions": [
+            {"kind": other, "key": name, "replaces": metadata.stored_elements(root, name)}
+            for name, other in others.items()
+        ],
+    }
+    try:
+        write_json(work.path / JOURNAL, journal)
+        complete(root, work)
+    except BaseException as error:
+        if not work.committed:
+            raise
+        work.release()  # before the store's lock: who gets that next completes the change
+        if isinstance(error, OSError):
             raise committed(root, key, error) from error
+        raise
 
 
 def committed(root: Path, key: str, error: OSError) -> CommittedError:
@@ -85,7 +101,7 @@ def committed(root: Path, key: str, error: OSError) -> CommittedError:
 
 
 def check_free_on_disk(root: Path, key: str, overwrite: bool) -> None:
-    """Refuse a name that the store holds, unless it may be replaced: the object may not know of it."""
+    """Refuse a name that the store holds, unless it may be replaced: the object may not know of it. The lock is held."""
     if not overwrite and metadata.stored_elements(root, key):
         raise ValueError(
             f"{key!r} exists in {root}, not in this object: another process wrote it since the store was read, or it was "
@@ -118,12 +134,18 @@ def complete(root: Path, work: Workspace) -> dict[str, Any]:
     kind, key = journal["kind"], journal["key"]
     if kind is not None:
         metadata.drop_consolidated(root, work)
+        for companion in journal.get("companions", ()):
+            if not _move(root, work, companion):
+                logger.warning("%r in %s was changed after a change of %r was interrupted", companion["key"], root, key)
         if _move(root, work, journal):
             there = metadata.stored_elements(root, key).get(kind)
-            if there != journal["new"]:  # changed since by another hand: what is recorded of ours may not hold
+            if there != journal.get("new", there):  # changed since by another hand: our entries may not hold
                 journal["entries"] = {}
             metadata.list_label(root, work, key)
-            metadata.write_entries(root, work, key, journal["entries"])
+            if "entries" in journal:
+                metadata.write_entries(root, work, key, journal["entries"])
+            else:  # of version 0.0
+                metadata.write_earlier_entries(root, work, key, journal["pixnet"])
         else:
             there = None
             logger.warning("%r in %s was changed after a change of it was interrupted, which is dropped", key, root)
@@ -141,7 +163,8 @@ def _move(root: Path, work: Workspace, journal: dict[str, Any]) -> bool:
     if not new.exists():
         return True
     there = metadata.stored_elements(root, key)
-    if not old.exists() and there != journal["replaces"]:
+    replaces = journal.get("replaces", there)
+    if there != {other: told for other, told in replaces.items() if not (old / other / key).exists()}:
         return False
     for other in there:
         (old / other).mkdir(parents=True, exist_ok=True)

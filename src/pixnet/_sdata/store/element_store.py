@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import uuid
 import warnings
 from collections.abc import Callable
@@ -19,9 +21,9 @@ from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
 from pixnet._sdata.keys import check_key_free
-from pixnet._sdata.legacy import write_brought_over
+from pixnet._sdata.legacy import bring_over, is_unwritten, write_brought_over
 from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
-from pixnet._sdata.record import Entries, update
+from pixnet._sdata.record import KEY, Entries, update
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.commit import CommittedError, commit, committed, complete, finish_interrupted
 from pixnet._sdata.store.metadata import (
@@ -36,6 +38,7 @@ from pixnet._sdata.store.workspace import (
     JOURNAL,
     NEW,
     WORK,
+    Workspace,
     read_json,
     store_lock,
     work_folder,
@@ -92,9 +95,11 @@ def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, 
             check_bound(element, f"what {key!r} is made of")  # while it was written, its pixels were read
         if kind in {"images", "labels"}:
             stamp(work.path / NEW / kind / key, uuid.uuid4().hex)
-        commit(sdata, work, kind, key, overwrite=overwrite, entries=entries)
-    in_memory = isinstance(element, AnnData | GeoDataFrame)
-    set_element(sdata, key, element if in_memory else read_element(root, kind, key), entries)
+        with store_lock(root):
+            commit(root, work, kind, key, overwrite=overwrite, entries=entries)
+            if not isinstance(element, AnnData | GeoDataFrame):
+                element = read_element(root, kind, key)
+    set_element(sdata, key, element, entries)
 
 
 def heal(sdata: SpatialData) -> list[str]:
@@ -113,26 +118,40 @@ def heal(sdata: SpatialData) -> list[str]:
     path = sdata.path
     if path is None or "://" in str(path) or not os.path.exists(os.path.join(path, WORK)):
         return []
-    root = Path(path)
+    root, done = Path(path), []
     try:
         with store_lock(root):
-            done = finish_interrupted(root)
+            done = [journal for journal in finish_interrupted(root) if journal["kind"] is not None]
+            elements = [read_element(root, journal["kind"], journal["key"]) for journal in done]
+            companions = [
+                {c["key"]: read_element(root, c["kind"], c["key"]) for c in journal.get("companions", ())}
+                for journal in done
+            ]
+            record = read_json(root / METADATA)["attributes"].get(KEY)
     except OSError as error:
-        if not any((folder / JOURNAL).exists() for folder in work_folders(root)):
+        if not done and not any((folder / JOURNAL).exists() for folder in work_folders(root)):
             return []  # a store that is only read is left as it is
         raise type(error)(
             error.errno, f"a change of {root} was interrupted and has to be completed first; {error.strerror}"
         ) from error
-    for journal in done:
-        if journal["kind"] is not None:
-            set_element(sdata, journal["key"], read_element(root, journal["kind"], journal["key"]), journal["entries"])
-    return [journal["key"] for journal in done if journal["kind"] is not None]
+    for journal, element, others in zip(done, elements, companions):
+        for name, other in others.items():
+            set_element(sdata, name, other, None)
+        if "entries" in journal:
+            set_element(sdata, journal["key"], element, journal["entries"])
+        else:  # of version 0.0, which the element is brought over from as the object is
+            replace(sdata, journal["key"], element)
+            sdata.attrs = {**sdata.attrs, KEY: record}
+    return [journal["key"] for journal in done]
 
 
 def write_earlier(sdata: SpatialData) -> None:
     """Bring the store of an earlier version over, before its old record goes with the next change."""
-    entries = write_brought_over(sdata)
-    if entries:
+    root = local_store(sdata)
+    bring_over(sdata)
+    if root is not None and is_unwritten(sdata):
+        with store_lock(root):
+            entries = write_brought_over(sdata)
         record_entries(sdata, entries)
 
 
@@ -153,7 +172,7 @@ def write_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     except ValueError as error:
         logger.warning("the pixel size of %r is set in this object alone: %s", image_key, error)
         root = None
-    if root is not None and (root / "images" / image_key).exists():
+    if root is not None and _is_stored(root / "images" / image_key, root):
         scale = Scale([mpp, mpp], axes=("x", "y"))
         try:
             update_element_attrs(
@@ -251,6 +270,29 @@ def read_element(root: Path, kind: str, key: str) -> Any:
     return getattr(sd.read_zarr(root, selection=(kind,)), kind)[key]
 
 
+def _is_stored(element: Path, root: Path) -> bool:
+    """Whether a store holds an element; one that another process is replacing is away for a moment."""
+    if element.exists():
+        return True
+    with contextlib.suppress(PermissionError), store_lock(root):
+        return element.exists()
+    return False
+
+
+def prepare(work: Workspace, key: str, element: Any) -> None:
+    """Write a further element into the small store of a work folder."""
+    single = work.path / "single.zarr"
+    shutil.rmtree(single, ignore_errors=True)  # of an interrupted run
+    kind = _write_single(single, key, element)
+    place = work.path / NEW / kind / key
+    if place.parent.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        (single / kind / key).rename(place)
+    else:
+        (single / kind).rename(place.parent)  # with the metadata of the group
+    shutil.rmtree(single)
+
+
 def _write_single(path: Path, key: str, element: Any) -> str:
     """Write one element into a small store of its own, and return its type."""
     with warnings.catch_warnings():
@@ -263,7 +305,12 @@ def _write_single(path: Path, key: str, element: Any) -> str:
 
 def set_element(sdata: SpatialData, key: str, element: Any, entries: Entries | None) -> None:
     """Set an element in memory, in place of one of any type, and what is recorded of it."""
+    replace(sdata, key, element)
+    update(sdata, key, entries or {})
+
+
+def replace(sdata: SpatialData, key: str, element: Any) -> None:
+    """Set an element in memory, in place of one of any type."""
     if key in sdata:
         del sdata[key]
     sdata[key] = element
-    update(sdata, key, entries or {})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from zarr.codecs import BloscCodec
@@ -20,17 +21,18 @@ from zarr.codecs import BloscCodec
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
 from pixnet._sdata.record import Entries
-from pixnet._sdata.store.commit import check_free_on_disk, commit
+from pixnet._sdata.store.commit import CommittedError, check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
     heal,
     local_store,
+    prepare,
     read_element,
     set_element,
     write_earlier,
 )
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch, scratch_root
-from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, work_folders, write_json
+from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""
@@ -151,13 +153,15 @@ class MapWriter:
         if store is not None:
             heal(sdata)
             write_earlier(sdata)
-            check_free_on_disk(store, key, overwrite)
         root = scratch_root() if store is None else store
         job = {"key": key, "resumable": True, "what": dict(job)}
-        found = _interrupted(root, key, job, resume)
+        with store_lock(root):
+            if store is not None:
+                check_free_on_disk(store, key, overwrite)
+            found = _interrupted(root, key, job, resume)
+            work = Workspace.create(root, job) if found is None else found
         if found is None and resume:
             logger.info("nothing to resume for %r: starting from the beginning", key)
-        work = Workspace.create(root, job) if found is None else found
         try:
             if found is None:
                 _write_empty(work.path / NEW, key, spec)
@@ -199,30 +203,39 @@ class MapWriter:
             found.update((r, c) for r in rows for c in columns)
         return sorted(found)
 
-    def finish(self, sdata: SpatialData, entries: Entries | None = None) -> None:
-        """Put the map in its place and bind it in ``sdata``, with what is recorded of it, in one step."""
+    def finish(
+        self, sdata: SpatialData, entries: Entries | None = None, tables: Mapping[str, AnnData] | None = None
+    ) -> None:
+        """Put the map in its place and bind it in ``sdata``, with its tables and what is recorded of it, in one step."""
         self._log.close()
-        new = self._work.path / NEW
+        new, tables = self._work.path / NEW, dict(tables or {})
         for partial in new.rglob("*.partial"):  # what a killed writer left
             partial.unlink(missing_ok=True)
         what = json.dumps(self._work.job["what"], sort_keys=True)
         stamp(self._element, hashlib.sha256(what.encode()).hexdigest())
-        place = self.root
+        for name, table in tables.items() if not self.scratch else ():
+            prepare(self._work, name, table)
         if self.scratch:
             place = self.root / f"{self._work.path.name}.zarr"
             new.rename(place)
-        else:
-            try:
-                commit(sdata, self._work, "images", self.key, overwrite=self.overwrite, entries=entries)
-            except BaseException:
-                if self._work.committed:  # unlocked, so that the next call completes it
-                    self._work.release()
-                raise
-        self._placed = True
-        self._work.remove()
-        element = read_element(place, "images", self.key)
-        if self.scratch:
+            self._placed = True
+            element = read_element(place, "images", self.key)
             bind_scratch(element, place)
+        else:
+            with store_lock(self.root):
+                try:
+                    commit(
+                        self.root, self._work, "images", self.key, overwrite=self.overwrite, entries=entries,
+                        companions=dict.fromkeys(tables, "tables"),
+                    )  # fmt: skip
+                except CommittedError:
+                    self._placed = True
+                    raise
+                self._placed = True
+                element = read_element(self.root, "images", self.key)
+        self._work.remove()
+        for name, table in tables.items():
+            set_element(sdata, name, table, None)
         set_element(sdata, self.key, element, entries)
 
     @property
@@ -284,7 +297,7 @@ def _chunks_over(start: int, stop: int, factor: int, chunk: int, size: int) -> r
 
 
 def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> Workspace | None:
-    """Find what is left of a map of that name: to go on with, or to clear."""
+    """Find what is left of a map of that name: to go on with, or to clear. The store's lock is held."""
     found = None
     for folder in work_folders(root):
         try:
@@ -294,6 +307,11 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
         if other.get("key") != key or not other.get("resumable"):
             continue
         work = Workspace.adopt(folder)
+        if work is not None and work.committed:  # its process has just failed: the next commit completes it
+            work.release()
+            continue
+        if work is None and not folder.exists():  # its process has just finished
+            continue
         if work is None:
             raise RuntimeError(
                 f"another process is writing {key!r} into {root}; wait for it, or choose another key_added="

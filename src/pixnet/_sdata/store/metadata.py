@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import zarr
 from spatialdata.transformations import BaseTransformation
 
+from pixnet._sdata.legacy import with_earlier_entries
 from pixnet._sdata.record import Entries, merged
 from pixnet._sdata.store.workspace import NEW, Workspace, read_json, write_json
 
@@ -82,8 +83,17 @@ def list_label(root: Path, work: Workspace, key: str) -> None:
 
 def write_entries(root: Path, work: Workspace, key: str | None, entries: Entries) -> None:
     """Merge entries into the record of a store; whatever else is in its attributes stays."""
+    _update_attrs(root, work, lambda attrs: merged(attrs, key, entries))
+
+
+def write_earlier_entries(root: Path, work: Workspace, key: str, record: Mapping[str, Any]) -> None:
+    """Merge what a record of version 0.0 says of an element into that of a store, to be brought over with it."""
+    _update_attrs(root, work, lambda attrs: with_earlier_entries(attrs, key, record))
+
+
+def _update_attrs(root: Path, work: Workspace, update: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     content = read_json(root / METADATA)
-    attrs = merged(content["attributes"], key, entries)
+    attrs = update(content["attributes"])
     if attrs != content["attributes"]:
         write_json(root / METADATA, {**content, "attributes": attrs}, through=work.path)
 

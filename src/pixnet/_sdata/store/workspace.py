@@ -1,7 +1,7 @@
 """Folders in which elements are prepared, ``<store>/.pixnet/<id>/``, and the locks of a store.
 
 Readers do not see the folders. A folder is locked as long as its process lives, so that no other process takes it for
-debris. The store's own lock is held while metadata changes, for milliseconds.
+debris. The store's own lock is held while folders are made or taken over, and while metadata changes, for milliseconds.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ class Workspace:
 
     @classmethod
     def create(cls, root: Path, job: dict[str, Any]) -> Workspace:
-        """Make a work folder under a store; ``job`` says what it is for."""
+        """Make a work folder under a store, whose lock is held; ``job`` says what it is for."""
         path = root / WORK / uuid.uuid4().hex
-        with store_lock(root):  # so that nobody sees the folder before its lock
-            try:
-                path.mkdir()
-                work = cls(path, job, _lock(path))
-                write_json(path / JOB, job)
-            except OSError:
-                shutil.rmtree(path, ignore_errors=True)
-                raise
+        try:
+            path.mkdir()
+            work = cls(path, job, _lock(path))
+            write_json(path / JOB, job)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return work
 
     @classmethod
     def adopt(cls, path: Path) -> Workspace | None:
-        """Take over a work folder that was left behind; None if its process is alive or has just removed it."""
+        """Take over a work folder that was left behind; None if its process is alive or has just removed it.
+
+        The store's lock is held, so that two processes which look at the folder do not take each other for its owner.
+        """
         try:
             lock = _lock(path)
         except (BlockingIOError, FileNotFoundError):
@@ -71,13 +73,23 @@ class Workspace:
     def release(self) -> None:
         """Unlock the folder and leave it."""
         if self._lock is not None:
-            self._lock.close()
+            _unlock(self._lock)
             self._lock = None
 
     def remove(self) -> None:
-        """Delete the folder, and ``.pixnet`` when it was the last one."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder, and ``.pixnet`` when it was the last one.
+
+        What says that the work can be resumed goes first, for a deletion may be killed, and the lock goes last.
+        """
+        with contextlib.suppress(OSError):
+            (self.path / DONE).unlink(missing_ok=True)
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK:
+                    path.unlink(missing_ok=True)
         self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()
 
@@ -85,7 +97,8 @@ class Workspace:
 @contextlib.contextmanager
 def work_folder(root: Path, key: str) -> Iterator[Workspace]:
     """Yield a new work folder and remove it at the end, unless what it holds was committed and is not in place yet."""
-    work = Workspace.create(root, {"key": key, "resumable": False})
+    with store_lock(root):
+        work = Workspace.create(root, {"key": key, "resumable": False})
     try:
         yield work
     finally:
@@ -131,7 +144,7 @@ def store_lock(root: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-        handle.close()
+        _unlock(handle)
         with contextlib.suppress(OSError):
             path.parent.rmdir()
 
@@ -150,7 +163,7 @@ def _open_lock(path: Path) -> Any:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
                 return handle
-        handle.close()
+        _unlock(handle)
 
 
 def _lock(path: Path) -> Any:
@@ -161,6 +174,14 @@ def _lock(path: Path) -> Any:
         handle.close()
         raise
     return handle
+
+
+def _unlock(handle: Any) -> None:
+    """Give a lock back; closing alone does not where a child process that was forked meanwhile has the file open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    handle.close()
 
 
 def _flock(handle: Any, wait: bool) -> None:

@@ -18,6 +18,7 @@ from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from spatialdata import SpatialData
 
     from pixnet._core.predict.tile_runner import TileRunner
@@ -31,6 +32,7 @@ def write_map(
     job: Mapping[str, Any],
     entry: Mapping[str, Any],
     *,
+    tables: Mapping[str, AnnData] | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -48,6 +50,8 @@ def write_map(
         See :meth:`MapWriter.open`.
     entry
         What is recorded of the map.
+    tables
+        Tables that belong to it, by name: they are put in place with it.
 
     Raises
     ------
@@ -58,7 +62,7 @@ def write_map(
     writer = MapWriter.open(sdata, key, spec, job, resume=resume, overwrite=overwrite)
     try:
         _run_tiles(writer, runner)
-        writer.finish(sdata, {"images": {key: entry}})
+        writer.finish(sdata, {"images": {key: entry}}, tables)
     except BaseException as error:
         if writer.committed:
             raise

@@ -1,0 +1,146 @@
+"""Speed of this version of pixnet beside another one, in one run on one machine.
+
+    git worktree add /tmp/other 1831daa
+    python benchmarks/versions.py /tmp/other/src
+    python benchmarks/versions.py /tmp/other/src --only aggregate first --repeats 7
+
+Each measurement runs in a process of its own, the two versions in turn, so that other work on the machine slows both alike.
+
+aggregate
+    Spots, cells and bins of the store of `aggregate.py` (50 genes); the best of three calls after one to warm up.
+first
+    The first call in a process, on a small image, with an empty cache of compiled kernels: that of a fresh installation.
+predict
+    Section C5 of her2st with the shipped model (needs the data; see ``PIXNET_DATA_DIR``), to a store.
+
+The table gives the least and the median over repeats of wall time, and the least CPU time, each with its ratio new / old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHAPES = ("spots", "cells", "bins")
+
+
+def timed(call) -> tuple[float, float]:
+    """Return wall and CPU seconds of a call; CPU time is that of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def aggregate(folder: Path) -> dict[str, tuple[float, float]]:
+    import spatialdata as sd
+
+    import pixnet as px
+
+    sdata = sd.read_zarr(folder / "store.zarr")
+    found = {}
+    for shapes in SHAPES:
+        runs = [
+            timed(lambda shapes=shapes: px.tl.aggregate(sdata, shapes, image_key="image", inplace=False))
+            for _ in range(4)
+        ]
+        found[f"aggregate {shapes}"] = tuple(min(values) for values in zip(*runs[1:]))
+    return found
+
+
+def first(folder: Path) -> dict[str, tuple[float, float]]:
+    import numpy as np
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel, ShapesModel
+
+    import pixnet as px
+
+    image = Image2DModel.parse(np.ones((5, 128, 128), np.float32), dims=("c", "y", "x"))
+    spots = ShapesModel.parse(np.array([[40.0, 40.0], [80.0, 70.0]]), geometry=0, radius=9.5)
+    sdata = SpatialData(images={"image": image}, shapes={"spots": spots})
+    return {"first aggregate": timed(lambda: px.tl.aggregate(sdata, "spots", image_key="image", inplace=False))}
+
+
+def predict(folder: Path) -> dict[str, tuple[float, float]]:
+    import spatialdata as sd
+
+    import pixnet as px
+
+    sdata = px.datasets.her2st("C5")
+    px.pp.tissue_mask(sdata)
+    with tempfile.TemporaryDirectory(dir=folder) as store:
+        sdata.write(Path(store) / "c5.zarr")
+        sdata = sd.read_zarr(Path(store) / "c5.zarr")
+        return {"predict C5": timed(lambda: px.tl.predict(sdata, "her2st"))}
+
+
+MEASURED = {"aggregate": aggregate, "first": first, "predict": predict}
+
+
+def run(what: str, source: Path, folder: Path, threads: int) -> dict[str, tuple[float, float]]:
+    """Measure one version in a process of its own."""
+    env = os.environ | {
+        "PYTHONPATH": str(source),
+        "OMP_NUM_THREADS": str(threads),
+        "NUMBA_CACHE_DIR": str(folder / f"kernels of {source.parent.name}"),
+        "PIXNET_PROGRESS": "0",
+    }
+    with tempfile.TemporaryDirectory() as empty:
+        if what == "first":
+            env["NUMBA_CACHE_DIR"] = empty
+        command = [sys.executable, "-W", "ignore", __file__, str(source), "--in-process", what, "--folder", str(folder)]
+        out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", type=Path, help="the src folder of the other version")
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--in-process", choices=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_process:
+        import pixnet as px
+
+        assert Path(px.__file__).is_relative_to(arguments.other), (px.__file__, arguments.other)
+        px.settings.progress, px.settings.verbosity = False, "error"
+        print(json.dumps(MEASURED[arguments.in_process](arguments.folder)))
+        return
+
+    sys.path.insert(0, str(HERE))
+    sources = {"new": HERE.parent / "src", "old": arguments.other.resolve()}
+    with tempfile.TemporaryDirectory() as name:
+        folder, runs = Path(name), {}
+        if "aggregate" in arguments.only:
+            from aggregate import make_store
+
+            make_store(folder / "store.zarr", 50)
+        for what in arguments.only:
+            for repeat in range(arguments.repeats):
+                for version in ("new", "old") if repeat % 2 else ("old", "new"):
+                    for key, seconds in run(what, sources[version], folder, arguments.threads).items():
+                        runs.setdefault(key, {}).setdefault(version, []).append(seconds)
+                        print(f"{key}, {version}: {seconds[0]:.2f} s, CPU {seconds[1]:.2f} s", file=sys.stderr)
+    print("| | least, s: old | new | ratio | median, s: old | new | ratio | CPU, s: old | new | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for key, of in runs.items():
+        cells = []
+        for column, summary in ((0, min), (0, statistics.median), (1, min)):
+            old, new = (summary([seconds[column] for seconds in of[version]]) for version in ("old", "new"))
+            cells += [f"{old:.2f}", f"{new:.2f}", f"{new / old:.2f}"]
+        print(f"| {key} | {' | '.join(cells)} |")
+    print(f"\nload averages over 1, 5 and 15 minutes at the end: {', '.join(f'{n:.1f}' for n in os.getloadavg())}")
+
+
+if __name__ == "__main__":
+    main()

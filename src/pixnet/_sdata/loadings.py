@@ -1,0 +1,41 @@
+"""The table of loadings of a program map."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from spatialdata.models import TableModel
+
+TOP_GENES = 4
+"""Genes that name a program."""
+
+
+def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = None) -> AnnData:
+    """Return loadings ``(programs, genes)`` as a table; ``obs["top_genes"]`` names each program by its genes.
+
+    It annotates the map, so that SpatialData keeps both together (a table that annotates nothing breaks its queries).
+    """
+    obs = {
+        "region": pd.Categorical([image_key] * len(loadings)),
+        "instance_id": np.arange(1, len(loadings) + 1),
+        "top_genes": top_genes(loadings),
+    }
+    table = AnnData(
+        X=loadings.to_numpy(dtype=np.float32),
+        obs=pd.DataFrame(obs, index=loadings.index),
+        var=pd.DataFrame(index=loadings.columns),
+        uns={"pixnet": {"kind": "loadings", **({} if model is None else {"model": model})}},
+    )
+    return TableModel.parse(table, region=image_key, region_key="region", instance_key="instance_id")
+
+
+def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:
+    """Return the genes of largest lift (share over the mean share of all programs) of each program, as one string.
+
+    Only genes of which a program has more than of the average gene name it: rarer ones come and go with the seed.
+    """
+    values = loadings.to_numpy(dtype=np.float64)
+    lift = np.where(values >= values.mean(axis=1, keepdims=True), values / np.maximum(values.mean(axis=0), 1e-12), 0.0)
+    order = np.argsort(-lift, axis=1, kind="stable")[:, :n]
+    return [" ".join(str(loadings.columns[i]) for i in row) for row in order]
