@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from pixnet._core.placement import pitch
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet.io._slide import slide
+from pixnet.io._slide import read_levels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+    from pixnet._sdata.raster_element import Array, Scales
 
 VISIUM_PITCH_UM, VISIUM_DIAMETER_UM = 100.0, 55.0
 
@@ -125,11 +128,13 @@ def from_anndata(
             "the size of the spots or cells is unknown: give diameter_um= (Visium 55, legacy ST 100, cells about 10)"
         )
 
-    levels, scales, stated = _open(image, mpp, pitch_um)
+    levels, scales, stated = _open(image)
     height, width = levels[0].shape[1:]
     if scale is None:
         scale = _scale_of(visium, (height, width))
     centres = positions * scale
+    if mpp is not None and stated is not None and abs(np.log(mpp / stated)) > np.log(1.05):
+        logger.warning("the image states %.4g µm/px; mpp=%g is used instead", stated, mpp)
     mpp = mpp or stated
     if mpp is None:
         mpp = check_mpp(
@@ -198,11 +203,9 @@ def _visium(adata: AnnData) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
-def _open(image: Any, mpp: float | None, pitch_um: float | None) -> tuple[list[Any], list[Any], float | None]:
+def _open(image: Any) -> tuple[Sequence[Array], Sequence[Scales], float | None]:
     """Return the levels of the image, their scales, and the pixel size that its file states."""
-    from pixnet._sdata.pixel_size import find_mpp
     from pixnet._sdata.raster_element import pyramid
-    from pixnet._sdata.rasters import levels
 
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -210,11 +213,8 @@ def _open(image: Any, mpp: float | None, pitch_um: float | None) -> tuple[list[A
         return *pyramid(image.transpose(2, 0, 1)), None
     if not isinstance(image, str | PathLike):
         raise TypeError(f"image is {type(image).__name__}; a file or an array uint8 (y, x, 3) is needed")
-    # A pitch measures the pixel size of a file that states none, such as JPEG.
-    measure = mpp is None and pitch_um is not None and Path(image).suffix.lower() in {".jpg", ".jpeg", ".png"}
-    opened = slide(image, mpp=False if measure else mpp)
-    found = levels(opened["he"])
-    return [level.data.data for level in found], [level.scale for level in found], find_mpp(opened, "he")
+    levels, scales, stated = read_levels(Path(image).expanduser())
+    return levels, scales, None if stated is None else (stated[0] + stated[1]) / 2
 
 
 def _scale_of(visium: dict[str, Any], shape: tuple[int, int]) -> float:

@@ -81,16 +81,10 @@ def slide(
     from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give one file (of a DICOM series: any of its files)")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
     if mpp is not None and mpp is not False:
         mpp = check_mpp(mpp)
 
-    levels, scales, stated = _read(path)
+    levels, scales, stated = read_levels(path)
     value = _resolution(path, mpp, stated)
     transformations: dict[str, Any] = {"global": Identity()}
     if value is not None:
@@ -126,8 +120,14 @@ def _resolution(path: Path, mpp: float | Literal[False] | None, stated: tuple[fl
 Levels = tuple[Sequence[Array], Sequence[Scales], tuple[float, float] | None]
 
 
-def _read(path: Path) -> Levels:
+def read_levels(path: Path) -> Levels:
     """Return the levels, finest first, their scales in level-0 pixels (y, x), and the stated µm/px (x, y)."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give one file (of a DICOM series: any of its files)")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     if _tiff.is_tiff(path):
         _need("imagecodecs", "tifffile")
         with _tiff.open_tiff(path) as tiff:
