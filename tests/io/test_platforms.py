@@ -125,7 +125,9 @@ def script(name: str) -> str:
     return "\n".join(blocks)
 
 
-@pytest.mark.parametrize("name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells", "synthetic"])
+@pytest.mark.parametrize(
+    "name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells", "synthetic", "anndata", "qupath"]
+)
 def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypatch, request):
     """Only the length of training differs from what a reader runs."""
     for link in ("my_visium", "my_visium_hd", "my_xenium"):
@@ -134,8 +136,14 @@ def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypat
     if name == "slides":
         shared = request.getfixturevalue("shared_data")
         (tmp_path / "my_slide.svs").symlink_to(shared / "wsi" / "CMU-1-Small-Region.svs")
-    if name == "cells":
+    if name in {"cells", "qupath"}:
         Image.fromarray(platforms.pixels_of(source)).save(tmp_path / "my_slide.png")
+        px.io.write_geojson(source, "cells", tmp_path / "cells.geojson", object_type="cell", table_key=False)
+    if name == "anndata":
+        visium = spatialdata_io.visium(folders / "my_visium", dataset_id="sample", fullres_image_file="he.tif")
+        adata = visium["table"].copy()
+        adata.uns["spatial"] = {"sample": {"scalefactors": {"spot_diameter_fullres": 130.0}}}
+        adata.write_h5ad(tmp_path / "my_visium.h5ad")
     if name == "legacy-st":
         legacy(tmp_path / "my_st", px.datasets.synthetic_tissue(1000, mpp=1.0, n_genes=26, shapes=("spots_legacy",)))
     monkeypatch.chdir(tmp_path)

@@ -44,6 +44,33 @@ def test_set_mpp_records_and_checks():
         px.pp.set_mpp({}, "he", 0.5)
 
 
+def test_impossible_pixel_sizes_are_refused(caplog):
+    sdata = make(shapely.points([[1, 1]]), [1.0])
+    for wrong, hint in (
+        (0.0005, r"\(in mm\? That would be 0.5 µm/px\)"),
+        (500, r"\(in nm\?"),
+        (5e-7, r"\(in m\?"),
+        (1e9, ""),
+    ):
+        with pytest.raises(ValueError, match=f"µm/px{'' if not hint else ' ' + hint}.*0.02 to 200 is possible"):
+            px.pp.set_mpp(sdata, "he", wrong)
+    assert find_mpp(sdata, "he") is None
+    px.pp.set_mpp(sdata, "he", 120)  # a thumbnail
+    assert find_mpp(sdata, "he") == 120
+
+
+def test_a_measured_size_that_contradicts_the_recorded_one_is_refused():
+    sdata = make(shapely.points(*hexagonal(137.0)), 20.0)
+    px.pp.set_mpp(sdata, "he", 0.25)
+    with pytest.raises(ValueError, match="0.25 µm/px as recorded, and 0.7299 as measured.*overwrite=True"):
+        px.pp.infer_mpp(sdata, "spots", pitch_um=100)
+    assert get_mpp(sdata, "he") == 0.25
+    px.pp.infer_mpp(sdata, "spots", pitch_um=100, overwrite=True)
+    assert get_mpp(sdata, "he") == pytest.approx(100 / 137)
+    px.pp.infer_mpp(sdata, "spots", pitch_um=104)  # close enough
+    assert get_mpp(sdata, "he") == pytest.approx(104 / 137)
+
+
 def test_set_mpp_reaches_the_store(tmp_path):
     sdata = make(shapely.points([[1, 1]]), [1.0])
     sdata.write(tmp_path / "a.zarr")

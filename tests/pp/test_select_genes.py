@@ -114,3 +114,22 @@ def test_refusals():
         px.pp.select_genes([])
     with pytest.raises(TypeError, match="SpatialData"):
         px.pp.select_genes(AnnData(COUNTS.astype(float)))
+
+
+def test_mitochondrial_genes_are_known_by_symbols_in_var_and_by_ensembl_id():
+    ids = ["ENSG00000000001", "ENSG00000000002", "ENSG00000000003.4", "ENSG00000198888.2", "ENSMUSG00000064370"]
+    sdata = make(COUNTS, ids)
+    assert sorted(px.pp.select_genes(sdata)) == sorted(ids[:3])
+    assert len(px.pp.select_genes(sdata, exclude_prefixes=())) == 5
+    sdata["spots_counts"].var["gene_name"] = pd.Categorical(["MT-CO1", "A", "RPL3", "B", "C"])
+    assert sorted(px.pp.select_genes(sdata)) == sorted(ids[1:3])
+    assert ids[2] not in px.pp.select_genes(sdata, exclude_prefixes=["RPL"])
+
+
+def test_only_a_number_that_was_asked_for_warns(caplog, monkeypatch):
+    monkeypatch.setattr("pixnet._logging.logger.propagate", True)
+    sdata = make(COUNTS, GENES)
+    px.pp.select_genes(sdata)
+    assert caplog.text == ""
+    px.pp.select_genes(sdata, n_top=10)
+    assert "only 4 genes qualify, fewer than n_top=10" in caplog.text

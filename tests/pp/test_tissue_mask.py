@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dask.array as da
+import geopandas
 import numpy as np
 import pytest
 import spatialdata
 from PIL import Image
+from shapely import box
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel
+from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Scale, get_transformation
 
 import pixnet as px
@@ -174,3 +176,25 @@ def test_real_spots_lie_on_tissue(shared_data, section):
         (sdata["spots"].geometry.y / matrix[1, 1]).astype(int),
     )
     assert mask.values[y, x].mean() > 0.97
+
+
+def test_regions_and_what_is_excluded(tissue):
+    sdata = SpatialData(images={"he": tissue["he"]}, shapes={"spots": tissue["spots"]})
+    halves = geopandas.GeoDataFrame(geometry=[box(0, 0, 800, 1600), box(800, 0, 1600, 1600)])
+    sdata["left"] = ShapesModel.parse(halves.iloc[:1])
+    sdata["fold"] = ShapesModel.parse(geopandas.GeoDataFrame(geometry=[box(200, 400, 400, 1000)]))
+    sdata["halves"] = ShapesModel.parse(halves)
+    whole = px.pp.tissue_mask(sdata, inplace=False).values
+    left = px.pp.tissue_mask(sdata, within="left", exclude=["fold"], inplace=False)
+    scale = get_transformation(left, "global").to_affine_matrix(("x", "y"), ("x", "y"))[0, 0]
+    x, y = ((np.arange(n) + 0.5) * scale for n in whole.shape[::-1])
+    expected = whole.astype(bool) & (x < 800)[None, :]
+    expected &= ~(((x > 200) & (x < 400))[None, :] & ((y > 400) & (y < 1000))[:, None])
+    assert (left.values.astype(bool) != expected).mean() < 0.003
+    np.testing.assert_array_equal(px.pp.tissue_mask(sdata, within="halves", inplace=False).values, whole)
+    with pytest.raises(ValueError, match="no tissue of image 'he' is left"):
+        px.pp.tissue_mask(sdata, exclude="halves")
+    with pytest.raises(KeyError, match="'ink'"):
+        px.pp.tissue_mask(sdata, exclude="ink")
+    with pytest.raises(ValueError, match=r"is a shapes element.*tissue_mask\(sdata, 'he', within='left'\)"):
+        px.pp.check_spots(sdata, "spots", mask_key="left")

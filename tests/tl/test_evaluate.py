@@ -54,6 +54,22 @@ def test_a_perfect_prediction():
     np.testing.assert_allclose(found["mse"], 0, atol=1e-8)
 
 
+def test_genes_that_were_not_measured_are_left_out_and_named(caplog, monkeypatch):
+    monkeypatch.setattr("pixnet._logging.logger.propagate", True)
+    sdata = predicted(coloured_slide())
+    whole = score(sdata)
+    counts = sdata["spots_counts"]
+    counts.obs["total"] = counts.X.sum(axis=1)
+    assert "are not scored" not in caplog.text
+    sdata["spots_counts"] = counts[:, [name for name in counts.var_names if name != "BLUE"]].copy()
+    found = score(sdata, total_key="total")
+    assert list(found.index) == ["PINK", "FLAT"]
+    assert "1 of the 3 predicted genes are not in every table and are not scored: 'BLUE'" in caplog.text
+    pd.testing.assert_frame_equal(found, whole.loc[["PINK", "FLAT"]])
+    with pytest.raises(KeyError, match="'BLUE'"):
+        score(sdata, genes=GENES, total_key="total")
+
+
 def test_rows_without_prediction_or_counts_are_left_out():
     sdata = predicted(coloured_slide())
     sdata["spots_genes"].X[:7] = np.nan

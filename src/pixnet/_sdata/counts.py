@@ -32,6 +32,17 @@ def annotated_regions(table: Any) -> list[str]:
     return [region] if isinstance(region, str) else [str(r) for r in region]
 
 
+def not_annotated(table: AnnData, table_key: str, shapes_key: str) -> str:
+    """Return the sentence that says that a table does not annotate an element, and how to link them."""
+    regions = annotated_regions(table)
+    where = f"but {listed(regions)}" if regions else "or anything else"
+    return (
+        f"table {table_key!r} does not annotate {shapes_key!r} {where}. To link them, add obs columns with the name of the element "
+        f"(here 'region', a category) and the id of each shape (here 'instance_id'), then sdata[{table_key!r}] = "
+        f"spatialdata.models.TableModel.parse(table, region={shapes_key!r}, region_key='region', instance_key='instance_id')"
+    )
+
+
 def made_by_pixnet(table: AnnData) -> dict[str, Any]:
     """Return what a table says of how pixnet made it; empty for a measured one."""
     made = table.uns.get("pixnet")
@@ -184,7 +195,7 @@ def match_rows(sdata: SpatialData, table_key: str, shapes_key: str) -> np.ndarra
     """
     table = sdata.tables[table_key]
     if shapes_key not in annotated_regions(table):
-        raise ValueError(f"table {table_key!r} does not annotate {shapes_key!r} but {listed(annotated_regions(table))}")
+        raise ValueError(not_annotated(table, table_key, shapes_key))
     attrs = table.uns["spatialdata_attrs"]
     of_element = (table.obs[attrs["region_key"]].astype(str) == shapes_key).to_numpy()
     ids = table.obs[attrs["instance_key"]]

@@ -14,6 +14,49 @@ from pixnet._names import listed
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d{9,}(\.\d+)?")
 _VERSION = re.compile(r"\.\d+$")
 
+# Genes of the mitochondrial chromosome (13 of proteins, 2 of ribosomal RNA) by Ensembl id: human, then mouse.
+_MITOCHONDRIAL = {
+    "ENSG00000" + n
+    for n in (
+        [
+            "198888",
+            "198763",
+            "198804",
+            "198712",
+            "228253",
+            "198899",
+            "198938",
+            "198840",
+            "212907",
+            "198886",
+            "198786",
+            "198695",
+            "198727",
+            "211459",
+            "210082",
+        ]
+    )
+} | {
+    "ENSMUSG000000" + n
+    for n in [
+        "64341",
+        "64345",
+        "64351",
+        "64354",
+        "64356",
+        "64357",
+        "64358",
+        "64360",
+        "65947",
+        "64363",
+        "64367",
+        "64368",
+        "64370",
+        "64337",
+        "64339",
+    ]
+}
+
 
 def gene_positions(table: AnnData, table_key: str, genes: Sequence[str]) -> np.ndarray:
     """Return the column of each gene.
@@ -35,6 +78,25 @@ def gene_positions(table: AnnData, table_key: str, genes: Sequence[str]) -> np.n
             f"{other_names(table, table_key, list(genes))}"
         )
     return positions
+
+
+def beginning_with(table: AnnData, prefixes: Sequence[str]) -> set[str]:
+    """Return the genes of a table that begin with a prefix, by name or by a column of var that holds symbols.
+
+    "MT-" and "mt-" mean the mitochondrial genes, which are known by Ensembl id too.
+    """
+    prefixes = tuple(prefixes)
+    if not prefixes:
+        return set()
+    names = table.var_names.astype(str)
+    found = names.str.startswith(prefixes)
+    for column in table.var.columns:
+        values = table.var[column]
+        if isinstance(values.dtype, pd.CategoricalDtype) or values.dtype.kind in "OSUT":
+            found |= values.astype(str).str.startswith(prefixes).to_numpy()
+    if {"MT-", "mt-"} & set(prefixes):
+        found |= names.str.replace(_VERSION, "", regex=True).isin(_MITOCHONDRIAL)
+    return set(names[found])
 
 
 def check_names_unique(table: AnnData, table_key: str) -> None:

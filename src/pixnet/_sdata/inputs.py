@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
+from anndata import AnnData
 from spatialdata import SpatialData
 
 from pixnet._sdata.legacy import bring_over
@@ -34,13 +36,15 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
         objects = {str(i): one for i, one in enumerate(sdata)}
     else:
         raise TypeError(
-            f"{argument} is {type(sdata).__name__}; a SpatialData object, a list or a dict of them is needed"
+            f"{argument} is {type(sdata).__name__}; a SpatialData object, a list or a dict of them is needed{_hint(sdata)}"
         )
     if not objects:
         raise ValueError(f"{argument} is empty; at least one SpatialData object is needed")
     for name, one in objects.items():
         if not isinstance(one, SpatialData):
-            raise TypeError(f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed")
+            raise TypeError(
+                f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed{_hint(one)}"
+            )
     if len({id(one) for one in objects.values()}) < len(objects):
         raise ValueError(f"{argument} holds the same object twice")
     for one in objects.values():
@@ -52,6 +56,15 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
 def check_sdata(sdata: Any, function: str) -> None:
     """Refuse anything but a SpatialData object; complete what a crash left undone, bring over earlier versions."""
     if not isinstance(sdata, SpatialData):
-        raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}")
+        raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}{_hint(sdata)}")
     heal(sdata)
     bring_over(sdata)
+
+
+def _hint(given: Any) -> str:
+    """Return how to make a SpatialData object of what was given instead."""
+    if isinstance(given, AnnData):
+        return ". Make one of it and its H&E image with pixnet.io.from_anndata(adata, image)"
+    if isinstance(given, str | PathLike):
+        return ". Open a store with spatialdata.read_zarr(path), a slide with pixnet.io.slide(path)"
+    return ""

@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import annotated_regions, is_loadings, is_predicted_table
+from pixnet._sdata.counts import annotated_regions, is_loadings, is_predicted_table, not_annotated
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry, recorded
@@ -131,9 +131,7 @@ def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str 
     if table_key is not None:
         _check_known(table_key, sdata.tables, "table", "table_key")
         if shapes is not None and shapes not in annotated_regions(sdata.tables[table_key]):
-            raise ValueError(
-                f"table {table_key!r} does not annotate {shapes!r} but {listed(annotated_regions(sdata.tables[table_key]))}"
-            )
+            raise ValueError(not_annotated(sdata.tables[table_key], table_key, shapes))
         return table_key
     measured = [key for key, t in sdata.tables.items() if not (is_predicted_table(t) or is_loadings(t))]
     if shapes is not None:
@@ -179,6 +177,11 @@ def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) 
         return False
     if mask_key is True:
         raise TypeError("mask_key is True; pass the name of a labels element, None or False")
+    if isinstance(mask_key, str) and mask_key in sdata.shapes:
+        raise ValueError(
+            f"mask_key is {mask_key!r}, which is a shapes element; a mask is labels: make one of the tissue in those shapes with "
+            f"pixnet.pp.tissue_mask(sdata, {image_key!r}, within={mask_key!r})"
+        )
     if mask_key is not None:
         return _check_known(mask_key, sdata.labels, "labels element", "mask_key")
     entry = find_entry(sdata, "masks", image_key)

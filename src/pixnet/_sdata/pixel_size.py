@@ -7,6 +7,8 @@ another coordinate system. Every image has its own origin in this system, so not
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from spatialdata.transformations import BaseTransformation, Scale, get_transform
 from spatialdata.transformations import Sequence as Chain
 from xarray import DataArray, DataTree
 
+from pixnet._logging import logger
 from pixnet._sdata.rasters import levels
 
 PIXNET_UM = "pixnet_um"
@@ -22,6 +25,36 @@ PIXNET_UM = "pixnet_um"
 
 SQUARE = 0.02
 """How much longer than wide a slide's pixels may be."""
+
+
+POSSIBLE, USUAL = (0.02, 200.0), (0.05, 50.0)
+"""µm/px that a picture of a slide may have, from an oil objective to a thumbnail; beyond the usual a warning is given."""
+
+
+def check_mpp(mpp: Any, name: str = "mpp") -> float:
+    """Return a pixel size (µm/px) as a number, or refuse what cannot be one.
+
+    Raises
+    ------
+    TypeError
+        If it is not a number.
+    ValueError
+        If it is not positive and finite, or no microscope has it.
+    """
+    if isinstance(mpp, bool) or not isinstance(mpp, Real):
+        raise TypeError(f"{name} is {mpp!r}; a pixel size in µm/px (a number) is needed, for instance 0.5")
+    mpp = float(mpp)
+    if not (np.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"{name} is {mpp!r}; a positive, finite pixel size in µm/px is needed, for instance 0.5")
+    low, high = POSSIBLE
+    if not low <= mpp <= high:
+        units = {"mm": 1e3, "nm": 1e-3, "m": 1e6}
+        meant = next((unit for unit, um in units.items() if 0.1 <= mpp * um <= 10), None)
+        hint = f" (in {meant}? That would be {mpp * units[meant]:g} µm/px)" if meant else ""
+        raise ValueError(f"{name} is {mpp:g} µm/px{hint}; a slide has 0.1 to 10, and {low:g} to {high:g} is possible")
+    if not USUAL[0] <= mpp <= USUAL[1]:
+        logger.warning("%g µm/px is unusual for a slide (0.2 to 10): is it in µm, and of the finest level?", mpp)
+    return mpp
 
 
 def is_pixel_size(coordinate_system: str) -> bool:

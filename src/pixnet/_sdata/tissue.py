@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pixnet._core.placement import Map
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.tissue import ISLAND_SHARE, ISLAND_UM2, compute_mask
 from pixnet._logging import logger
@@ -16,7 +17,7 @@ from pixnet._sdata.transforms import affine_to_pixels
 TARGET_MPP = 5.5
 
 
-def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
+def read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
     """Return coarse pixels ``uint8 (3, y, x)``, level-0 pixels per pixel ``(y, x)``, and their pixel size (µm/px)."""
     import dask.array as da
 
@@ -37,7 +38,7 @@ def _read_coarse(slide: Slide) -> tuple[np.ndarray, tuple[float, float], float]:
 
 def find_tissue(slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
     """Compute the tissue mask ``bool (y, x)`` of an image, and level-0 pixels per pixel of it, ``(y, x)``."""
-    small, scale, mpp = _read_coarse(slide)
+    small, scale, mpp = read_coarse(slide)
     mask = compute_mask(small, mpp)
     share = float(mask.mean())
     if share == 0:
@@ -74,6 +75,11 @@ def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
     labels = np.asarray(full_resolution(element).data)
     check_bound(element, f"mask {slide.mask_key!r}")
     return labels != 0, np.linalg.inv(affine_to_pixels(slide.sdata, slide.mask_key, slide.key))
+
+
+def on_tissue(slide: Slide, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return whether points (level-0 pixels) are on the tissue of a slide."""
+    return Map(*read_mask(slide)).at(x, y)
 
 
 def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask:

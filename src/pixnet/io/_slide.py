@@ -54,6 +54,8 @@ def slide(
     ------
     FileNotFoundError, IsADirectoryError
         If ``path`` is not a file.
+    TypeError
+        If ``mpp`` is not a number, False or None.
     ValueError
         If the file is truncated or damaged, is not 8-bit RGB, cannot be read tile by tile and is too large to be decoded
         at once, or states no pixel size where ``mpp`` is None.
@@ -74,20 +76,15 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.pixel_size import check_mpp
     from pixnet._sdata.record import note
     from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give one file (of a DICOM series: any of its files)")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    if mpp is True or (mpp is not None and mpp is not False and not (np.isfinite(mpp) and mpp > 0)):
-        raise ValueError(f"mpp is {mpp!r}; a positive number (µm/px), None or False is needed")
+    if mpp is not None and mpp is not False:
+        mpp = check_mpp(mpp)
 
-    levels, scales, stated = _read(path)
+    levels, scales, stated = read_levels(path)
     value = _resolution(path, mpp, stated)
     transformations: dict[str, Any] = {"global": Identity()}
     if value is not None:
@@ -123,8 +120,14 @@ def _resolution(path: Path, mpp: float | Literal[False] | None, stated: tuple[fl
 Levels = tuple[Sequence[Array], Sequence[Scales], tuple[float, float] | None]
 
 
-def _read(path: Path) -> Levels:
+def read_levels(path: Path) -> Levels:
     """Return the levels, finest first, their scales in level-0 pixels (y, x), and the stated µm/px (x, y)."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give one file (of a DICOM series: any of its files)")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
     if _tiff.is_tiff(path):
         _need("imagecodecs", "tifffile")
         with _tiff.open_tiff(path) as tiff:

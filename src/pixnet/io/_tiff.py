@@ -78,7 +78,7 @@ def inspect(path: Path) -> TiffContent:
             axes=content.axes,
             levels=[tuple(level.shape) for level in content.levels if level.axes == content.axes],
             tile=(min(rows, keyframe.imagelength), columns),
-            mpp=_ome_mpp(tiff, series) or _tag_mpp(content.levels[0].pages[0] or keyframe),
+            mpp=ome_mpp(tiff, series) or _tag_mpp(content.levels[0].pages[0] or keyframe),
         )
 
 
@@ -157,7 +157,7 @@ def _named_rgb(series: TiffPageSeries) -> bool:
     return [name[:1] for name in names] == ["r", "g", "b"]
 
 
-def _ome_mpp(tiff: TiffFile, series: int) -> tuple[float, float] | None:
+def ome_mpp(tiff: TiffFile, series: int) -> tuple[float, float] | None:
     """Return the pixel size (µm/px, x and y) that OME metadata states."""
     if not tiff.is_ome:
         return None

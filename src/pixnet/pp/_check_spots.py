@@ -1,4 +1,4 @@
-"""Alignment of spots and tissue: mirrored, turned or swapped coordinates are found before training."""
+"""Alignment of spots and tissue: mirrored, turned, swapped, scaled or shifted coordinates are found before training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pixnet._logging import logger
+from pixnet._sdata.counts import annotated_regions, counts_matrix, is_predicted_table, match_rows, totals
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import resolve_shapes
+from pixnet._sdata.keys import resolve_shapes, resolve_table
+from pixnet._sdata.placement import centres, score_placements, warn_of_placement
 from pixnet._sdata.shapes import read_shapes
 from pixnet._sdata.slide import Slide
-from pixnet._sdata.tissue import read_mask
+from pixnet._sdata.tissue import on_tissue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from spatialdata import SpatialData
-
-# A warning is given below this share of shapes on tissue, or where another placement is better by this much.
-ENOUGH = 0.75
-BETTER = 0.10
 
 
 def check_spots(
@@ -29,16 +27,20 @@ def check_spots(
     shapes: str | None = None,
     *,
     image_key: str | None = None,
+    table_key: str | Literal[False] | None = None,
+    total_key: str | None = None,
     mask_key: str | Literal[False] | None = None,
     coordinate_system: str | None = None,
     plot: bool = False,
     ax: Axes | None = None,
 ) -> pd.DataFrame:
-    """Check that spots, bins or cells lie on tissue, as they are placed and mirrored, turned or swapped.
+    """Check that spots, bins or cells lie on the slide where they were measured.
 
-    Coordinates that are mirrored, or whose x and y are exchanged, train a model on the wrong pixels without any error.
-    The placement as given should be the best one; a warning is logged where another is clearly better, or where few
-    shapes are on tissue. Symmetric tissue can hide a mistake: look at the picture.
+    Coordinates that are mirrored, turned, in µm, or whose x and y are exchanged, train a model on the wrong pixels without
+    any error. Where tissue is round, most of them still lie on it. So two things are compared for the eight orientations
+    and for small shifts: how many shapes are on tissue, and how well the transcripts that were measured in each follow
+    the haematoxylin under it, which is high where cells are dense. The placement as given should fit best. A warning is
+    logged where another fits clearly better, or where few shapes are on tissue. Look at the picture as well.
 
     Parameters
     ----------
@@ -48,6 +50,11 @@ def check_spots(
         The shapes element; ``None``: the recorded one, else the only one.
     image_key
         The H&E image; ``None``: the recorded one, else the only one.
+    table_key
+        Table of measured counts of the shapes. ``None``: the recorded one, else the only one that annotates them; without
+        any, only tissue is compared. ``False``: only tissue.
+    total_key
+        Column of the table's ``obs`` that holds all transcripts of each shape; ``None``: the sum over its genes.
     mask_key
         Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it; ``False`` takes the whole image
         for tissue, so that only shapes outside the image are found.
@@ -61,8 +68,9 @@ def check_spots(
     Returns
     -------
     DataFrame
-        Index ``placement``: ``"as given"`` first, then the other seven by share; column ``on_tissue``: share of the
-        shapes whose centre is on tissue.
+        Index ``placement``: ``"as given"`` first, then the others, the best first, and of the shifts only the best.
+        Column ``on_tissue``: share of the shapes whose centre is on tissue. Column ``correlation``: of transcripts and
+        haematoxylin (Spearman; NaN without counts, or with fewer than 30 shapes).
 
     Raises
     ------
@@ -83,66 +91,45 @@ def check_spots(
     if len(names) > 1:
         raise ValueError(f"shapes names {len(names)} elements; check them one by one")
     slide = Slide.open(sdata, image_key, mask_key)
-    bounds = read_shapes(sdata, names[0], slide.key, coordinate_system).geometries.bounds
-    if len(bounds) == 0:
+    geometries = read_shapes(sdata, names[0], slide.key, coordinate_system).geometries
+    if len(geometries) == 0:
         raise ValueError(f"{names[0]!r} is empty: there is nothing to check")
-    x, y = (bounds[:, 0] + bounds[:, 2]) / 2, (bounds[:, 1] + bounds[:, 3]) / 2
-    on_tissue = _placements(slide, x, y)
-    shares = on_tissue.mean()
-    order = ["as given", *shares.drop("as given").sort_values(ascending=False, kind="stable").index]
-    height, width = slide.image.sizes["y"], slide.image.sizes["x"]
-    where = f"{'in' if mask_key is False else 'on the tissue of'} image {slide.key!r}"
-    _warn(shares, names[0], where, float(((x < 0) | (y < 0) | (x >= width) | (y >= height)).mean()))
+    total = _total(sdata, names[0], table_key, total_key, len(geometries))
+    scores = score_placements(slide, geometries, total)
+    warn_of_placement(scores, slide, names[0], geometries, 0 if total is None else int(np.isfinite(total).sum()))
     if plot or ax is not None:
         from pixnet.pl._alignment import draw_alignment
 
-        title = f"{shares['as given']:.0%} of {names[0]} on tissue"
-        draw_alignment(slide, x, y, on_tissue["as given"].to_numpy(), title, ax)
-    return shares[order].rename_axis("placement").to_frame("on_tissue")
+        x, y = centres(geometries)
+        title = f"{scores.loc['as given', 'on_tissue']:.0%} of {names[0]} on tissue"
+        draw_alignment(slide, x, y, on_tissue(slide, x, y), title, ax)
+    return scores
 
 
-def _placements(slide: Slide, x: NDArray, y: NDArray) -> pd.DataFrame:
-    """Return whether each point (pixels of the slide) is on tissue, with a column for each placement."""
-    mask, to_mask = read_mask(slide)
-    height, width = slide.image.sizes["y"], slide.image.sizes["x"]
-    placements = {
-        "as given": (x, y),
-        "x mirrored": (width - x, y),
-        "y mirrored": (x, height - y),
-        "turned by 180 degrees": (width - x, height - y),
-        "x and y exchanged": (y, x),
-        "turned by 90 degrees": (height - y, x),
-        "turned by 270 degrees": (y, width - x),
-        "x and y exchanged, turned by 180 degrees": (height - y, width - x),
-    }
-    found = {}
-    for name, places in placements.items():
-        col, row = np.floor(to_mask[:2, :2] @ np.stack(places) + to_mask[:2, 2:]).astype(np.int64)
-        inside = (row >= 0) & (col >= 0) & (row < mask.shape[0]) & (col < mask.shape[1])
-        found[name] = inside
-        found[name][inside] = mask[row[inside], col[inside]]
-    return pd.DataFrame(found)
-
-
-def _warn(shares: pd.Series, shapes: str, where: str, outside: float) -> None:
-    """Log a warning where another placement is better, or few shapes are on tissue."""
-    given, best = shares["as given"], shares.drop("as given")
-    if best.max() > given + BETTER:
-        logger.warning(
-            "%.0f %% of %r lie %s; with coordinates '%s' it would be %.0f %%: check x and y, and the "
-            "transformations (pixnet.pp.check_spots(sdata, %r, plot=True) draws it)",
-            100 * given,
-            shapes,
-            where,
-            best.idxmax(),
-            100 * best.max(),
-            shapes,
-        )
-    elif given < ENOUGH:
-        logger.warning(
-            "only %.0f %% of %r lie %s (%.0f %% outside the image): shifted, or at another scale?",
-            100 * given,
-            shapes,
-            where,
-            100 * outside,
-        )
+def _total(
+    sdata: SpatialData, shapes: str, table_key: str | Literal[False] | None, total_key: str | None, n: int
+) -> NDArray[np.float64] | None:
+    """Return the transcripts of each shape, NaN where they are unknown; None if nothing was measured."""
+    if table_key is False:
+        return None
+    if table_key is None:
+        found = [
+            key
+            for key, table in sdata.tables.items()
+            if shapes in annotated_regions(table) and not is_predicted_table(table)
+        ]
+        if not found:
+            return None
+    key = resolve_table(sdata, table_key, shapes)
+    table = sdata.tables[key]
+    try:
+        total = totals(table, key, counts_matrix(table, key), total_key)
+    except (TypeError, ValueError) as error:
+        if table_key is not None:
+            raise
+        logger.info("only tissue is compared, not transcripts: %s", error)
+        return None
+    rows = match_rows(sdata, key, shapes)
+    out = np.full(n, np.nan)
+    out[rows[rows >= 0]] = total[rows >= 0]
+    return out

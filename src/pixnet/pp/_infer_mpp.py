@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
+from pixnet._core.placement import SPREAD, pitch
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_image, resolve_shapes
+from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.shapes import read_shapes
 from pixnet._sdata.transforms import affine_to_pixels
 from pixnet.pp._set_mpp import set_mpp
@@ -19,9 +20,10 @@ from pixnet.pp._set_mpp import set_mpp
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-# How far the two axes of a transformation may differ, or a median size from its neighbours.
+# How far the two axes of a transformation may differ.
 TOLERANCE = 0.01
-SPREAD = 0.2
+# How far a measured pixel size may be from the recorded one without a warning, and at all.
+DIFFERS, CONTRADICTS = 0.02, 0.10
 
 
 def infer_mpp(
@@ -34,6 +36,7 @@ def infer_mpp(
     edge_um: float | None = None,
     unit_um: float | None = None,
     coordinate_system: str | None = None,
+    overwrite: bool = False,
 ) -> float:
     """Measure the pixel size (µm/px) of an image on shapes of known size, and set it.
 
@@ -56,6 +59,8 @@ def infer_mpp(
         exactly one of the four. For spots, the pitch is best, because spots are often drawn at a nominal size.
     coordinate_system
         Where shapes and image meet; ``None`` takes "global" if shared, else the first shared one.
+    overwrite
+        Replace a pixel size that is recorded and differs by more than 10 %.
 
     Returns
     -------
@@ -67,8 +72,8 @@ def infer_mpp(
     KeyError
         If an element is missing.
     ValueError
-        If not exactly one size is given, the shapes are not a regular array, or the transformation between shapes and
-        image stretches x and y differently or shears.
+        If not exactly one size is given, the shapes are not a regular array, the transformation between shapes and
+        image stretches x and y differently or shears, the result is impossible, or contradicts the recorded pixel size.
 
     Examples
     --------
@@ -106,14 +111,23 @@ def infer_mpp(
             raise ValueError(f"{shapes!r} is empty: nothing to measure")
         bounds = geometries.bounds
         if name == "pitch_um":
-            pixels = _pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
+            pixels = pitch((bounds[:, :2] + bounds[:, 2:]) / 2, shapes)
         else:
             # A disc of diameter d has the area pi d^2 / 4, a square its edge squared, whichever way it is turned.
             ratio = np.pi / 4 if name == "diameter_um" or _drawn_as_circles(sdata, shapes) else 1.0
             pixels = _middle(np.sqrt(geometries.area / ratio), shapes)
     mpp = float(value / pixels)
+    what = f"{value:g} µm of {shapes!r} ({name}) are {pixels:.2f} px"
+    known = find_mpp(sdata, image_key)
+    if known is not None and not overwrite and abs(np.log(mpp / known)) > np.log(1 + CONTRADICTS):
+        raise ValueError(
+            f"image {image_key!r} has {known:.4g} µm/px as recorded, and {mpp:.4g} as measured: {what}. One is wrong: is it the "
+            f"right size ({listed(sizes)}), and is the image the one of full resolution? overwrite=True replaces the recorded one"
+        )
+    if known is not None and abs(np.log(mpp / known)) > np.log(1 + DIFFERS):
+        logger.warning("image %r had %.4g µm/px as recorded; %.4g as measured replaces it", image_key, known, mpp)
     set_mpp(sdata, image_key, mpp)
-    logger.info("image %r has %.4f µm/px (%s: %g µm of %r are %.2f px)", image_key, mpp, name, value, shapes, pixels)
+    logger.info("image %r has %.4f µm/px: %s", image_key, mpp, what)
     return mpp
 
 
@@ -131,23 +145,3 @@ def _middle(sizes: NDArray, shapes: str) -> float:
             "the pixel size is measured on spots or bins of one size"
         )
     return middle
-
-
-def _pitch(centres: NDArray, shapes: str) -> float:
-    """Mean distance, in pixels, of neighbours in a square or hexagonal array."""
-    if len(centres) < 4:
-        raise ValueError(f"{shapes!r} has {len(centres)} shapes; at least 4 are needed to measure their pitch")
-    tree = cKDTree(centres)
-    distances = tree.query(centres, k=min(7, len(centres)))[0][:, 1:]
-    nearest = float(np.median(distances[:, 0]))
-    if nearest <= 0:
-        raise ValueError(f"the shapes of {shapes!r} lie on one another; a regular array is needed")
-    for _ in range(3):
-        # Only the nearest neighbour would be short where centres were jittered by measurement; diagonals of a square
-        # array are 1.41 away and stay out.
-        neighbours = distances[(distances > 0.75 * nearest) & (distances < 1.25 * nearest)]
-        nearest = float(neighbours.mean())
-    usual = distances[:, 0]
-    if np.mean(np.abs(usual - nearest) < SPREAD * nearest) < 0.8:
-        raise ValueError(f"the centres of {shapes!r} do not form a regular array, so there is no pitch to measure")
-    return nearest

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pixnet._logging import logger
 from pixnet._sdata.counts import check_totals_alike
+from pixnet._sdata.genes import beginning_with
 from pixnet._sdata.inputs import named_objects
 from pixnet._sdata.keys import resolve_table
 from pixnet._sdata.measured import MeasuredTable, rank_genes
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+N_TOP = 250
+
 
 def select_genes(
     sdata: SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData],
     *,
     table_key: str | Sequence[str] | None = None,
-    n_top: int | None = 250,
+    n_top: int | None = N_TOP,
     total_key: str | None = None,
     exclude_prefixes: Sequence[str] = ("MT-", "mt-"),
     min_fraction: float = 0.0,
@@ -43,7 +47,8 @@ def select_genes(
     total_key
         Column of ``obs`` with all transcripts of the spot; ``None`` takes the sum over all columns of the table.
     exclude_prefixes
-        Beginnings of the names of genes to leave out.
+        Beginnings of the names of genes to leave out: of ``var_names``, and of symbols in any column of ``var``. The
+        default leaves out mitochondrial genes, which are known by their Ensembl ids (human, mouse), too.
     min_fraction
         Least share of spots in which the gene is detected.
     layer
@@ -76,12 +81,19 @@ def select_genes(
     prefixes = (exclude_prefixes,) if isinstance(exclude_prefixes, str) else tuple(exclude_prefixes)
     tables = list(_tables(sdata, table_key))
     check_totals_alike({name: table.n_vars for name, table in tables}, total_key)
-    return rank_genes(
+    excluded = set().union(*(beginning_with(table, prefixes) for _, table in tables))
+    ranked = rank_genes(
         [MeasuredTable.read(table, name, layer, total_key) for name, table in tables],
-        n_top=n_top,
+        n_top=None,
         exclude_prefixes=prefixes,
         min_fraction=min_fraction,
     )
+    genes = [gene for gene in ranked if gene not in excluded]
+    if not genes:
+        raise ValueError(f"every gene that qualifies begins with one of exclude_prefixes={prefixes!r}")
+    if n_top is not None and len(genes) < n_top != N_TOP:
+        logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
+    return genes[:n_top]
 
 
 def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Iterator[tuple[str, AnnData]]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.pixel_size import check_mpp
 from pixnet._sdata.store.element_store import write_mpp
 
 if TYPE_CHECKING:
@@ -39,7 +36,7 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     TypeError
         If ``mpp`` is not a number.
     ValueError
-        If ``mpp`` is not positive and finite.
+        If ``mpp`` is not positive and finite, or outside 0.02 to 200 µm/px, which is no picture of a slide.
 
     Examples
     --------
@@ -50,11 +47,4 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     check_sdata(sdata, "pp.set_mpp")
     if image_key not in sdata.images:
         raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
-    if isinstance(mpp, bool) or not isinstance(mpp, Real):
-        raise TypeError(f"mpp is {mpp!r}; a pixel size in µm/px (a number) is needed, for instance 0.5")
-    mpp = float(mpp)
-    if not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"mpp is {mpp!r}; a positive, finite pixel size in µm/px is needed, for instance 0.5")
-    if not 0.05 <= mpp <= 50:
-        logger.warning("%g µm/px is unusual for a slide (0.2 to 10): is it in µm, and of the finest level?", mpp)
-    write_mpp(sdata, image_key, mpp)
+    write_mpp(sdata, image_key, check_mpp(mpp))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pixnet._core.coverage import coverage
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._sdata.keys import check_key_free, check_replaces, resolve_shapes
 from pixnet._sdata.raster_element import raster_element
 from pixnet._sdata.record import find_entry, identity_of
+from pixnet._sdata.shapes import read_shapes
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
 from pixnet._sdata.tissue import find_tissue
@@ -23,6 +26,8 @@ def tissue_mask(
     sdata: SpatialData,
     image_key: str | None = None,
     *,
+    within: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     key_added: str | None = None,
     overwrite: bool = False,
     inplace: bool = True,
@@ -38,6 +43,10 @@ def tissue_mask(
         Object that holds the image.
     image_key
         The H&E image; its pixel size must be known. ``None``: the recorded one, else the only one.
+    within
+        Shapes or labels elements, such as regions drawn in QuPath: only tissue in one of their shapes counts.
+    exclude
+        Shapes or labels elements, such as folds, ink or necrosis: tissue in them does not count.
     key_added
         Name of the labels element; ``None`` is ``"{image_key}_tissue"``, which ``tl`` functions find by themselves.
     overwrite
@@ -54,9 +63,9 @@ def tissue_mask(
     Raises
     ------
     KeyError
-        If there is no such image.
+        If there is no such image or element.
     ValueError
-        If the pixel size is unknown, the image is not 8-bit RGB, or ``key_added`` exists.
+        If the pixel size is unknown, the image is not 8-bit RGB, ``key_added`` exists, or no tissue is left.
 
     Examples
     --------
@@ -74,6 +83,13 @@ def tissue_mask(
         check_key_free(sdata, key_added, overwrite)
         check_replaces(sdata, key_added, "labels")
     mask, scale = find_tissue(slide)
+    before = mask.any()
+    if within is not None:
+        mask &= np.any([_inside(slide, key, scale, mask.shape) for key in resolve_shapes(sdata, within)], axis=0)
+    for key in resolve_shapes(sdata, exclude) if exclude is not None else ():
+        mask &= ~_inside(slide, key, scale, mask.shape)
+    if before and not mask.any():
+        raise ValueError(f"no tissue of image {slide.key!r} is left: within={within!r}, exclude={exclude!r}")
     element = raster_element([mask.astype(np.uint8)], [scale], transformations=slide.transformations, channels=None)
     if not inplace:
         return element
@@ -82,3 +98,11 @@ def tissue_mask(
         entry = {"mask_key": key_added, "identity": identity_of(slide.image)}
     put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: entry}})
     return None
+
+
+def _inside(slide: Slide, shapes: str, scale: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """Return the pixels of a mask of which at least half lies in the shapes of an element."""
+    geometries = read_shapes(slide.sdata, shapes, slide.key).geometries
+    pixels = geometries.transform(np.diag([1 / scale[1], 1 / scale[0], 1.0]))
+    share = coverage(pixels, window=(0, 0, *size)).sum(axis=0)
+    return np.asarray(share).reshape(size) >= 0.5 - 1e-9

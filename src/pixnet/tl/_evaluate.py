@@ -11,7 +11,8 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from pixnet._correlation import pearson
-from pixnet._names import check_genes, listed
+from pixnet._logging import logger
+from pixnet._names import check_genes, listed, some
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, is_predicted_table, totals
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
@@ -44,7 +45,8 @@ def evaluate(
     reference_key
         Measured table of raw counts.
     genes
-        Genes to score, one name or several. None: all genes of the predicted table.
+        Genes to score, one name or several. None: all that every predicted and measured table has; a warning names the
+        others.
     layer
         Layer of the measured table that holds the counts. None: X.
     total_key
@@ -96,8 +98,7 @@ def evaluate(
     if genes is not None:
         genes = check_genes(genes)
     else:
-        first = next(iter(objects.values())).tables[table_key].var_names
-        genes = [g for g in first if all(g in one.tables[table_key].var_names for one in objects.values())]
+        genes = _common_genes(objects, table_key, reference_key)
     pairs = {
         name: _matched(one, table_key, reference_key, genes, layer, total_key, totals) for name, one in objects.items()
     }
@@ -111,6 +112,26 @@ def evaluate(
     out = pd.concat([frame.assign(section=name) for name, frame in frames.items()])
     out.attrs["summary"] = {name: _summary(frame) for name, frame in frames.items()}
     return out
+
+
+def _common_genes(objects: dict[str, SpatialData], table_key: str, reference_key: str) -> list[str]:
+    """Return the genes that all tables have, predicted and measured, in the order of the first; log what is left out."""
+    predicted = [one.tables[table_key].var_names for one in objects.values()]
+    measured = [one.tables[reference_key].var_names for one in objects.values()]
+    common = predicted[0]
+    for names in [*predicted[1:], *measured]:
+        common = common[common.isin(names)]
+    left_out = predicted[0][~predicted[0].isin(common)]
+    if len(common) == 0:
+        return predicted[0].tolist()  # refused where they are looked for, with what the names look like
+    if len(left_out):
+        logger.warning(
+            "%d of the %d predicted genes are not in every table and are not scored: %s",
+            len(left_out),
+            len(predicted[0]),
+            some(left_out.astype(str).tolist()),
+        )
+    return common.tolist()
 
 
 def _matched(
