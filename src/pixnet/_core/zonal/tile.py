@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from pixnet._core.coverage import ShapeArrays, Weights, coverage
 from pixnet._core.coverage.fractions import boxes_in
@@ -129,4 +130,11 @@ def _zones(shapes: ShapeArrays, window: Window, batch: tuple[Run, ...], weights:
     """Compute the coverage of a batch of shapes."""
     first, last = batch[0][0], batch[-1][1]
     whole = coverage(shapes if last - first == len(shapes) else shapes.take(np.arange(first, last)), window, weights)
-    return [(run, Zones(whole if len(batch) == 1 else whole[run[0] - first : run[1] - first])) for run in batch]
+    return [(run, Zones(whole if len(batch) == 1 else _rows(whole, run[0] - first, run[1] - first))) for run in batch]
+
+
+def _rows(matrix: csr_array, start: int, stop: int) -> csr_array:
+    """Return some rows as a view; scipy copies them."""
+    first, last = matrix.indptr[[start, stop]]
+    arrays = matrix.data[first:last], matrix.indices[first:last], matrix.indptr[start : stop + 1] - first
+    return csr_array(arrays, shape=(stop - start, matrix.shape[1]))
