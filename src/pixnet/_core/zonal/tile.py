@@ -72,7 +72,7 @@ def tile_statistics(
     n_inner, statistics = tile.n_inner, request.statistics
     batches = _batches(shapes, tile, request.batch_px)
     area = np.zeros(len(shapes))
-    values = [np.empty((n_inner, request.n_channels), np.float32) for _ in statistics]
+    values = [np.empty((request.n_channels, n_inner), np.float32) for _ in statistics]
     parts: dict[Run, list[list[Any]]] = {
         run: [[None] * request.n_channels for _ in statistics]
         for batch in batches
@@ -108,11 +108,11 @@ def tile_statistics(
                             if run in parts:
                                 parts[run][k][channel] = part
                             else:
-                                values[k][slice(*run), channel] = statistic.finish(part)
+                                values[k][channel, slice(*run)] = statistic.finish(part)
         for batch in batches:
             for run, zone in zones(batch):
                 area[slice(*run)] = zone.without(missing).area if missing.any() else zone.area
-    return TileResult(area, values, parts)
+    return TileResult(area, [rows.T for rows in values], parts)
 
 
 def _batches(shapes: ShapeArrays, tile: Tile, batch_px: int) -> list[tuple[Run, ...]]:
