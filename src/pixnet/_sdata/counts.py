@@ -62,9 +62,7 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> s
     matrix = table.X if layer is None else table.layers[layer]
     where = f"table {table_key!r} ({'X' if layer is None else f'layer {layer!r}'})"
     if matrix is None:
-        raise ValueError(
-            f"{where} is empty: there are no counts in X; name a layer with layer= ({layers})"
-        )
+        raise ValueError(f"{where} is empty: there are no counts in X; name a layer with layer= ({layers})")
     if hasattr(matrix, "to_memory"):  # anndata's backed sparse matrices
         matrix = matrix.to_memory()
     elif hasattr(matrix, "compute"):  # dask, whose chunks may be sparse
