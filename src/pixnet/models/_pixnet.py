@@ -332,8 +332,18 @@ class PixNet(nn.Module):
 
     def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
-        maps = [self.density(member(features, channels, crop)) for member in self.members]
+        return self.read_out([member.decoder(features, crop) for member in self.members], channels)
+
+    def read_out(self, decoded: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+        """Return the map of the members' decoded features, each pixel by itself: the mean over the members."""
+        maps = [self.density(member.logits(x, channels)) for member, x in zip(self.members, decoded)]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
+
+    @property
+    def reach(self) -> dict[int, int] | None:
+        """The encoder's reach, by stage, where the decoder sees one pixel at a time: a slide is then predicted by stages."""
+        reach = getattr(self.encoder, "reach", None)
+        return None if reach is None or self.config.decoder != "pixel_mlp" else dict(reach)
 
     def density(self, logits: Tensor) -> Tensor:
         """Return the map of logits, whose last channel is the total's and the others the genes'."""
