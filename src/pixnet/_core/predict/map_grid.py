@@ -11,9 +11,6 @@ from pixnet._core.slide.grid import ModelGrid
 CHUNK = 256
 """Chunks of a stored map have at most this many pixels a side."""
 
-UNIT = 4
-"""Windows along a side of a unit, whose deep features are computed together."""
-
 
 @dataclass(frozen=True)
 class Box:
@@ -80,6 +77,7 @@ class MapGrid:
     unit, reach
         Of a model whose encoder runs in stages: side of the squares, anchored at the slide's origin, whose features are
         computed together, in model pixels, and the encoder's reach by stage. Tiles are parts of a unit, or whole units.
+        Without stages: 0 and None.
     """
 
     model_grid: ModelGrid
@@ -217,27 +215,36 @@ def choose_map_grid(
         # Where map pixels straddle windows, those at a tile's edges run twice: larger tiles make that rare.
         pixels = CHUNK * (2 if wide else 1) if aligned and ratio == 1 else 8 * out_window
         tile_size = min(pixels * grid.stride, max(grid.shape))
+        if reach is not None and not aligned:
+            tile_size = 4 * window
     windows = max(1, math.ceil(tile_size / window))
+    unit = 0
     if reach is not None:
-        unit = _unit(window, grid.stride, ratio)
-        if not aligned and unit % (grid.stride * ratio) == 0:  # whole units
-            tile = max(1, math.ceil(tile_size / unit) // 2) * unit / (grid.stride * ratio)
-            return MapGrid(grid, window, halo, ratio, int(tile), unit, reach)
-        windows = next((n for n in (1, 2) if windows <= n), -(-windows // UNIT) * UNIT)
+        unit = _unit(window, reach)
+        shared = _shared_unit(unit, grid.stride, ratio)
+        if not aligned and shared is not None:  # tiles of whole units
+            tile = max(1, tile_size // shared) * shared / (grid.stride * ratio)
+            return MapGrid(grid, window, halo, ratio, int(tile), shared, reach)
+        whole = unit // window  # a power of 2: parts of a unit, or whole ones
+        windows = 1 << (windows - 1).bit_length() if windows < whole else -(-windows // whole) * whole
     tile = windows * out_window / ratio
-    size = int(tile) if aligned else _rounded(tile)
-    return MapGrid(grid, window, halo, ratio, size) if reach is None else MapGrid(
-        grid, window, halo, ratio, size, unit, reach
-    )
+    return MapGrid(grid, window, halo, ratio, int(tile) if aligned else _rounded(tile), unit, reach)
 
 
-def _unit(window: int, stride: int, ratio: float) -> int:
-    """Return the side of a unit: whole windows, or about as many pixels where whole map pixels do not fit into these."""
-    unit = UNIT * window
-    if ratio == int(ratio):
-        step = math.lcm(64, stride * int(ratio))
-        unit = unit // step * step or unit
+def _unit(window: int, reach: Mapping[int, int]) -> int:
+    """Return the side of a unit: 4, 8, 16, ... windows, and at least 4 times as far as the encoder reaches."""
+    unit = 4 * window
+    while unit < 4 * sum(reach.values()):
+        unit *= 2
     return unit
+
+
+def _shared_unit(unit: int, stride: int, ratio: float) -> int | None:
+    """Return the largest side up to that of a unit that is made of whole map pixels; None if there is none."""
+    if ratio != int(ratio):
+        return None
+    step = math.lcm(64, stride * int(ratio))
+    return unit // step * step or None
 
 
 def _rounded(n: float) -> int:

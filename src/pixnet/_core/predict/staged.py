@@ -160,14 +160,15 @@ class StagedUnits:
         reach = self.grid.reach or {}
         stride = next(iter(reach))
         below, halo = plan.sees[1] if len(plan.sees) > 1 else plan.kept, -(-reach[stride] // stride) * stride
-        margin = -(-(plan.kept.y - below.y + max(reach)) // self.stride) + max(reach) // self.stride
+        margin = (plan.kept.y - below.y + 2 * max(reach)) // self.stride
 
         def wanted(window: Box) -> bool:
             near = window.divided(self.stride).grown(margin).within(out)
             rows, columns = (slice(max(s.start, 0), max(s.stop, 0)) for s in near.slices)
             return bool(tissue[rows, columns].any())
 
-        windows = [w for w in _windows(below, self.grid.window, max(reach)) if wanted(w)]
+        largest = max(self.grid.window, -(-8 * halo // max(reach)) * max(reach))  # else the halos cost more than they keep
+        windows = [w for w in _windows(below, largest, max(reach)) if wanted(w)]
         groups = [windows[i : i + self.model.batch] for i in range(0, len(windows), self.model.batch)]
         found: dict[int, Tensor] = {}
         for group, pixels in ahead(partial(self._read, halo, cost), groups):
