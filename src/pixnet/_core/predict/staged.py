@@ -1,8 +1,8 @@
 """Tiles of a map from the stages of an encoder: each stage runs once on all that the next ones need.
 
-A unit of a slide is a square of several windows, anchored at the slide's origin. What the first stage has to see of it is
-cut into windows, which see a little beyond their edges; the deeper stages run on all of the first one's output at once.
-Each stage sees as far as it reaches, so a unit has the values of one pass over the whole slide.
+A unit of a slide is a square of several windows, anchored at the slide's origin. Each stage runs on all that the next one
+sees of the unit, in windows that see as far beyond their edges as the stage reaches: little for the first stage, and more
+for the deeper ones, whose windows are larger. So a unit has the values of one pass over the whole slide.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,7 +91,7 @@ class StagedUnits:
 
     def __init__(self, reader: SlideReader, mask: TissueMask, model: PlacedModel, grid: MapGrid) -> None:
         self.reader, self.mask, self.model, self.grid = reader, mask, model, grid
-        self.stride = grid.model_grid.stride
+        self.stride, self.reach = grid.model_grid.stride, dict(grid.reach or {})
         self._kept: OrderedDict[Unit, UnitFeatures | None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -133,57 +133,68 @@ class StagedUnits:
         tissue = self.mask.window(*out.bounds)
         if not tissue.any():
             return None
-        wanted = _bounding_box(tissue, out).scaled(self.stride)
-        plan = UnitPlan.around(wanted, self.grid.reach or {})
-        strides = list(self.grid.reach or {})
+        plan = UnitPlan.around(_bounding_box(tissue, out).scaled(self.stride), self.reach)
         maps: dict[int, Tensor] = {}
-        x = self._first_stage(plan, tissue, out, maps, cost, ahead)
-        for k, sees in enumerate(plan.sees[1:], 1):
-            into = plan.sees[k + 1] if k + 1 < len(plan.sees) else plan.kept
-            with self.model.running(cost) as model:
-                own = self._guarded(partial(model.encoder.stage, k, x), sees)
-                level = model.encoder.strides.index(strides[k]) + 1 - len(own)
-                for n, f in enumerate(own, level):
-                    if n in model.levels:
-                        maps[n] = _cut(f, sees, plan.kept, model.encoder.strides[n]).clone()
-                x = _cut(own[-1], sees, into, strides[k])
-                del own
+        below: Tensor | None = None
+        for k, stride in enumerate(self.reach):
+            below = self._stage(k, stride, below, plan, partial(self._near, tissue, out), maps, cost, ahead)
         return UnitFeatures(plan.kept, maps)
 
-    def _first_stage(
-        self, plan: UnitPlan, tissue: np.ndarray, out: Box, maps: dict[int, Tensor], cost: TileCost, ahead: Any
+    def _near(self, tissue: np.ndarray, out: Box, margin: int, window: Box) -> bool:
+        """Whether there is tissue within some model pixels of a window; ``tissue`` is that of the unit."""
+        rows, columns = window.grown(margin).divided(self.stride).clipped(out).within(out).slices
+        return bool(tissue[rows.start : max(rows.stop, 0), columns.start : max(columns.stop, 0)].any())
+
+    def _stage(
+        self,
+        k: int,
+        stride: int,
+        below: Tensor | None,
+        plan: UnitPlan,
+        near: Any,
+        maps: dict[int, Tensor],
+        cost: TileCost,
+        ahead: Any,
     ) -> Tensor:
-        """Run the first stage in windows; return its last map, and put those that the decoder needs into ``maps``.
+        """Run a stage in windows; return its last map, and put those that the decoder needs into ``maps``.
 
-        Windows that no tissue is in reach of are left out: nothing that is kept depends on them.
+        The first stage sees the image, the others the last map ``below``. Windows that no tissue is in reach of are left out:
+        nothing that counts depends on them.
         """
-        reach = self.grid.reach or {}
-        stride = next(iter(reach))
-        below, halo = plan.sees[1] if len(plan.sees) > 1 else plan.kept, -(-reach[stride] // stride) * stride
-        margin = (plan.kept.y - below.y + 2 * max(reach)) // self.stride
-
-        def wanted(window: Box) -> bool:
-            near = window.divided(self.stride).grown(margin).within(out)
-            rows, columns = (slice(max(s.start, 0), max(s.stop, 0)) for s in near.slices)
-            return bool(tissue[rows, columns].any())
-
-        largest = max(self.grid.window, -(-8 * halo // max(reach)) * max(reach))  # else the halos cost more than they keep
-        windows = [w for w in _windows(below, largest, max(reach)) if wanted(w)]
-        groups = [windows[i : i + self.model.batch] for i in range(0, len(windows), self.model.batch)]
+        first, deepest = next(iter(self.reach)), max(self.reach)
+        sees, gives = (*plan.sees, plan.kept)[k : k + 2]
+        halo = -(-self.reach[stride] // stride) * stride
+        # Deeper maps are smaller: their windows are larger, for the same memory and less halo.
+        largest = self.grid.window if k == 0 else 5 * self.grid.window * stride // (4 * first)
+        largest = -(-max(largest, 8 * halo) // deepest) * deepest
+        margin = plan.kept.y - gives.y + 2 * deepest
+        windows = [window for window in _windows(gives, largest, deepest) if near(margin, window)]
         found: dict[int, Tensor] = {}
-        for group, pixels in ahead(partial(self._read, halo, cost), groups):
 
-            def run(part: slice, group: list[Box] = group, pixels: np.ndarray = pixels) -> None:
-                with self.model.running(cost) as model:
-                    own = model.encoder.stage(0, self.model.image(pixels[part]))
-                    last = model.encoder.strides.index(stride)
-                    for level, f in enumerate(own, last + 1 - len(own)):
-                        for target, box, used in ((maps, plan.kept, level in model.levels), (found, below, level == last)):
-                            if used:
-                                for window, one in zip(group[part], f):
-                                    _paste(target, level, box, one, window.grown(halo), window, model.encoder.strides[level])
+        def run(group: Sequence[Box], seen: Callable[[], Tensor]) -> None:
+            with self.model.running(cost) as model:
+                own = model.encoder.stage(k, seen())
+                strides, last = model.encoder.strides, model.encoder.strides.index(stride)
+                for level, feature in enumerate(own, last + 1 - len(own)):
+                    for window, one in zip(group, feature):
+                        if level in model.levels:
+                            _paste(maps, level, plan.kept, one, window, halo, strides[level])
+                        if level == last:
+                            _paste(found, level, gives, one, window, halo, stride)
 
-            self.model.in_batches(run, len(group), pixels.shape[-1])
+        if below is None:
+            groups = [windows[i : i + self.model.batch] for i in range(0, len(windows), self.model.batch)]
+            for group, pixels in ahead(partial(self._read, halo, cost), groups):
+
+                def part(which: slice, group: list[Box] = group, pixels: np.ndarray = pixels) -> None:
+                    run(group[which], lambda: self.model.image(pixels[which]))
+
+                self.model.in_batches(part, len(group), pixels.shape[-1])
+        else:
+            step = list(self.reach)[k - 1]
+            for window in (window.clipped(gives) for window in windows):
+                seen = _cut(below, sees, window.grown(halo), step)
+                self.model.in_batches(lambda _, w=window, s=seen: run([w], lambda: s), 1, window.height + 2 * halo)
         return next(iter(found.values()))
 
     def _read(self, halo: int, cost: TileCost, windows: list[Box]) -> tuple[list[Box], np.ndarray]:
@@ -198,7 +209,7 @@ class StagedUnits:
         """Add the values of a part of a tile, in model output pixels."""
         if features is None:
             return
-        deepest = max(self.grid.reach or {})
+        deepest = max(self.reach)
         for piece in _windows(part, self.grid.out_window, 1):
             piece = piece.clipped(part)
             tissue = tile.out_tissue[piece.within(tile.out).slices]
@@ -228,16 +239,6 @@ class StagedUnits:
             if here.any():
                 yield _bounding_box(here, strip)
 
-    def _guarded(self, stage: Any, box: Box) -> Any:
-        """Run a stage; say what to do where the device's memory does not hold it."""
-        try:
-            return stage()
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"the memory of device {self.model.device!r} does not hold one window of the model "
-                f"({box.height} x {box.width} px): free some of it, or predict with device='cpu'"
-            ) from error
-
 
 def _bounding_box(tissue: np.ndarray, box: Box) -> Box:
     """Return the smallest box around the tissue of a box."""
@@ -265,12 +266,12 @@ def _cut(feature: Tensor, of: Box, wanted: Box, stride: int) -> Tensor:
 
 
 def _paste(
-    maps: dict[int, Tensor], level: int, box: Box, feature: Tensor, seen: Box, window: Box, stride: int
+    maps: dict[int, Tensor], level: int, box: Box, feature: Tensor, window: Box, halo: int, stride: int
 ) -> None:
-    """Put the part of a window's feature ``(C, y, x)`` that lies in a box into the map of that box."""
+    """Put the part of a window's feature ``(C, y, x)``, seen with a halo, that lies in a box into the map of that box."""
     if level not in maps:
         empty = torch.zeros(1, len(feature), box.height // stride, box.width // stride, dtype=feature.dtype)
         maps[level] = empty.to(feature.device, memory_format=torch.channels_last)
     part = window.clipped(box)
     if part.height > 0 and part.width > 0:
-        _cut(maps[level][0], box, part, stride).copy_(_cut(feature, seen, part, stride))
+        _cut(maps[level][0], box, part, stride).copy_(_cut(feature, window.grown(halo), part, stride))
