@@ -34,7 +34,10 @@ class Small(nn.Module):
         sizes = ((3, 6, 6, 4), (6, 8, 4, 2), (8, 10, 4, 2))
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(c, d, k, s, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.Conv2d(d, d, kernel, padding=kernel // 2)
+                nn.Conv2d(c, d, k, s, padding=1),
+                nn.BatchNorm2d(d),
+                nn.ReLU(),
+                nn.Conv2d(d, d, kernel, padding=kernel // 2),
             )
             for c, d, k, s in sizes
         )
@@ -163,7 +166,9 @@ def test_coarser_maps_are_means(model, pixels, out_mpp):
     assert len(there)
     weights = np.arange(max(fine.shape[1:]))
     for i, j in there[:: max(len(there) // 20, 1)]:
-        y, x = (np.clip(np.minimum(weights + 1, (k + 1) * ratio) - np.maximum(weights, k * ratio), 0, None) for k in (i, j))
+        y, x = (
+            np.clip(np.minimum(weights + 1, (k + 1) * ratio) - np.maximum(weights, k * ratio), 0, None) for k in (i, j)
+        )
         w = (y[: fine.shape[1], None] * x[None, : fine.shape[2]]) * ~np.isnan(fine[0])
         np.testing.assert_allclose(found[:, i, j], (np.nan_to_num(fine) * w).sum(axis=(1, 2)) / w.sum(), rtol=1e-4)
 
@@ -213,7 +218,9 @@ def test_a_wrong_reach_is_refused(pixels):
         make_model(encoder=Small(kernel=5))
     with pytest.raises(ValueError, match="stage 2 sees more than 16 px"):
         make_model(encoder=Small({4: 5, 8: 12, 16: 16}))
-    with pytest.raises(ValueError, match=r"reach for strides \(4, 8\); rising strides of its maps up to the last \(16\)"):
+    with pytest.raises(
+        ValueError, match=r"reach for strides \(4, 8\); rising strides of its maps up to the last \(16\)"
+    ):
         make_model(encoder=Small({4: 5, 8: 12}))
     with pytest.raises(ValueError, match=r"stage 0 gives maps of \[6\] channels; \[6, 8\] are needed"):
         make_model(encoder=Small({8: 5, 16: 12}))

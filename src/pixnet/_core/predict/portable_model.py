@@ -122,7 +122,7 @@ def fuse_activations(module: nn.Module) -> nn.Module:
 
 
 def _clamped_conv(x: Tensor, conv: nn.Conv2d, lowest: float, largest: float) -> Tensor:
-    padding, scalars = list(conv.padding), [lowest, largest]  # type: ignore[arg-type]
+    padding, scalars = list(conv.padding), [lowest, largest]
     return torch.ops.mkldnn._convolution_pointwise(
         x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups, "hardtanh", scalars, ""
     )

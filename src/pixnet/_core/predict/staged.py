@@ -55,7 +55,7 @@ class UnitPlan:
         deepest = max(reach)
         kept = box = wanted.aligned(deepest).grown(deepest)
         sees = []
-        for stride, pixels in reversed(reach.items()):
+        for stride, pixels in reversed(list(reach.items())):
             box = box.grown(-(-pixels // stride) * stride)
             sees.append(box)
         return cls(tuple(reversed(sees)), kept)
@@ -193,8 +193,11 @@ class StagedUnits:
         else:
             step = list(self.reach)[k - 1]
             for window in (window.clipped(gives) for window in windows):
-                seen = _cut(below, sees, window.grown(halo), step)
-                self.model.in_batches(lambda _, w=window, s=seen: run([w], lambda: s), 1, window.height + 2 * halo)
+
+                def one(_: slice, window: Box = window, below: Tensor = below) -> None:
+                    run([window], lambda: _cut(below, sees, window.grown(halo), step))
+
+                self.model.in_batches(one, 1, window.height + 2 * halo)
         return next(iter(found.values()))
 
     def _read(self, halo: int, cost: TileCost, windows: list[Box]) -> tuple[list[Box], np.ndarray]:
@@ -265,9 +268,7 @@ def _cut(feature: Tensor, of: Box, wanted: Box, stride: int) -> Tensor:
     return feature[..., rows, columns]
 
 
-def _paste(
-    maps: dict[int, Tensor], level: int, box: Box, feature: Tensor, window: Box, halo: int, stride: int
-) -> None:
+def _paste(maps: dict[int, Tensor], level: int, box: Box, feature: Tensor, window: Box, halo: int, stride: int) -> None:
     """Put the part of a window's feature ``(C, y, x)``, seen with a halo, that lies in a box into the map of that box."""
     if level not in maps:
         empty = torch.zeros(1, len(feature), box.height // stride, box.width // stride, dtype=feature.dtype)
