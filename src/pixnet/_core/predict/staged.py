@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixnet._core.predict.malloc import trim_memory
 from pixnet._core.predict.map_grid import Box, MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.tile import Tile, TileCost
@@ -138,6 +139,7 @@ class StagedUnits:
         below: Tensor | None = None
         for k, stride in enumerate(self.reach):
             below = self._stage(k, stride, below, plan, partial(self._near, tissue, out), maps, cost, ahead)
+            trim_memory()
         return UnitFeatures(plan.kept, maps)
 
     def _near(self, tissue: np.ndarray, out: Box, margin: int, window: Box) -> bool:
