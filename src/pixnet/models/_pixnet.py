@@ -57,7 +57,8 @@ class PixNet(nn.Module):
         1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window, halo
         Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what they see
-        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64.
+        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64. An encoder that states its
+        reach sees as far as it reaches, whatever the halo.
     pretrained
         Load the encoder's pretrained weights.
 

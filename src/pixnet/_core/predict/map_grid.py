@@ -220,23 +220,21 @@ def choose_map_grid(
     windows = max(1, math.ceil(tile_size / window))
     unit = 0
     if reach is not None:
-        unit = _unit(window, reach)
+        unit = _unit(window, reach, max(grid.shape))
         shared = _shared_unit(unit, grid.stride, ratio)
         if not aligned and shared is not None:  # tiles of whole units
             tile = max(1, tile_size // shared) * shared / (grid.stride * ratio)
             return MapGrid(grid, window, halo, ratio, int(tile), shared, reach)
-        whole = unit // window  # a power of 2: parts of a unit, or whole ones
-        windows = 1 << (windows - 1).bit_length() if windows < whole else -(-windows // whole) * whole
+        whole = unit // window
+        windows = windows if windows < whole else -(-windows // whole) * whole
     tile = windows * out_window / ratio
     return MapGrid(grid, window, halo, ratio, int(tile) if aligned else _rounded(tile), unit, reach)
 
 
-def _unit(window: int, reach: Mapping[int, int]) -> int:
-    """Return the side of a unit: 4, 8, 16, ... windows, and at least 4 times as far as the encoder reaches."""
-    unit = 4 * window
-    while unit < 4 * sum(reach.values()):
-        unit *= 2
-    return unit
+def _unit(window: int, reach: Mapping[int, int], extent: int) -> int:
+    """Return the side of a unit: about 4 windows, or 4 times as far as the encoder reaches, sharing out a slide evenly."""
+    about, windows = max(4, math.ceil(4 * sum(reach.values()) / window)), math.ceil(extent / window)
+    return math.ceil(windows / max(1, round(windows / about))) * window
 
 
 def _shared_unit(unit: int, stride: int, ratio: float) -> int | None:
