@@ -517,7 +517,7 @@ def stopped_after(model, n, error=None):
                 raise error
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    handle = model.register_forward_pre_hook(hook)
+    handle = model.members[0].decoder.register_forward_pre_hook(hook)
     clear_cache()
     try:
         yield windows
@@ -578,7 +578,7 @@ def sleep(module, arguments):
         print("half", flush=True)
         time.sleep(60)
 model = px.models.load(sys.argv[2])
-model.register_forward_pre_hook(sleep)
+model.members[0].decoder.register_forward_pre_hook(sleep)
 px.tl.predict(sd.read_zarr(sys.argv[1]), model, tile_size=64, overwrite=True)
 """
 

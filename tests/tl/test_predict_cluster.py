@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 
+import cloudpickle
 import dask
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import spatialdata as sd
 import torch
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
+from torch import nn
 
 import pixnet as px
 
@@ -36,10 +39,34 @@ def client():
         yield client
 
 
-@pytest.fixture(scope="module")
-def model():
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import this module
+
+
+class TwoStages(nn.Module):
+    """An encoder that reaches a few pixels, so that a slide of 80 windows has several units."""
+
+    strides, channels, reach = (4, 8), (6, 8), MappingProxyType({4: 5, 8: 12})
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(3, 6, 6, 4, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+        self.coarse = nn.Sequential(nn.Conv2d(6, 8, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, image):
+        fine = self.fine(image)
+        return [fine, self.coarse(fine)]
+
+    def stage(self, k, x):
+        return [self.coarse(x)] if k else [self.fine(x)]
+
+
+@pytest.fixture(scope="module", params=["whole", "staged"])
+def model(request):
     torch.manual_seed(0)
-    net = px.models.PixNet(GENES, mpp=0.5, pretrained=False, window=64, halo=64)
+    encoder = TwoStages()
+    if request.param == "whole":
+        encoder.reach = None
+    net = px.models.PixNet(GENES, mpp=0.5, encoder=encoder, window=64, halo=64)
     torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
     return net.eval()
 

@@ -57,15 +57,18 @@ class StackDecoder(nn.Module):
 
     def forward(self, features: Mapping[int, Tensor], crop: int = 0) -> Tensor:
         """Return the map ``(N, width, H/stride, W/stride)``, without ``crop`` of its pixels at each edge."""
-        dropped = droppable_halo(crop * self.stride, 1)
-        (level, project), *finer = reversed(list(zip(self.used, self.project)))
-        total = project(trim(features[level], dropped // self.strides[level]))
-        for i, project in finer:
-            total = project(trim(features[i], dropped // self.strides[i])) + enlarge(
-                total, self.strides[level] // self.strides[i]
-            )
-            level = i
-        return trim(enlarge(total, self.strides[level] // self.stride), crop - dropped // self.stride)
+        halo = margin = crop * self.stride
+        total, before = None, self.strides[self.used[-1]]
+        for i, project in reversed(list(zip(self.used, self.project))):
+            stride = self.strides[i]
+            # A pixel more at each edge than is wanted, where it is enlarged: that interpolates between it and the next.
+            dropped = max(halo // stride - (stride > self.stride), 0)
+            own = project(trim(features[i], dropped))
+            inner = halo - dropped * stride
+            total = own if total is None else own + trim(enlarge(total, before // stride), (margin - inner) // stride)
+            margin, before = inner, stride
+        assert total is not None
+        return trim(enlarge(total, before // self.stride), margin // self.stride)
 
     def enlargements(self, level: int) -> tuple[int, ...]:
         """Return the factors, one after the other, by which a level's map is enlarged to the output stride."""

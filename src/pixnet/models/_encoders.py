@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -23,10 +23,19 @@ class Encoder(nn.Module):
     ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64.
     Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It
     normalises the image itself. It must not mix pixels over the whole image (no global pooling, no batch statistics).
+
+    An encoder may state its ``reach``: for each of its stages, by the stride of the last map of the stage, the number of image
+    pixels that the stage sees beyond the edges of what it computes. ``stage(k, x)`` then gives the maps of stage ``k``, from
+    the last map of the stage before it (the first: from the image). A slide is predicted stage by stage.
     """
 
     strides: Sequence[int]
     channels: Sequence[int]
+    reach: Mapping[int, int] | None = None
+
+    def stage(self, k: int, x: Tensor) -> list[Tensor]:
+        """Return the maps of a stage."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,9 @@ def register_encoder(
     feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
     rising powers of 2 up to 64. It normalises the image itself, and a feature depends only on what lies near its pixel: there
     is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
+
+    A convolutional encoder may also state its ``reach`` and have a method ``stage(k, x)``: slides are then predicted stage by
+    stage, in half the time. See :doc:`/concepts/encoders`.
 
     An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 
@@ -204,12 +216,24 @@ class Enlarged(Encoder):
             )
         self.strides = tuple(encoder.strides[i] // zoom for i in self.kept)
         self.channels = tuple(encoder.channels[i] for i in self.kept)
+        reach = getattr(encoder, "reach", None)
+        if reach is not None and min(reach) >= zoom:
+            # One pixel more for the first stage: the interpolation between pixels of the image.
+            self.reach = {s // zoom: -(-r // zoom) + (n == 0) for n, (s, r) in enumerate(reach.items())}
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the features of an image ``(N, 3, H, W)``."""
-        enlarged = F.interpolate(image, scale_factor=self.zoom, mode="bilinear", align_corners=False)
-        features = self.encoder(enlarged)
+        features = self.encoder(self._enlarge(image))
         return [features[i] for i in self.kept]
+
+    def stage(self, k: int, x: Tensor) -> list[Tensor]:
+        """Return the features of a stage."""
+        if k > 0:
+            return self.encoder.stage(k, x)
+        return self.encoder.stage(0, self._enlarge(x))[self.kept[0] :]
+
+    def _enlarge(self, image: Tensor) -> Tensor:
+        return F.interpolate(image, scale_factor=self.zoom, mode="bilinear", align_corners=False)
 
 
 def _check_protocol(name: str, module: nn.Module) -> None:
@@ -256,6 +280,42 @@ def check_encoder(name: str, module: Encoder, size: int = 128) -> None:
         raise ValueError(
             f"encoder {name!r} gives maps of shape {found} for a {size} px image; by its strides and channels {expected}"
         )
+    if getattr(module, "reach", None) is not None:
+        _check_reach(name, module.eval())
+        module.train(training)
+
+
+def _check_reach(name: str, module: Encoder) -> None:
+    """Refuse stages that are not those of the whole encoder, or that see further than they state."""
+    reach, parameter = dict(module.reach or {}), next(module.parameters(), torch.zeros(1))
+    ends = [list(module.strides).index(s) + 1 if s in module.strides else 0 for s in reach]
+    if ends != sorted(set(ends)) or ends[-1:] != [len(module.strides)] or 0 in ends:
+        raise ValueError(
+            f"encoder {name!r} states a reach for strides {tuple(reach)}; rising strides of its maps up to the last "
+            f"({module.strides[-1]}) are needed"
+        )
+    channels, stride = 3, 1
+    for k, (end, (s, pixels)) in enumerate(zip(ends, reach.items())):
+        # What the stage must not see is NaN: a value that it reaches shows.
+        halo = (pixels // s + 2) * s
+        side, seen = (s + 2 * halo) // stride, slice((halo - pixels) // stride, -(-(halo + s + pixels) // stride))
+        x = torch.full((1, channels, side, side), torch.nan, device=parameter.device, dtype=parameter.dtype)
+        x[..., seen, seen] = 0.5
+        try:
+            maps = module.stage(k, x)
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as err:
+            raise ValueError(f"encoder {name!r} states its reach, but its stage {k} fails: {err}") from err
+        own = list(zip(module.strides, module.channels))[ends[k - 1] if k else 0 : end]
+        found, expected = [f.shape[1] for f in maps], [c for _, c in own]
+        if found != expected:
+            raise ValueError(f"encoder {name!r}: stage {k} gives maps of {found} channels; {expected} are needed")
+        for (fine, _), f in zip(own, maps):
+            inner = slice(halo // fine, (halo + s) // fine)
+            if not f[..., inner, inner].isfinite().all():
+                raise ValueError(
+                    f"encoder {name!r}: stage {k} sees more than {pixels} px beyond what it computes; correct its reach"
+                )
+        channels, stride = module.channels[end - 1], s
 
 
 register_encoder(

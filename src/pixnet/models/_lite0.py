@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ _STAGES = (
     (6, 320, 1, 1, 3),
 )
 _FEATURES_AFTER = (0, 2, 4, 10, 15)  # the last block at strides 2, 4, 8, 16, 32
+_BLOCKS_OF_STAGE = (range(5), range(5, 11), range(11, 16))  # down to stride 8, 16, 32
 
 
 class _Conv(nn.Sequential):
@@ -83,6 +85,7 @@ class EfficientNetLite0(nn.Module):
 
     strides = (2, 4, 8, 16, 32)
     channels = (16, 24, 40, 112, 320)
+    reach = MappingProxyType({8: 33, 16: 136, 32: 256})  # image px that each stage sees beyond what it computes
 
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
@@ -98,10 +101,18 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the features ``(N, C, H/s, W/s)`` at strides 2, 4, 8, 16, 32 of an image ``(N, 3, H, W)`` in 0 to 1."""
-        x = self.stem(image * (255 / 128) - 127 / 128)  # Lite0 was trained on (pixel - 127) / 128
+        features: list[Tensor] = []
+        for k in range(len(self.reach)):
+            features += self.stage(k, features[-1] if features else image)
+        return features
+
+    def stage(self, k: int, x: Tensor) -> list[Tensor]:
+        """Return the features of a stage, of the last ones of the stage before it (of the image for the first)."""
+        if k == 0:
+            x = self.stem(x * (255 / 128) - 127 / 128)  # Lite0 was trained on (pixel - 127) / 128
         features = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
+        for i in _BLOCKS_OF_STAGE[k]:
+            x = self.blocks[i](x)
             if i in _FEATURES_AFTER:
                 features.append(x)
         return features

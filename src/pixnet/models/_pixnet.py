@@ -63,7 +63,8 @@ class PixNet(nn.Module):
         1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window, halo
         Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what they see
-        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64.
+        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64. An encoder that states its
+        reach sees as far as it reaches, whatever the halo.
     pretrained
         Load the encoder's pretrained weights.
 
@@ -355,9 +356,19 @@ class PixNet(nn.Module):
 
     def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""
+        return self.read_out([member.decoder(features, crop) for member in self.members], channels)
+
+    def read_out(self, decoded: Sequence[Tensor], channels: Tensor | None = None) -> Tensor:
+        """Return the map of the members' decoded features, each pixel by itself: the mean over the members."""
         wanted = self.head.wanted(channels)
-        maps = [self.head(member(features, wanted, crop), channels) for member in self.members]
+        maps = [self.head(member.logits(x, wanted), channels) for member, x in zip(self.members, decoded)]
         return maps[0] if len(maps) == 1 else torch.stack(maps).mean(dim=0)
+
+    @property
+    def reach(self) -> dict[int, int] | None:
+        """The encoder's reach, by stage, where the decoder sees one pixel at a time: a slide is then predicted by stages."""
+        reach = getattr(self.encoder, "reach", None)
+        return None if reach is None or self.config.decoder != "pixel_mlp" else dict(reach)
 
     def start(self, measured: MeasuredShapes) -> None:
         """Start from a map that is the same everywhere, by what was measured in the training shapes."""

@@ -268,7 +268,8 @@ def _resolve(
     store = _resolve_store(resolved, genes, store)
     chosen, channels, names = _resolve_genes(resolved, genes, store)
     grid = slide.grid(resolved.mpp, resolved.stride)
-    tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide=on.type == "cuda")
+    wide, reach = on.type == "cuda", resolved.reach
+    tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide, reach)
     if grid.enlarged:
         logger.warning(
             "image %r has %.3g µm/px, coarser than the %.3g µm/px of the model: it is enlarged, and detail that the model "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import sys
 from collections.abc import Iterator
 
@@ -23,19 +24,35 @@ def memory_kept() -> Iterator[None]:
     large array anew, and the kernel clears its pages. glibc keeps large arrays of the main thread only, so the model has
     to run in that thread. The setting holds for the whole process; afterwards it is close to what glibc chooses itself.
     """
-    libc = None
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            libc.gnu_get_libc_version  # noqa: B018  other libraries do not have it
-            libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
         yield
     finally:
         if libc is not None:
-            with contextlib.suppress(AttributeError):
-                # the values that glibc itself arrives at in a process that frees large arrays
-                libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
-                libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-                libc.malloc_trim(0)
+            # the values that glibc itself arrives at in a process that frees large arrays
+            libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+            libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+            libc.malloc_trim(0)
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system: stages of an encoder need arrays of other sizes, which do not fit into it."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version, libc.mallopt, libc.malloc_trim  # noqa: B018  other libraries do not have them
+    except (OSError, AttributeError):
+        return None
+    return libc

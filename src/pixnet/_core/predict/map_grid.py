@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pixnet._core.slide.grid import ModelGrid
@@ -35,6 +35,29 @@ class Box:
         """Return the same rectangle, counted from the corner of another."""
         return Box(self.y - other.y, self.x - other.x, self.height, self.width)
 
+    def grown(self, n: int) -> Box:
+        """Return it with ``n`` pixels more at each edge."""
+        return Box(self.y - n, self.x - n, self.height + 2 * n, self.width + 2 * n)
+
+    def clipped(self, other: Box) -> Box:
+        """Return the part of it that lies in another."""
+        y, x = max(self.y, other.y), max(self.x, other.x)
+        height = min(self.y + self.height, other.y + other.height) - y
+        return Box(y, x, height, min(self.x + self.width, other.x + other.width) - x)
+
+    def scaled(self, factor: int) -> Box:
+        """Return it in pixels ``factor`` times finer."""
+        return Box(self.y * factor, self.x * factor, self.height * factor, self.width * factor)
+
+    def divided(self, factor: int) -> Box:
+        """Return the pixels ``factor`` times coarser that it touches."""
+        y, x = self.y // factor, self.x // factor
+        return Box(y, x, -(-(self.y + self.height) // factor) - y, -(-(self.x + self.width) // factor) - x)
+
+    def aligned(self, step: int) -> Box:
+        """Return it with its edges moved outwards to multiples of ``step``."""
+        return self.divided(step).scaled(step)
+
 
 @dataclass(frozen=True)
 class MapGrid:
@@ -51,6 +74,10 @@ class MapGrid:
         Model output pixels per map pixel, at least 1.
     tile
         Map pixels per tile, along both axes.
+    unit, reach
+        Of a model whose encoder runs in stages: side of the squares, anchored at the slide's origin, whose features are
+        computed together, in model pixels, and the encoder's reach by stage. Tiles are parts of a unit, or whole units.
+        Without stages: 0 and None.
     """
 
     model_grid: ModelGrid
@@ -58,6 +85,8 @@ class MapGrid:
     halo: int
     ratio: float
     tile: int
+    unit: int = 0
+    reach: Mapping[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,6 +146,19 @@ class MapGrid:
         (y0, y1), (x0, x1) = bounds
         return Box(y0, x0, y1 - y0, x1 - x0)
 
+    def unit_box(self, i: int, j: int) -> Box:
+        """Return the model output pixels of a unit."""
+        side = self.unit // self.model_grid.stride
+        height, width = self.model_grid.out_shape
+        return Box(i * side, j * side, side, side).clipped(Box(0, 0, height, width))
+
+    def units(self, out: Box) -> Iterator[tuple[tuple[int, int], Box]]:
+        """Return the units that a box of model output pixels touches, row by row, and the part that each has in it."""
+        touched = out.divided(self.unit // self.model_grid.stride)
+        for i in range(touched.y, touched.y + touched.height):
+            for j in range(touched.x, touched.x + touched.width):
+                yield (i, j), out.clipped(self.unit_box(i, j))
+
     def windows(self, out: Box) -> Iterator[tuple[int, int, Box]]:
         """Return the windows that a box of model output pixels touches, row by row, and the part that each has in it."""
         side = self.out_window
@@ -128,7 +170,13 @@ class MapGrid:
 
 
 def choose_map_grid(
-    grid: ModelGrid, window: int, halo: int, out_mpp: float | None, tile_size: int | None, wide: bool = False
+    grid: ModelGrid,
+    window: int,
+    halo: int,
+    out_mpp: float | None,
+    tile_size: int | None,
+    wide: bool = False,
+    reach: Mapping[int, int] | None = None,
 ) -> MapGrid:
     """Return the tiles of a map.
 
@@ -144,6 +192,8 @@ def choose_map_grid(
         Side of a tile in model pixels; rounded up to whole windows. None: about 256 model output pixels.
     wide
         Take four times larger tiles by default, so that a GPU gets several windows at once.
+    reach
+        Of the model's encoder, where it runs in stages.
 
     Raises
     ------
@@ -165,9 +215,34 @@ def choose_map_grid(
         # Where map pixels straddle windows, those at a tile's edges run twice: larger tiles make that rare.
         pixels = CHUNK * (2 if wide else 1) if aligned and ratio == 1 else 8 * out_window
         tile_size = min(pixels * grid.stride, max(grid.shape))
+        if reach is not None and not aligned:
+            tile_size = 4 * window
     windows = max(1, math.ceil(tile_size / window))
+    unit = 0
+    if reach is not None:
+        unit = _unit(window, reach, max(grid.shape))
+        shared = _shared_unit(unit, grid.stride, ratio)
+        if not aligned and shared is not None:  # tiles of whole units
+            tile = max(1, tile_size // shared) * shared / (grid.stride * ratio)
+            return MapGrid(grid, window, halo, ratio, int(tile), shared, reach)
+        whole = unit // window
+        windows = windows if windows < whole else -(-windows // whole) * whole
     tile = windows * out_window / ratio
-    return MapGrid(grid, window, halo, ratio, int(tile) if aligned else _rounded(tile))
+    return MapGrid(grid, window, halo, ratio, int(tile) if aligned else _rounded(tile), unit, reach)
+
+
+def _unit(window: int, reach: Mapping[int, int], extent: int) -> int:
+    """Return the side of a unit: about 4 windows, or 4 times as far as the encoder reaches, sharing out a slide evenly."""
+    about, windows = max(4, math.ceil(4 * sum(reach.values()) / window)), math.ceil(extent / window)
+    return math.ceil(windows / max(1, round(windows / about))) * window
+
+
+def _shared_unit(unit: int, stride: int, ratio: float) -> int | None:
+    """Return the largest side up to that of a unit that is made of whole map pixels; None if there is none."""
+    if ratio != int(ratio):
+        return None
+    step = math.lcm(64, stride * int(ratio))
+    return unit // step * step or None
 
 
 def _rounded(n: float) -> int:

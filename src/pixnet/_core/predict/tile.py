@@ -13,12 +13,11 @@ from pixnet._core.slide.resample import area_weights
 
 @dataclass
 class TileCost:
-    """Seconds of reading, in the model and of writing, windows that were run, and tissue pixels of the map."""
+    """Seconds of reading, in the model and of writing, and tissue pixels of the map."""
 
     read: float = 0.0
     forward: float = 0.0
     write: float = 0.0
-    windows: int = 0
     pixels: int = 0
 
     def add(self, other: TileCost) -> None:
@@ -65,16 +64,24 @@ class Tile:
         found = self.grid.windows(self.out)
         return [(i, j, part) for i, j, part in found if self.out_tissue[part.within(self.out).slices].any()]
 
+    def has_tissue(self, part: Box) -> bool:
+        """Whether some model output pixels are tissue of this tile."""
+        return bool(self.tissue.any() and self.out_tissue[part.within(self.out).slices].any())
+
     def add(self, part: Box, values: np.ndarray) -> None:
-        """Add the values ``(channels, y, x)`` of some model output pixels."""
+        """Add the values ``(channels, y, x)`` of some model output pixels; those of the background are left out."""
         if self.values is None:
             self.values = np.full((self.n_channels, self.box.height, self.box.width), np.nan, np.float32)
-        self.values[:, *part.within(self.box).slices] = values
+        here = part.within(self.box).slices
+        tissue = self.tissue[here]
+        if tissue.all():
+            self.values[:, *here] = values
+        else:
+            np.copyto(self.values[:, *here], values, where=tissue)
 
     def finish(self) -> None:
-        """Remove what is not tissue, once all windows were added."""
+        """Count the pixels, once all windows were added."""
         if self.values is not None:
-            self.values[:, ~self.tissue] = np.nan
             self.cost.pixels = int(self.tissue.sum())
 
 
@@ -113,6 +120,7 @@ class ReducedTile(Tile):
         if self.values is not None:
             with np.errstate(invalid="ignore", divide="ignore"):
                 self.values /= self.area
+            self.values[:, ~self.tissue] = np.nan
         super().finish()
 
     def _weights(self, axis: int, start: int, stop: int, first: int, last: int) -> np.ndarray:

@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
-import torch
+from dask._task_spec import DataNode, List, Task, TaskRef
+from dask.highlevelgraph import HighLevelGraph
 
 from pixnet._core.parallel import in_threads, run, runs_here
-from pixnet._core.predict.device import PRECISIONS
 from pixnet._core.predict.malloc import memory_kept
-from pixnet._core.predict.map_grid import Box, MapGrid
+from pixnet._core.predict.map_grid import MapGrid
+from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.portable_model import PortableModel
+from pixnet._core.predict.staged import StagedUnits, Unit, UnitFeatures
 from pixnet._core.predict.tile import ReducedTile, Tile, TileCost
+from pixnet._core.predict.whole import WholeWindows
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
-from pixnet._logging import logger
 
 READERS, WRITERS = 2, 1
 """Threads that read ahead of the model and write behind it."""
 
-_FORWARD = threading.Lock()
-"""One forward pass at a time in a process: it uses all of torch's threads, and its memory is what counts."""
-
 TilePlace = tuple[int, int]
-
-
-@dataclass
-class WindowBatch:
-    """Windows of a tile that the model sees at once."""
-
-    tile: Tile
-    windows: Sequence[tuple[int, int, Box]]
-    last: bool
-    pixels: np.ndarray | None = None
-    seconds: float = 0.0
 
 
 class TileRunner:
@@ -81,22 +66,39 @@ class TileRunner:
         precision: str = "float32",
         batch: int = 1,
     ) -> None:
-        self.reader, self.model, self.grid = reader, model, grid
+        self.reader, self.model, self.grid, self.n_channels = reader, model, grid, n_channels
         self.out_mask, self.mask = mask, mask if grid.ratio == 1 else mask.coarser(grid.ratio)
-        self.channels, self.n_channels = None if channels is None else list(channels), n_channels
-        self.device, self.precision, self.batch = device, precision, batch
+        self.placed = PlacedModel(model, device, precision, channels, batch)
+        self.source: WholeWindows | StagedUnits
+        if grid.reach is None:
+            self.source = WholeWindows(reader, self.placed, grid)
+        else:
+            self.source = StagedUnits(reader, mask, self.placed, grid)
 
     def tiles(self) -> list[TilePlace]:
-        """Return the tiles ``(row, column)`` that may hold tissue, row by row, at the cost of a glance at the mask."""
-        rows, columns = self.grid.tiles
-        return [place for place in np.ndindex(rows, columns) if self._may_have_tissue(*place)]
+        """Return the tiles ``(row, column)`` that may hold tissue, at the cost of a glance at the mask.
 
-    def tile(self, i: int, j: int) -> Tile:
-        """Predict one tile."""
-        return next(self.predict([(i, j)]))
+        They come row by row, or unit by unit where the model runs in stages.
+        """
+        rows, columns = self.grid.tiles
+        found = [place for place in np.ndindex(rows, columns) if self._may_have_tissue(*place)]
+        return sorted(found, key=lambda place: (self.units(*place)[:1], place))
+
+    def units(self, i: int, j: int) -> list[Unit]:
+        """Return the units that a tile touches; none where the model runs whole."""
+        if self.grid.reach is None:
+            return []
+        return [unit for unit, _ in self.grid.units(self.grid.out_box(self.grid.box(i, j)))]
+
+    def tile(self, i: int, j: int, held: Mapping[Unit, UnitFeatures | None] | None = None) -> Tile:
+        """Predict one tile; ``held`` are features of units that are there already."""
+        return next(self.predict([(i, j)], held=held))
 
     def predict(
-        self, tiles: Iterable[TilePlace], ahead: Callable[..., Iterable[WindowBatch]] = map
+        self,
+        tiles: Iterable[TilePlace],
+        ahead: Callable[..., Iterable[Any]] = map,
+        held: Mapping[Unit, UnitFeatures | None] | None = None,
     ) -> Generator[Tile, None, None]:
         """Predict tiles in order; the model runs in the caller's thread.
 
@@ -106,90 +108,25 @@ class TileRunner:
             Row and column of each.
         ahead
             Calls a function on items and gives the results in order: ``map``, or one that reads ahead on threads.
+        held
+            Features of units that are there already.
         """
-        for batch in ahead(self._read, self._batches(tiles)):
-            tile = batch.tile
-            if batch.pixels is not None:
-                values = self._forward(batch.pixels, tile.cost)
-                tile.cost.add(TileCost(read=batch.seconds, windows=len(batch.windows)))
-                for (i, j, part), value in zip(batch.windows, values):
-                    side = self.grid.out_window
-                    rows, columns = part.within(Box(i * side, j * side, side, side)).slices
-                    tile.add(part, value[:, rows, columns])
-            if batch.last:
-                tile.finish()
-                yield tile
+        empty = (self._empty(*place) for place in tiles)
+        if isinstance(self.source, StagedUnits):
+            filled = self.source.fill(empty, ahead, held)
+        else:
+            filled = self.source.fill(empty, ahead)
+        for tile in filled:
+            tile.finish()
+            yield tile
 
     def _may_have_tissue(self, i: int, j: int) -> bool:
         return self.mask.near(*self.grid.box(i, j).bounds)
 
-    def _batches(self, tiles: Iterable[TilePlace]) -> Iterator[WindowBatch]:
-        """Return the windows to run, at least one batch a tile."""
-        for place in tiles:
-            if self.grid.ratio == 1:
-                tile = Tile(self.grid, self.mask, self.n_channels, *place)
-            else:
-                tile = ReducedTile(self.grid, self.mask, self.out_mask, self.n_channels, *place)
-            windows = tile.windows()
-            for start in range(0, max(len(windows), 1), self.batch):
-                part = windows[start : start + self.batch]
-                yield WindowBatch(tile, part, last=start + self.batch >= len(windows))
-
-    def _read(self, batch: WindowBatch) -> WindowBatch:
-        """Read the pixels of a batch, uint8 ``(n, 3, y, x)`` with the halo."""
-        if batch.windows:
-            start, window, halo = time.perf_counter(), self.grid.window, self.grid.halo
-            size = window + 2 * halo
-            batch.pixels = np.empty((len(batch.windows), 3, size, size), np.uint8)
-            for k, (i, j, _) in enumerate(batch.windows):
-                batch.pixels[k] = self.reader.read(i * window - halo, j * window - halo, size, size)
-            self.reader.check()
-            batch.seconds = time.perf_counter() - start
-        return batch
-
-    def _forward(self, pixels: np.ndarray, cost: TileCost) -> np.ndarray:
-        """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(n, channels, y, x)`` without the halo.
-
-        A batch runs in halves where the GPU's memory does not hold it: windows do not know of each other.
-        """
-        try:
-            return self._forward_at_once(pixels, cost)
-        except torch.OutOfMemoryError as error:
-            if len(pixels) == 1:
-                raise RuntimeError(
-                    f"the memory of device {self.device!r} does not hold one window of the model "
-                    f"({pixels.shape[-1]} x {pixels.shape[-1]} px): free some of it, or predict with device='cpu'"
-                ) from error
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        if self.batch > len(pixels) // 2:
-            self.batch = len(pixels) // 2
-            logger.info("the memory of device %r is too small; windows run at once: %d", self.device, self.batch)
-        return np.concatenate([self._forward(part, cost) for part in np.array_split(pixels, 2)])
-
-    def _forward_at_once(self, pixels: np.ndarray, cost: TileCost) -> np.ndarray:
-        device = torch.device(self.device)
-        model = self.model.ready(device)
-        image = torch.from_numpy(pixels)
-        gpu = device.type == "cuda"
-        if gpu:
-            image = image.pin_memory()
-        lowered = PRECISIONS[self.precision]
-        with _FORWARD, torch.inference_mode():
-            start = time.perf_counter()
-            image = image.to(device, non_blocking=gpu).to(memory_format=torch.channels_last).float().div_(255)
-            channels = None if self.channels is None else torch.tensor(self.channels, device=device)
-            with torch.autocast(device.type, dtype=lowered, enabled=lowered is not None):
-                out = model(image, channels, self.grid.halo // self.grid.model_grid.stride)
-            out = out.float()
-            if gpu:
-                pinned = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-                out = pinned.copy_(out, non_blocking=True)
-                torch.cuda.synchronize(device)
-            else:
-                out = out.cpu()
-            cost.forward += time.perf_counter() - start
-        return out.numpy()
+    def _empty(self, i: int, j: int) -> Tile:
+        if self.grid.ratio == 1:
+            return Tile(self.grid, self.mask, self.n_channels, i, j)
+        return ReducedTile(self.grid, self.mask, self.out_mask, self.n_channels, i, j)
 
 
 def lazy_map(runner: TileRunner, token: str) -> da.Array:
@@ -206,18 +143,29 @@ def lazy_map(runner: TileRunner, token: str) -> da.Array:
     rows, columns = grid.tiles
     heights = tuple(grid.box(i, 0).height for i in range(rows))
     widths = tuple(grid.box(0, j).width for j in range(columns))
-    return da.map_blocks(
-        _lazy_tile,
-        dask.delayed(runner, name=f"pixnet-runner-{token}", traverse=False),
-        chunks=((runner.n_channels,), heights, widths),
-        dtype=np.float32,
-        meta=np.empty((0, 0, 0), np.float32),
-        name=f"pixnet-map-{token}",
-    )
+    shared, name, features = f"pixnet-runner-{token}", f"pixnet-map-{token}", f"pixnet-features-{token}"
+    graph: dict[Any, Any] = {shared: DataNode(shared, runner)}
+    for i, j in np.ndindex(rows, columns):
+        units = runner.units(i, j) if runner._may_have_tissue(i, j) else []
+        for unit in units:
+            if (features, *unit) not in graph:
+                graph[features, *unit] = Task((features, *unit), _lazy_features, TaskRef(shared), unit)
+        needed = List(*(TaskRef((features, *unit)) for unit in units))
+        graph[name, 0, i, j] = Task((name, 0, i, j), _lazy_tile, TaskRef(shared), (i, j), units, needed)
+    layers = HighLevelGraph.from_collections(name, graph)
+    meta = np.empty((0, 0, 0), np.float32)
+    return da.Array(layers, name, chunks=((runner.n_channels,), heights, widths), dtype=np.float32, meta=meta)
 
 
-def _lazy_tile(runner: TileRunner, block_id: tuple[int, int, int]) -> np.ndarray:
-    tile = runner.tile(*block_id[1:])
+def _lazy_features(runner: TileRunner, unit: Unit) -> UnitFeatures | None:
+    assert isinstance(runner.source, StagedUnits)
+    return runner.source.kept_features(unit)
+
+
+def _lazy_tile(
+    runner: TileRunner, place: TilePlace, units: Sequence[Unit], features: Sequence[UnitFeatures | None]
+) -> np.ndarray:
+    tile = runner.tile(*place, dict(zip(units, features)))
     if tile.values is None:
         return np.full((runner.n_channels, *tile.tissue.shape), np.nan, np.float32)
     return tile.values
@@ -228,11 +176,15 @@ def store_tiles(
 ) -> Generator[tuple[TilePlace, TileCost], None, None]:
     """Predict tiles and write them to an array ``(channels, y, x)``; yield each one's place and cost once it is there.
 
-    The model runs in the caller's thread, between threads that read ahead and write behind, or whole tiles run where
-    `pixnet._core.parallel.run` runs tasks.
+    The model runs in the caller's thread, between threads that read ahead and write behind, or the tiles of a unit run
+    where `pixnet._core.parallel.run` runs tasks.
     """
     if not runs_here():
-        yield from run(_store_tile, [runner, target], tiles)
+        groups: dict[Any, list[TilePlace]] = {}
+        for place in tiles:
+            groups.setdefault(tuple(runner.units(*place)[:1]) or place, []).append(place)
+        for _, done in run(_store_group, [runner, target], [(group,) for group in groups.values()]):
+            yield from done
         return
     ahead = partial(in_threads, threads=READERS)
     with (
@@ -243,8 +195,8 @@ def store_tiles(
         yield from written
 
 
-def _store_tile(runner: TileRunner, target: Any, i: int, j: int) -> TileCost:
-    return _write(target, runner.tile(i, j))[1]
+def _store_group(runner: TileRunner, target: Any, tiles: Sequence[TilePlace]) -> list[tuple[TilePlace, TileCost]]:
+    return [_write(target, tile) for tile in runner.predict([(i, j) for i, j in tiles])]
 
 
 def _write(target: Any, tile: Tile) -> tuple[TilePlace, TileCost]:

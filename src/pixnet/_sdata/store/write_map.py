@@ -84,7 +84,7 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
     from pixnet._core.predict.tile_runner import TileCost, store_tiles
 
     started, total, grid = time.perf_counter(), TileCost(), runner.grid
-    tiles = runner.tiles()
+    tiles, pixel_area = runner.tiles(), (grid.model_grid.stride * grid.ratio) ** 2
     todo = [tile for tile in tiles if tile not in writer.done]
     if writer.done:
         logger.info("resuming %r: %d of %d tiles are done", writer.key, len(tiles) - len(todo), len(tiles))
@@ -102,7 +102,7 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
         for place, cost in results:
             writer.mark(*place)
             total.add(cost)
-            speed = total.windows * grid.window**2 / 1e6 / (time.perf_counter() - started)
+            speed = total.pixels * pixel_area / 1e6 / (time.perf_counter() - started)
             bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
             bar.update()
     scale = 1
@@ -122,7 +122,7 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
         grid.mpp,
         total.pixels / 1e6,
         wall,
-        total.windows * grid.window**2 / 1e6 / wall,
+        total.pixels * pixel_area / 1e6 / wall,
         total.forward,
         writer.size / 1e9,
         writer.root,

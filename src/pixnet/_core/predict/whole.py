@@ -1,0 +1,79 @@
+"""Tiles of a map from windows that run whole, through encoder and decoder, with a halo on each side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pixnet._core.predict.map_grid import Box, MapGrid
+from pixnet._core.predict.placed import PlacedModel
+from pixnet._core.predict.tile import Tile, TileCost
+from pixnet._core.slide.reader import SlideReader
+
+
+@dataclass
+class WindowBatch:
+    """Windows of a tile that the model sees at once."""
+
+    tile: Tile
+    windows: Sequence[tuple[int, int, Box]]
+    last: bool
+    pixels: np.ndarray | None = None
+
+
+class WholeWindows:
+    """Fills tiles from windows of ``grid.window`` pixels that see ``grid.halo`` beyond their edges."""
+
+    def __init__(self, reader: SlideReader, model: PlacedModel, grid: MapGrid) -> None:
+        self.reader, self.model, self.grid = reader, model, grid
+
+    def fill(self, tiles: Iterable[Tile], ahead: Any) -> Generator[Tile, None, None]:
+        """Yield tiles with their values; ``ahead(function, items)`` reads."""
+        grid = self.grid
+        for batch in ahead(self._read, self._batches(tiles)):
+            tile = batch.tile
+            if batch.pixels is not None:
+                values = self._forward(batch.pixels, tile.cost)
+                for (i, j, part), value in zip(batch.windows, values):
+                    side = grid.out_window
+                    rows, columns = part.within(Box(i * side, j * side, side, side)).slices
+                    tile.add(part, value[:, rows, columns])
+            if batch.last:
+                yield tile
+
+    def _batches(self, tiles: Iterable[Tile]) -> Iterator[WindowBatch]:
+        """Return the windows to run, at least one batch a tile."""
+        for tile in tiles:
+            windows = tile.windows()
+            step = self.model.batch
+            for start in range(0, max(len(windows), 1), step):
+                yield WindowBatch(tile, windows[start : start + step], last=start + step >= len(windows))
+
+    def _read(self, batch: WindowBatch) -> WindowBatch:
+        """Read the pixels of a batch, uint8 ``(n, 3, y, x)`` with the halo."""
+        if batch.windows:
+            start, window, halo = time.perf_counter(), self.grid.window, self.grid.halo
+            size = window + 2 * halo
+            batch.pixels = np.empty((len(batch.windows), 3, size, size), np.uint8)
+            for k, (i, j, _) in enumerate(batch.windows):
+                batch.pixels[k] = self.reader.read(i * window - halo, j * window - halo, size, size)
+            self.reader.check()
+            batch.tile.cost.add(TileCost(read=time.perf_counter() - start))
+        return batch
+
+    def _forward(self, pixels: np.ndarray, cost: TileCost) -> list[np.ndarray]:
+        """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(channels, y, x)`` each, without the halo."""
+        found: list[np.ndarray] = []
+        crop = self.grid.halo // self.grid.model_grid.stride
+
+        def run(part: slice) -> None:
+            with self.model.running(cost) as model:
+                channels = self.model.channels_there
+                found.extend(self.model.values(model(self.model.image(pixels[part]), channels, crop)))
+
+        self.model.in_batches(run, len(pixels), pixels.shape[-1])
+        return found
