@@ -79,12 +79,13 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert "pass --overwrite to replace it, or --resume" in log[-1]
     assert pixnet("predict", source / "slide.png", *options, "--resume", "--grid", 50) == 0
     assert any("the map 'he_genes' is there and is kept" in line for line in log)
-    # a store is extended in place
-    assert (
-        pixnet("predict", out, "--model", source / "model.safetensors", "--key-added", "second", "--shapes", "cells")
-        == 1
-    )
-    assert "'cells_genes' exists" in log[-1] or "already" in log[-1]
+    # a store is extended in place; what is there is told before the model runs
+    second = ["predict", out, "--model", source / "model.safetensors", "--key-added", "second", "--out-mpp", 8]
+    assert pixnet(*second, "--shapes", "cells") == 1
+    assert "has the tables 'cells_genes'; pass --overwrite" in log[-1]
+    assert "second" not in spatialdata.read_zarr(out)
+    assert pixnet(*second, "--shapes", "cells", "--overwrite") == 0
+    assert spatialdata.read_zarr(out)["cells_genes"].uns["pixnet"]["image_key"] == "second"
 
 
 def test_many_slides_of_which_one_is_corrupt(source, tmp_path, log):

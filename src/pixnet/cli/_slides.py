@@ -193,20 +193,27 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
         key = path.name.split(".")[0]
         px.io.read_geojson(sdata, path, key_added=key, overwrite=replace)
         names.append(key)
+    there = [f"{name}_genes" for name in [*names, *map(_grid_key, request.grids)] if f"{name}_genes" in sdata.tables]
+    if there and not replace:
+        raise ValueError(f"{sample.store} has the tables {listed(there)}; pass --overwrite to replace them")
     before = set(sdata.images)
     made = _map_of(sdata, image, request.options) if request.resume else None
     if made is not None:
         logger.info("the map %r is there and is kept", made)
     else:
         px.tl.predict(sdata, model, overwrite=request.overwrite, resume=request.resume, **request.options)
+        made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
     for size in request.grids:
-        key = f"grid_{size:g}um"
+        key = _grid_key(size)
         px.pp.make_grid(sdata, size, key_added=key, overwrite=replace)
         names.append(key)
-        made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
     if names:
         px.tl.aggregate(sdata, names, image_key=made, overwrite=replace)
     record["made"] = {"map": made, "tables": sorted(sdata.tables)}
+
+
+def _grid_key(size_um: float) -> str:
+    return f"grid_{size_um:g}um"
 
 
 def _opened(sample: Sample, request: Request) -> Any:
