@@ -8,6 +8,7 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST_ARGS ?=
 TESTS ?= tests tutorials
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-timm lint format docs clean
@@ -18,8 +19,8 @@ help:  ## Say what the targets do.
 demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; results in demo/.
 	$(BIN)/python -m pixnet._demo --out demo
 
-test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl to choose; PIXNET_DATA_DIR for real data).
-	$(BIN)/python -m pytest -q --nbmake -m "not slow and not timm" $(PYTEST_ARGS) $(TESTS)
+test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl to choose; WORKERS=1 to run them one by one).
+	$(BIN)/python -m pytest -q --nbmake -m "not slow and not timm" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
 test-slow: $(STAMPS)/test  ## Run the tests that fail a write at every single step.
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) tests

@@ -42,9 +42,15 @@ ROWS: dict[str, dict] = {
     "base: no U-Net, exp, density, MSE + PCC, spots, frozen, enlarged to 1 um/px, batch norms of ImageNet": {},
     "decoder: U-Net with separable attention (SAFB)": {"unet": "attention"},
     "decoder: U-Net with concatenation": {"unet": "concatenation"},
-    "link: softplus": {"kind": variants.SoftplusPixNet},
+    "link: softplus": {"head": variants.SoftplusHead},
     "space: sum of logs (published)": {"model": {"quantity": "log_sum"}},
-    "space: mean of logs": {"kind": variants.LogMeanPixNet},
+    "space: mean of logs": {"head": variants.LogMeanHead},
+    "genes by their signal": {"options": {"gene_weights": "signal"}},
+    "programs: 16": {"model": {"n_programs": 16}},
+    "programs: 32": {"model": {"n_programs": 32}},
+    "programs: 64": {"model": {"n_programs": 64}},
+    "programs: 128": {"model": {"n_programs": 128}},
+    "programs: 64, genes by their signal": {"model": {"n_programs": 64}, "options": {"gene_weights": "signal"}},
     "loss: MSE only": {"loss": variants.squared_error},
     "loss: PCC only": {"loss": variants.correlation},
     "loss: Poisson + PCC": {"loss": variants.poisson_and_pcc},
@@ -80,7 +86,9 @@ def sections(train, test, genes: list[str], mpp: float, stride: int) -> tuple[Se
 
 def build(row: dict, net: PixNet, tune_encoder: bool) -> PixNet:
     """Build the model of a row on a network's encoder."""
-    model = row.get("kind", PixNet)(net.genes, mpp=net.mpp, **row.get("model", {}))
+    model = PixNet(net.genes, mpp=net.mpp, **row.get("model", {}))
+    if "head" in row:
+        model = variants.with_head(model, row["head"])
     if "unet" in row:
         model = variants.with_unet(model, row["unet"])
     model.encoder.load_state_dict(net.encoder.state_dict())
@@ -98,7 +106,8 @@ def run(row: dict, seed: int, net: PixNet, datasets: list[CropDataset]) -> dict:
     model = build(row, net, options.tune_encoder)
     train, valid = (dataset.of_elements(row.get("shapes", ["spots"])) for dataset in datasets[:2])
     train = replace(train, features=train.features[: options.variants])
-    initialise(model, train)
+    initialise(model, train, seed)
+    objective.prepare(train)
     start = time.perf_counter()
     state, _ = Trainer(model, train, valid, objective, rng=rng, device="cpu").run()
     found = {"seconds": round(time.perf_counter() - start)}

@@ -24,8 +24,8 @@ from pixnet._sdata.sections import open_measured, open_section
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import open_mask
 from pixnet.models import PixNet
+from pixnet.models._heads import GeneHead
 from pixnet.models._losses import shape_loss
-from pixnet.models._quantity import log_expression
 
 CORE = 1024  # model pixels of a window, as in prediction
 
@@ -150,7 +150,7 @@ def _batches(section: Tensor, size: int) -> list[Tensor]:
 
 
 def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
-    logs = log_expression(density * spots["covered"][rows, None], "density", 1.0)
+    logs = GeneHead(range(density.shape[1] - 1)).log_expression(density * spots["covered"][rows, None], 1.0)
     found = shape_loss(logs, density[:, -1], spots["cp10k"][rows], spots["depth"][rows])
     return found | {"objective": found["expression"] + 0.2 * found["total"]}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pixnet.models import PixNet
 from pixnet.models._decoder import BLOCK_PX, ChannelNorm, StackDecoder, droppable_halo, enlarge, trim
+from pixnet.models._heads import GeneHead, LogSumHead, MeasuredShapes
 from pixnet.models._losses import PCC_WEIGHT, cp10k_of
 from pixnet.models._paper import SeparableAttentionFusion
 
@@ -106,43 +107,39 @@ def with_unet(model: PixNet, fusion: str) -> PixNet:
     return model
 
 
-class SoftplusPixNet(PixNet):
+class SoftplusHead(GeneHead):
     """Densities by softplus in place of the exponential."""
 
-    def density(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, channels: Tensor | None = None) -> Tensor:
         """Return the map of logits."""
         logits = logits.float()
         total = F.softplus(logits[:, -1:]) * 1e4
         return torch.cat([F.softplus(logits[:, :-1]) * 1e-3 * total, total], dim=1)
 
-    def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
+    def start(self, measured: MeasuredShapes) -> tuple[Tensor, float]:
         """Start from each gene's mean share of all transcripts."""
-        target = level.clamp(min=1e-8) * 1e3
-        for member in self.members:
-            member.set_baseline(target + torch.log(-torch.expm1(-target)), 0.5413)  # whose softplus is 1
+        target = super().start(measured)[0].exp() * 1e3
+        return target + torch.log(-torch.expm1(-target)), 0.5413  # whose softplus is 1
 
 
-class LogMeanPixNet(PixNet):
-    """Gene channels whose mean over a shape is its log1p CP10k."""
+class LogMeanHead(LogSumHead):
+    """Gene channels whose mean over a shape is its log1p CP10k; a channel of ones tells the pixels of a shape."""
 
-    @property
-    def quantity(self) -> str:
-        """Quantity that a gene's channel holds."""
-        return "log_mean"
-
-    def density(self, logits: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, channels: Tensor | None = None) -> Tensor:
         """Return the map of logits."""
         logits = logits.float()
-        return torch.cat([logits[:, :-1], logits[:, -1:].clamp(-10, 4).exp() * 1e4], dim=1)
+        total = logits[:, -1:].clamp(-10, 4).exp() * 1e4
+        return torch.cat([logits[:, :-1], torch.ones_like(total), total], dim=1)
 
-    def log_expression(self, sums: Tensor, covered: Tensor, pixel_um2: float) -> Tensor:
+    def log_expression(self, sums: Tensor, pixel_um2: float, genes: Tensor | None = None) -> Tensor:
         """Return the log1p CP10k of shapes from sums of the map over their pixels."""
-        return sums[:, :-1] / covered.clamp(min=1e-6)[:, None]
+        return sums[:, :-2] / sums[:, -2:-1].clamp(min=1e-6)
 
-    def set_baseline(self, level: Tensor, area_um2: float | None = None) -> None:
-        """Start from each gene's mean log1p CP10k."""
-        for member in self.members:
-            member.set_baseline(level, 0.0)
+
+def with_head(model: PixNet, head: type[GeneHead]) -> PixNet:
+    """Give a model another head."""
+    model.head = head(model.genes)
+    return model
 
 
 def squared_error(predicted: Tensor, cp10k: Tensor, pcc: Tensor, **counts: Tensor | None) -> Tensor:

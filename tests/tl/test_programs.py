@@ -262,7 +262,7 @@ class TestMap:
         )
         assert scores is None
 
-    def test_pictures(self, predicted, model):
+    def test_pictures_of_genes(self, predicted, model):
         px.tl.predict(predicted, model, store="genes", mask_key=False)
         for show in ("density", "cp10k"):
             pictures = [
@@ -377,3 +377,86 @@ def test_a_map_answers_for_genes(predicted):
     assert opened.genes == GENES
     assert opened.select("G3").genes == ["G3"]
     assert isinstance(predicted, SpatialData)
+
+
+class TestPanels:
+    """Tables that measured different genes train together."""
+
+    OPTIONS = {k: v for k, v in QUICK.items() if k != "genes"} | {"max_epochs": 14, "batch_shapes": 24}
+
+    @staticmethod
+    def panel(seed, genes):
+        """A slide of which only some genes were measured."""
+        sdata = coloured_slide(seed)
+        sdata.tables["spots_counts"] = sdata["spots_counts"][:, genes].copy()
+        return sdata
+
+    @staticmethod
+    def scores(model, **options):
+        sdata = coloured_slide(5)
+        px.tl.predict(sdata, model, mask_key=False)
+        px.tl.aggregate(sdata, "spots")
+        return px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts", **options)
+
+    @pytest.mark.parametrize("n_programs", [None, 6])
+    def test_each_gene_is_learned_where_it_was_measured(self, n_programs):
+        slides = {"a": self.panel(1, ["PINK", "FLAT", "REST"]), "b": self.panel(2, ["BLUE", "FLAT", "REST"])}
+        options = self.OPTIONS | {"validation": {"v": self.panel(3, ["PINK", "BLUE"])}, "n_programs": n_programs}
+        genes = ["PINK", "BLUE", "FLAT", "REST"]
+        net = px.tl.train(slides, totals="panel", genes=genes, **options)
+        assert sorted(net.genes) == ["BLUE", "FLAT", "PINK", "REST"]
+        whole = {"a": coloured_slide(1), "b": coloured_slide(2)}
+        both = px.tl.train(whole, totals={"v": "panel"}, genes=genes, **options)
+        found, expected = (self.scores(one)["pearson"][["PINK", "BLUE"]] for one in (net, both))
+        assert (found > 0.8).all()
+        assert (found > expected - 0.08).all()
+
+    def test_a_panel_beside_a_whole_transcriptome(self):
+        slides = {"a": self.panel(1, ["PINK", "BLUE"]), "b": coloured_slide(2)}
+        options = self.OPTIONS | {"validation": {"v": coloured_slide(3)}, "genes": ["PINK", "BLUE", "FLAT"]}
+        net = px.tl.train(slides, totals={"a": "panel"}, **options)
+        within = self.scores(net, totals="panel", genes=["PINK", "BLUE"])
+        assert (within["pearson"] > 0.8).all()
+        # In amounts: FLAT is a tenth of all transcripts, as b says, not a tenth of a panel.
+        sdata = coloured_slide(5)
+        px.tl.predict(sdata, net, mask_key=False)
+        px.tl.aggregate(sdata, "spots")
+        assert sdata["spots_genes"].to_df()["FLAT"].mean() == pytest.approx(1000, rel=0.15)
+
+    def test_refusals(self):
+        a, b = self.panel(1, ["PINK"]), coloured_slide(2)
+        with pytest.raises(ValueError, match=r"too different sets of genes.*totals=\{name: 'panel'\}"):
+            px.tl.train({"a": a, "b": b}, **self.OPTIONS)
+        with pytest.raises(KeyError, match="totals names 'c', which is neither an object nor a table: 'a', 'b'"):
+            px.tl.train({"a": a, "b": b}, totals={"c": "panel"}, **self.OPTIONS)
+        with pytest.raises(ValueError, match="totals has 'some'; valid"):
+            px.tl.train(b, totals="some", **self.OPTIONS)
+        slides = {"a": a, "b": b, "c": coloured_slide(3)}
+        with pytest.raises(KeyError, match="no training table has 1 of the 2 genes: 'NOPE'"):
+            px.tl.train(slides, totals={"a": "panel"}, genes=["PINK", "NOPE"], **self.OPTIONS)
+        with pytest.raises(KeyError, match="lacks 1 of the 1 genes: 'BLUE'"):
+            px.tl.train({"a": a, "b": b}, totals="panel", validation="a", genes="BLUE", **self.OPTIONS)
+
+
+class TestPictures:
+    def test_maps_and_bars(self, predicted, model):
+        axes = px.pl.programs(predicted, ncols=3)
+        assert len(axes) == 6
+        assert axes[0].get_title() == "H&E"
+        drawn = {ax.get_title().split(":")[0]: ax.images[0].get_array() for ax in axes[1:]}
+        assert sorted(drawn) == ["P01", "P02", "P03", "P04", "P05"]
+        np.testing.assert_allclose(np.ma.sum([drawn[name] for name in drawn], axis=0), 1e4, rtol=1e-4)
+        one = px.pl.programs(predicted, ["P04", 2], he_key=False)
+        assert [ax.get_title().split(":")[0] for ax in one] == ["P04", "P02"]
+        bars = px.pl.programs(predicted, [1], kind="genes", n_genes=3)
+        loadings = model.loadings.to_numpy()
+        lift = np.where(loadings[0] >= loadings[0].mean(), loadings[0] / loadings.mean(axis=0), 0)
+        np.testing.assert_allclose([bar.get_width() for bar in bars.patches], np.sort(lift)[::-1][:3], rtol=1e-5)
+
+    def test_refusals(self, predicted, slide):
+        with pytest.raises(KeyError, match="has no program 'P09', '0'; it has 5, from 'P01' on"):
+            px.pl.programs(predicted, ["P09", 0])
+        with pytest.raises(ValueError, match="kind is 'list'; valid"):
+            px.pl.programs(predicted, kind="list")
+        with pytest.raises(ValueError, match="no program map"):
+            px.pl.programs(slide)

@@ -165,7 +165,8 @@ def check_totals_alike(columns: dict[str, int], total_key: str | None) -> None:
     if columns[most] > SUM_RATIO * columns[least]:
         raise ValueError(
             f"tables {least!r} ({columns[least]} genes) and {most!r} ({columns[most]} genes) sum over too different sets of "
-            "genes for their totals to mean the same: name the obs column that holds the UMI over all genes with total_key="
+            "genes for their totals to mean the same: name the obs column that holds the UMI over all genes with total_key=, or "
+            "say which tables are panels, whose totals are those of their own genes, with totals={name: 'panel'}"
         )
 
 

@@ -21,6 +21,8 @@ from pixnet._core.zonal import Mean, Statistic, Sum
 from pixnet._names import TOTAL, TOTALS, check_genes, is_total, listed
 from pixnet._programs import fingerprint, is_program, told_fingerprint
 from pixnet._sdata.counts import dense, is_loadings
+from pixnet._sdata.keys import resolve_any_image
+from pixnet._sdata.loadings import lift
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
 
@@ -276,6 +278,50 @@ class ProgramMap(GeneMap):
         position = {name: i for i, name in enumerate(self.genes)}
         columns = self.loadings if genes == self.genes else self.loadings[:, [position[gene] for gene in genes]]
         return ProgramSelection(genes, list(range(len(self.programs))), columns)
+
+    @property
+    def all_programs(self) -> ProgramSelection:
+        """The programs themselves, without a gene."""
+        return ProgramSelection([], list(range(len(self.programs))), self.loadings[:, :0])
+
+    def short_name(self, i: int) -> str:
+        """Return the name of a program without its fingerprint."""
+        return self.programs[i].split(".")[0]
+
+    def lift(self, i: int, n: int) -> tuple[list[str], np.ndarray]:
+        """Return the top genes of a program, and their share over the mean of all programs."""
+        found = lift(self.loadings)[i]
+        order = np.argsort(-found, kind="stable")[:n]
+        return [self.genes[j] for j in order], found[order]
+
+    def top_genes(self, i: int, n: int) -> str:
+        """Return the names of the top genes of a program, as one string."""
+        return " ".join(self.lift(i, n)[0])
+
+
+def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
+    """Return the program map that a call means: the one named, or the only one.
+
+    Raises
+    ------
+    KeyError
+        If there is no such image, or its loadings are missing.
+    ValueError
+        If it is not a program map, or if none is named and none or several could be meant.
+    """
+    if image_key is not None:
+        found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+        if not isinstance(found, ProgramMap):
+            raise ValueError(f"gene map {image_key!r} has a channel for each gene already; a program map is needed")
+        return found
+    opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
+    maps = [one for one in opened if isinstance(one, ProgramMap)]
+    if len(maps) == 1:
+        return maps[0]
+    if maps:
+        raise ValueError(f"several images are program maps: {listed(m.key for m in maps)}; name one with image_key=")
+    have = f" (its gene maps {listed(m.key for m in opened)} have a channel for each gene)" if opened else ""
+    raise ValueError(f"this object has no program map{have}; make one with pixnet.tl.predict(..., store='programs')")
 
 
 def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[str], mpp: float | None) -> GeneMap:

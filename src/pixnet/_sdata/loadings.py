@@ -31,11 +31,16 @@ def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = N
 
 
 def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:
-    """Return the genes of largest lift (share over the mean share of all programs) of each program, as one string.
-
-    Only genes of which a program has more than of the average gene name it: rarer ones come and go with the seed.
-    """
-    values = loadings.to_numpy(dtype=np.float64)
-    lift = np.where(values >= values.mean(axis=1, keepdims=True), values / np.maximum(values.mean(axis=0), 1e-12), 0.0)
-    order = np.argsort(-lift, axis=1, kind="stable")[:, :n]
+    """Return the genes of largest `lift` of each program, as one string."""
+    order = np.argsort(-lift(loadings.to_numpy()), axis=1, kind="stable")[:, :n]
     return [" ".join(str(loadings.columns[i]) for i in row) for row in order]
+
+
+def lift(loadings: np.ndarray) -> np.ndarray:
+    """Return each gene's share of a program over its mean share of all programs, ``(programs, genes)``.
+
+    It is 0 for genes of which a program has less than of the average gene: rarer ones come and go with the seed.
+    """
+    values = np.asarray(loadings, dtype=np.float64)
+    enough = values >= values.mean(axis=1, keepdims=True)
+    return np.where(enough, values / np.maximum(values.mean(axis=0), 1e-12), 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from pixnet._logging import logger
 from pixnet._names import TOTAL, listed
@@ -47,19 +48,41 @@ class MeasuredTable:
     within_panel: bool = False
 
     @classmethod
-    def read(cls, table: AnnData, name: str, layer: str | None, total_key: str | None) -> MeasuredTable:
-        """Read and validate the counts of all genes of a table, and its totals."""
+    def read(
+        cls, table: AnnData, name: str, layer: str | None, total_key: str | None, within_panel: bool = False
+    ) -> MeasuredTable:
+        """Read and validate the counts of all genes of a table, and its totals: of all transcripts, or of its genes."""
         counts = counts_matrix(table, name, layer)
-        return cls(name, table, counts, totals(table, name, counts, total_key), table.var_names)
+        total = totals(table, name, counts, None if within_panel else total_key)
+        return cls(name, table, counts, total, table.var_names, within_panel=within_panel)
 
-    def select(self, genes: Sequence[str]) -> MeasuredTable:
-        """Return the counts of some of all the table's genes, in their order; refuse genes that it lacks."""
-        columns = gene_positions(self.table, self.name, genes)
-        return replace(self, counts=self.counts[:, columns], genes=self.genes[columns])
+    def select(self, genes: Sequence[str], *, partial: bool = False) -> MeasuredTable:
+        """Return the counts of some of all the table's genes, in their order.
+
+        A gene that the table lacks is refused; with ``partial`` only if it lacks all of them, and else has no counts and
+        is not in the panel. Totals within the panel are those of its genes among these.
+        """
+        check_names_unique(self.table, self.name)
+        columns = self.genes.get_indexer(list(genes))
+        here = columns >= 0
+        if not here.any() or (not partial and not here.all()):
+            gene_positions(self.table, self.name, genes)  # says what is missing
+        counts = sparse.csr_matrix(self.counts[:, columns[here]])
+        if not here.all():
+            counts = counts @ sparse.csr_matrix(np.eye(len(here), dtype=counts.dtype)[here])
+        panel = None if here.all() else np.flatnonzero(here)
+        return self._totalled(replace(self, counts=counts, genes=pd.Index(genes), panel=panel))
 
     def keep(self, columns: np.ndarray) -> MeasuredTable:
         """Return some of the genes, told by their columns."""
-        return replace(self, counts=self.counts[:, columns], genes=self.genes[columns])
+        panel = None if self.panel is None else np.flatnonzero(np.isin(columns, self.panel))
+        return self._totalled(replace(self, counts=self.counts[:, columns], genes=self.genes[columns], panel=panel))
+
+    @staticmethod
+    def _totalled(table: MeasuredTable) -> MeasuredTable:
+        if not table.within_panel:
+            return table
+        return replace(table, total=np.asarray(table.counts.sum(axis=1), dtype=np.float64).ravel())
 
 
 def rank_genes(
@@ -69,32 +92,44 @@ def rank_genes(
     exclude_prefixes: Sequence[str] = ("MT-", "mt-"),
     min_fraction: float = 0.0,
 ) -> list[str]:
-    """Return the genes that all tables have, by their mean CP10k over all observations (see `pixnet.pp.select_genes`)."""
+    """Return the genes that all tables have, by their mean CP10k over all observations (see `pixnet.pp.select_genes`).
+
+    If tables are of panels, they are the genes that any of them has.
+    """
     prefixes = tuple(exclude_prefixes)
-    genes = _common_genes(tables)
+    genes = _all_genes(tables) if any(table.within_panel for table in tables) else _common_genes(tables)
     genes = genes[[not name.startswith(prefixes) for name in genes]] if prefixes else genes
     genes = genes[genes != TOTAL]
     if len(genes) == 0:
         raise ValueError(f"every gene that all tables have begins with one of exclude_prefixes={prefixes!r}")
-    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), 0
+    total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), np.zeros(len(genes))
     for table in tables:
         usable = table.total > 0
         weight = np.zeros(len(usable))
         weight[usable] = 1e4 / table.total[usable]
-        chosen = table.counts[:, table.genes.get_indexer(genes)]
-        total += np.asarray(chosen.T @ weight).ravel()
-        detected += np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
-        n += int(usable.sum())
-    if n == 0:
+        columns = table.genes.get_indexer(genes)
+        here = columns >= 0
+        chosen = table.counts[:, columns[here]]
+        total[here] += np.asarray(chosen.T @ weight).ravel()
+        detected[here] += np.asarray((chosen[usable] > 0).sum(axis=0)).ravel()
+        n[here] += int(usable.sum())
+    if not n.any():
         raise ValueError("no spot has any counts")
+    n = np.maximum(n, 1)
     enough = detected / n >= min_fraction
-    genes, mean = genes[enough], total[enough] / n
+    genes, mean = genes[enough], (total / n)[enough]
     if len(genes) == 0:
         raise ValueError(f"no gene is detected in at least {min_fraction:g} of the spots (min_fraction)")
     if n_top is not None and len(genes) < n_top:
         logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
     order = np.lexsort([genes.to_numpy(dtype=str), -mean])
     return [str(name) for name in genes[order[:n_top]]]
+
+
+def _all_genes(tables: Sequence[MeasuredTable]) -> pd.Index:
+    for one in tables:
+        check_names_unique(one.table, one.name)
+    return pd.Index(list(dict.fromkeys(gene for one in tables for gene in one.genes)))
 
 
 def _common_genes(tables: Sequence[MeasuredTable]) -> pd.Index:

@@ -20,6 +20,10 @@ from pixnet._sdata.shapes import pixel_shapes
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import open_mask
 
+Total = Literal["all", "panel"]
+Totals = Total | Mapping[str, Total]
+"""Whether totals are of all transcripts or of a table's own genes: of all tables, or by object or table."""
+
 
 @dataclass(frozen=True)
 class MeasuredSlide:
@@ -33,11 +37,14 @@ class MeasuredSlide:
         Its H&E image.
     pairs
         Table of each shapes element, by the element's name.
+    panels
+        The tables whose totals are those of their own genes.
     """
 
     name: str
     slide: Slide
     pairs: dict[str, str]
+    panels: frozenset[str] = frozenset()
 
     @property
     def sdata(self) -> SpatialData:
@@ -50,7 +57,7 @@ class MeasuredSlide:
         """Read and validate the table of each shapes element, once each; of some genes, or of all."""
         sdata = self.slide.sdata
         found = {
-            key: MeasuredTable.read(sdata.tables[key], key, layer, total_key)
+            key: MeasuredTable.read(sdata.tables[key], key, layer, total_key, key in self.panels)
             for key in dict.fromkeys(self.pairs.values())
         }
         if genes is not None:
@@ -65,8 +72,11 @@ def open_measured(
     table_key: str | Sequence[str] | None = None,
     total_key: str | None = None,
     mask_key: str | Literal[False] | None = None,
+    totals: Totals | None = None,
 ) -> list[MeasuredSlide]:
     """Resolve names in every object, without reading a pixel; ``shapes[i]`` pairs with ``table_key[i]``.
+
+    ``totals`` says of which tables the totals are those of their own genes (see `pixnet.tl.train`).
 
     Raises
     ------
@@ -81,13 +91,40 @@ def open_measured(
         raise ValueError(
             f"shapes has {len(shapes)} names and table_key {len(table_key)}; shapes[i] pairs with table_key[i]"
         )
-    found = [
-        MeasuredSlide(name, Slide.open(sdata, image_key, mask_key), _pairs(sdata, name, shapes, table_key))
-        for name, sdata in objects.items()
-    ]
-    columns = {f"{table} of object {m.name}": m.sdata.tables[table].n_vars for m in found for table in m.pairs.values()}
+    found = []
+    for name, sdata in objects.items():
+        pairs = _pairs(sdata, name, shapes, table_key)
+        panels = frozenset(table for table in pairs.values() if _is_panel(totals, name, table))
+        found.append(MeasuredSlide(name, Slide.open(sdata, image_key, mask_key), pairs, panels))
+    _check_totals_known(totals, found)
+    columns = {
+        f"{table} of object {m.name}": m.sdata.tables[table].n_vars
+        for m in found
+        for table in m.pairs.values()
+        if table not in m.panels
+    }
     check_totals_alike(columns, total_key)
     return found
+
+
+def _is_panel(totals: Totals | None, name: str, table: str) -> bool:
+    """Whether the total of a table is that of its own genes, as it or its object is named in ``totals``."""
+    if isinstance(totals, Mapping):
+        totals = totals.get(name, totals.get(table, "all"))
+    if totals not in (None, "all", "panel"):
+        raise ValueError(f"totals has {totals!r}; valid: 'all', 'panel', or a dict of these by object or table")
+    return totals == "panel"
+
+
+def _check_totals_known(totals: Totals | None, found: Sequence[MeasuredSlide]) -> None:
+    """Refuse names that are neither an object nor a table."""
+    if isinstance(totals, Mapping):
+        known = {*(m.name for m in found), *(table for m in found for table in m.pairs.values())}
+        unknown = [key for key in totals if key not in known]
+        if unknown:
+            raise KeyError(
+                f"totals names {unknown[0]!r}, which is neither an object nor a table: {listed(sorted(known))}"
+            )
 
 
 def _pairs(

@@ -98,8 +98,8 @@ class Head(nn.Module):
         """
 
     @abstractmethod
-    def total(self, sums: Tensor) -> Tensor:
-        """Return sums of the density of all transcripts, ``(shapes,)``."""
+    def total(self, sums: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return sums of the density of all transcripts, or of those of a panel of genes, ``(shapes,)``."""
 
     @abstractmethod
     def start(self, measured: MeasuredShapes) -> tuple[Tensor, float]:
@@ -139,9 +139,9 @@ class GeneHead(Head):
         panel = sums[:, genes]
         return torch.log1p(1e4 * panel / panel.sum(dim=1, keepdim=True).clamp(min=1e-6))
 
-    def total(self, sums: Tensor) -> Tensor:
-        """Return the last channel."""
-        return sums[:, -1]
+    def total(self, sums: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return the last channel, or the sum of the panel's."""
+        return sums[:, -1] if genes is None else sums[:, genes].sum(dim=1)
 
     def start(self, measured: MeasuredShapes) -> tuple[Tensor, float]:
         """Start from each gene's mean share."""
@@ -173,6 +173,10 @@ class LogSumHead(GeneHead):
         """Return logs per µm², and the density of all transcripts."""
         genes, total = _split(logits)
         return torch.cat([genes / self.area_um2, total], dim=1)
+
+    def total(self, sums: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return the last channel: logs do not add up to the total of a panel."""
+        return sums[:, -1]
 
     def log_expression(self, sums: Tensor, pixel_um2: float, genes: Tensor | None = None) -> Tensor:
         """Return sums times the pixel's area."""
@@ -238,9 +242,9 @@ class ProgramHead(Head):
         panel = sums @ self.loadings[:, genes]
         return torch.log1p(1e4 * panel / panel.sum(dim=1, keepdim=True).clamp(min=1e-6))
 
-    def total(self, sums: Tensor) -> Tensor:
-        """Return the sum over the programs."""
-        return sums.sum(dim=1)
+    def total(self, sums: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Return the sum over the programs, or of their panel's parts."""
+        return sums.sum(dim=1) if genes is None else (sums @ self.loadings[:, genes]).sum(dim=1)
 
     def start(self, measured: MeasuredShapes) -> tuple[Tensor, float]:
         """Start from a nonnegative matrix factorisation of what was measured (see `factorise`)."""
@@ -291,10 +295,11 @@ def factorise(shares: sparse.csr_array, n_programs: int, seed: int) -> tuple[np.
     mean = np.asarray(shares.mean(axis=0)).ravel()
     scale = np.sqrt(np.maximum(mean, LEAST_SHARE))
     scaled = sparse.csr_matrix(shares @ sparse.diags_array(1 / scale)).astype(np.float32)
+    options = {"init": "nndsvda" if n_programs <= min(scaled.shape) else "random", "random_state": seed}
     if scaled.shape[0] * scaled.shape[1] <= LARGE_TABLE:
-        nmf = NMF(n_programs, init="nndsvda", max_iter=200, tol=1e-3, random_state=seed)
+        nmf = NMF(n_programs, max_iter=200, tol=1e-3, **options)
     else:
-        nmf = MiniBatchNMF(n_programs, init="nndsvda", batch_size=2048, max_iter=20, random_state=seed)
+        nmf = MiniBatchNMF(n_programs, batch_size=2048, max_iter=20, **options)
     weights = nmf.fit_transform(scaled).astype(np.float64)
     loadings = nmf.components_.astype(np.float64) * scale
     amount = loadings.sum(axis=1)

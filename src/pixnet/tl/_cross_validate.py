@@ -14,7 +14,7 @@ from pixnet._core.train.split import longer_axis
 from pixnet._logging import logger
 from pixnet._sdata.counts import match_rows
 from pixnet._sdata.inputs import SpatialDatas, named_objects
-from pixnet._sdata.sections import MeasuredSlide, open_measured
+from pixnet._sdata.sections import MeasuredSlide, Total, open_measured
 from pixnet._sdata.shapes import pixel_shapes
 from pixnet.tl._aggregate import aggregate
 from pixnet.tl._evaluate import evaluate
@@ -49,6 +49,7 @@ def cross_validate(
     genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     total_key: str | None = None,
+    totals: Total = "all",
     mask_key: str | Literal[False] | None = None,
     gap_um: float = GAP_UM,
     model: PixNet | None = None,
@@ -75,7 +76,7 @@ def cross_validate(
         prediction up to 320; give more, such as 400, to exclude that.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
-    image_key, shapes, table_key, genes, layer, total_key, mask_key, seed, device
+    image_key, shapes, table_key, genes, layer, total_key, totals, mask_key, seed, device
         As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
     **train_options
         Other arguments of `pixnet.tl.train`: settings of training and of the model.
@@ -113,7 +114,7 @@ def cross_validate(
         raise ValueError(f"gap_um is {gap_um!r}; a distance in µm, from 0, is needed")
     objects = named_objects(sdata)
     keys = (image_key, shapes, table_key, total_key)
-    sources = open_measured(objects, *keys)
+    sources = open_measured(objects, *keys, totals=totals)
     if isinstance(groups, int | np.integer) and not isinstance(groups, bool):
         folds = _blocks(sources, int(groups), gap_um)
     else:
@@ -127,6 +128,7 @@ def cross_validate(
         "table_key": tables,
         "layer": layer,
         "total_key": total_key,
+        "totals": totals,
     }
     frames = []
     for number, fold in enumerate(folds):
@@ -137,7 +139,7 @@ def cross_validate(
             **options, **train_options,
         )  # fmt: skip
         for name, one in fold.test.items():
-            scores = _test(one, trained, image_key, pairs[name], mask_key, layer, total_key, device)
+            scores = _test(one, trained, image_key, pairs[name], mask_key, layer, total_key, totals, device)
             for key, s in scores.items():
                 if s["n"].max() < 2:
                     logger.warning(
@@ -155,6 +157,7 @@ def _test(
     mask_key: str | Literal[False] | None,
     layer: str | None,
     total_key: str | None,
+    totals: Total,
     device: str | None,
 ) -> dict[str, pd.DataFrame]:
     """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
@@ -162,13 +165,19 @@ def _test(
         {name: element for _, name, element in sdata.gen_elements()}, attrs=sdata.attrs
     )
     map_key = _free(work, "map")
-    work.images[map_key] = predict(work, model, image_key=image_key, mask_key=mask_key, device=device, inplace=False)
+    predicted_map = predict(
+        work, model, image_key=image_key, mask_key=mask_key, device=device, key_added=map_key, inplace=False
+    )
+    for name, element in (predicted_map if isinstance(predicted_map, dict) else {map_key: predicted_map}).items():
+        work[name] = element
     tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
     out = {}
     for key, reference in pairs.items():
         predicted = _free(work, f"{key}_predicted")
         work.tables[predicted] = tables[key] if isinstance(tables, dict) else tables
-        out[key] = evaluate(work, table_key=predicted, reference_key=reference, layer=layer, total_key=total_key)
+        out[key] = evaluate(
+            work, table_key=predicted, reference_key=reference, layer=layer, total_key=total_key, totals=totals
+        )
     return out
 
 

@@ -16,6 +16,7 @@ from pixnet._names import check_genes, listed, some
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, is_predicted_table, totals
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.sections import Total
 
 POOLED = "pooled"
 
@@ -28,6 +29,7 @@ def evaluate(
     genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     total_key: str | None = None,
+    totals: Total = "all",
 ) -> pd.DataFrame:
     """Score a predicted table against the measured one, gene by gene.
 
@@ -49,6 +51,9 @@ def evaluate(
         Layer of the measured table that holds the counts. None: X.
     total_key
         Column of the measured table's obs with all UMI. None: the sum over all its columns.
+    totals
+        ``"all"``: the measured total is that of all transcripts. ``"panel"``: it is that of the genes that both tables have,
+        and the prediction is compared within them.
 
     Returns
     -------
@@ -85,13 +90,18 @@ def evaluate(
             if key not in one.tables:
                 where = f" of object {name!r}" if len(objects) > 1 else ""
                 raise KeyError(f"no table {key!r}{where} ({argument}=); it has: {listed(one.tables)}")
-    columns = {f"{reference_key} of object {n}": one.tables[reference_key].n_vars for n, one in objects.items()}
-    check_totals_alike(columns, total_key)
+    if totals not in ("all", "panel"):
+        raise ValueError(f"totals is {totals!r}; valid: 'all', 'panel'")
+    if totals == "all":
+        columns = {f"{reference_key} of object {n}": one.tables[reference_key].n_vars for n, one in objects.items()}
+        check_totals_alike(columns, total_key)
     if genes is not None:
         genes = check_genes(genes)
     else:
         genes = _common_genes(objects, table_key, reference_key)
-    pairs = {name: _matched(one, table_key, reference_key, genes, layer, total_key) for name, one in objects.items()}
+    pairs = {
+        name: _matched(one, table_key, reference_key, genes, layer, total_key, totals) for name, one in objects.items()
+    }
     if isinstance(sdata, SpatialData):
         frame = _score(*pairs["0"], genes)
         frame.attrs["summary"] = _summary(frame)
@@ -125,14 +135,24 @@ def _common_genes(objects: dict[str, SpatialData], table_key: str, reference_key
 
 
 def _matched(
-    sdata: SpatialData, table_key: str, reference_key: str, genes: list[str], layer: str | None, total_key: str | None
+    sdata: SpatialData,
+    table_key: str,
+    reference_key: str,
+    genes: list[str],
+    layer: str | None,
+    total_key: str | None,
+    totals_of: Total,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return predicted and measured log1p CP10k of the rows that both tables have, ``(rows, genes)``."""
     predicted, reference = sdata.tables[table_key], sdata.tables[reference_key]
     columns = gene_positions(predicted, table_key, genes)
     measured_columns = gene_positions(reference, reference_key, genes)
     matrix = counts_matrix(reference, reference_key, layer)
-    total = totals(reference, reference_key, matrix, total_key)
+    shared = predicted.var_names.intersection(reference.var_names)
+    if totals_of == "panel":
+        total = np.asarray(matrix[:, reference.var_names.get_indexer(shared)].sum(axis=1), dtype=np.float64).ravel()
+    else:
+        total = totals(reference, reference_key, matrix, total_key)
     here, there = _keys(predicted, table_key), _keys(reference, reference_key)
     found = here.get_indexer(there)
     if (found < 0).all():
@@ -143,6 +163,10 @@ def _matched(
         )
     rows = np.flatnonzero((found >= 0) & (total > 0))
     values = dense(predicted.X[found[rows]][:, columns]).astype(np.float64)
+    if totals_of == "panel":
+        everything = dense(predicted.X[found[rows]][:, predicted.var_names.get_indexer(shared)]).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = 1e4 * values / everything.sum(axis=1, keepdims=True)
     if is_predicted_table(predicted):  # sums of logs may come out slightly below 0
         values = np.maximum(values, -0.99)
     elif (values < 0).any():

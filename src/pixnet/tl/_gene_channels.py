@@ -14,11 +14,9 @@ from spatialdata.transformations import get_transformation
 
 from pixnet._core.parallel import run
 from pixnet._logging import logger
-from pixnet._names import listed
-from pixnet._sdata.gene_map import GeneMap, ProgramMap, Selection
+from pixnet._sdata.gene_map import ProgramMap, Selection, program_map
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image
-from pixnet._sdata.rasters import is_gene_map
+from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.record import find_entry, identity
 from pixnet._sdata.store.bound import bound
 from pixnet._sdata.store.element_store import local_store
@@ -92,66 +90,45 @@ def gene_channels(
     ['GENE2', '__total__']
     """
     check_sdata(sdata, "tl.gene_channels")
-    program_map = _program_map(sdata, image_key)
-    selection = program_map.select(genes)
-    key = _key(program_map.key) if key_added is None else key_added
+    opened = program_map(sdata, image_key)
+    selection = opened.select(genes)
+    key = _key(opened.key) if key_added is None else key_added
     if inplace:
         check_key_free(sdata, key, overwrite)
         check_replaces(sdata, key, "images")
-        if key == program_map.key:
+        if key == opened.key:
             raise ValueError(f"key_added is {key!r}, the map that the genes come from; choose another name")
         local_store(sdata)
-    names = [*selection.genes, program_map.total_name]
-    transformations = get_transformation(sdata.images[program_map.key], get_all=True)
-    with bound(sdata.images[program_map.key], f"image {program_map.key!r}"):
+    names = [*selection.genes, opened.total_name]
+    transformations = get_transformation(sdata.images[opened.key], get_all=True)
+    with bound(sdata.images[opened.key], f"image {opened.key!r}"):
         if not inplace:
             lazy = da.map_blocks(
-                _genes_of, program_map.data.data.rechunk({0: -1}), selection,
-                chunks=((len(names),), *program_map.data.data.chunks[1:]), dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
+                _genes_of, opened.data.data.rechunk({0: -1}), selection,
+                chunks=((len(names),), *opened.data.data.chunks[1:]), dtype=np.float32, meta=np.empty((0, 0, 0), np.float32),
             )  # fmt: skip
             return Image2DModel.parse(lazy, dims=("c", "y", "x"), c_coords=names, transformations=transformations)
-        _, height, width = program_map.data.shape
-        spec = MapSpec(names, (height, width), _chunk(program_map), list(scale_factors), transformations)
+        _, height, width = opened.data.shape
+        spec = MapSpec(names, (height, width), _chunk(opened), list(scale_factors), transformations)
         entry = {
-            **(find_entry(sdata, "images", program_map.key) or {"kind": "gene_map"}),
+            **(find_entry(sdata, "images", opened.key) or {"kind": "gene_map"}),
             "store": "genes",
-            "from": program_map.key,
+            "from": opened.key,
             "genes": selection.genes,
             "identity": identity(names, (height, width)),
         }
-        _write(sdata, key, program_map, selection, spec, entry, overwrite)
-    logger.info("added image sdata.images[%r]: %d genes of %r", key, len(selection.genes), program_map.key)
+        _write(sdata, key, opened, selection, spec, entry, overwrite)
+    logger.info("added image sdata.images[%r]: %d genes of %r", key, len(selection.genes), opened.key)
     return None
-
-
-def _program_map(sdata: SpatialData, image_key: str | None) -> ProgramMap:
-    """Return the program map that the call means."""
-    if image_key is None:
-        opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
-        maps = [one for one in opened if isinstance(one, ProgramMap)]
-        if len(maps) == 1:
-            return maps[0]
-        if maps:
-            raise ValueError(
-                f"several images are program maps: {listed(m.key for m in maps)}; name one with image_key="
-            )
-        have = f" (its gene maps {listed(m.key for m in opened)} have a channel for each gene)" if opened else ""
-        raise ValueError(
-            f"this object has no program map{have}; make one with pixnet.tl.predict(..., store='programs')"
-        )
-    found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
-    if not isinstance(found, ProgramMap):
-        raise ValueError(f"gene map {image_key!r} has a channel for each gene already; a program map is needed")
-    return found
 
 
 def _key(program_key: str) -> str:
     return program_key.replace("_programs", "_genes") if "_programs" in program_key else f"{program_key}_genes"
 
 
-def _chunk(program_map: ProgramMap) -> int:
+def _chunk(opened: ProgramMap) -> int:
     """Return the side of a chunk: that of the program map, so that each is read and written once."""
-    chunks = program_map.data.data.chunks
+    chunks = opened.data.data.chunks
     return max(int(chunks[1][0]), int(chunks[2][0])) if chunks is not None else CHUNK_PX
 
 
@@ -165,7 +142,7 @@ def _genes_of(programs: np.ndarray, selection: Selection) -> np.ndarray:
 def _write(
     sdata: SpatialData,
     key: str,
-    program_map: ProgramMap,
+    opened: ProgramMap,
     selection: Selection,
     spec: MapSpec,
     entry: dict[str, Any],
@@ -174,10 +151,10 @@ def _write(
     """Stream the map, chunk by chunk, and its pyramid; put it in its place."""
     writer = MapWriter.open(sdata, key, spec, {"run": uuid.uuid4().hex}, overwrite=overwrite)
     try:
-        _, height, width = program_map.data.shape
+        _, height, width = opened.data.shape
         side = spec.chunk
         places = list(np.ndindex(-(-height // side), -(-width // side)))
-        source = program_map.data.data
+        source = opened.data.data
         items = ((source[:, i * side : (i + 1) * side, j * side : (j + 1) * side], i, j) for i, j in places)
         with closing(run(_write_chunk, [writer.arrays[0], selection, side], items)) as written:
             filled = [item[1:] for item, any_value in written if any_value]

@@ -15,7 +15,7 @@ from pixnet._logging import logger
 from pixnet._names import check_genes, listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
 from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_genes
-from pixnet._sdata.sections import MeasuredSlide, open_measured, open_section
+from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def train(
     genes: str | Sequence[str] | None = None,
     layer: str | None = None,
     total_key: str | None = None,
+    totals: Totals | None = None,
     mask_key: str | Literal[False] | None = None,
     validation: str | Sequence[str] | SpatialDatas | None = None,
     model: PixNet | None = None,
@@ -102,6 +103,11 @@ def train(
         Layer of the tables that holds raw counts. None: X.
     total_key
         Column of obs with all UMI of each observation. None: the sum over all columns of the table.
+    totals
+        ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the table's own genes, such as those
+        of a Xenium panel; expression is then compared within the panel, and ``total_key`` is not used. A dict says it by the
+        name of an object or a table. Tables of different panels, and of whole transcriptomes, train together: a gene that a
+        table did not measure has no term there. None: ``"all"``.
     mask_key
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
@@ -189,7 +195,7 @@ def train(
     # open the slides and choose the genes, without reading a pixel
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
-    slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key)
+    slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     chosen, tables = _choose_genes(genes, model, tables, held_out, n_programs is not None)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
@@ -305,7 +311,11 @@ def _choose_genes(
         own = [table for name in names for table in tables[name].values()]
         every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
         chosen = rank_genes(own, **(every if all_genes else {}))
-    tables = {name: {key: t.select(chosen) for key, t in found.items()} for name, found in tables.items()}
+    _check_measured(chosen, [table for name in names for table in tables[name].values()])
+    partial = any(t.within_panel for found in tables.values() for t in found.values())
+    tables = {
+        name: {key: t.select(chosen, partial=partial) for key, t in found.items()} for name, found in tables.items()
+    }
     if genes is None and model is not None and model.history:
         return chosen, tables
     columns = columns_with_counts([table for name in names for table in tables[name].values()])
@@ -319,6 +329,15 @@ def _check_programs(n_programs: int | None, n_shapes: int) -> None:
         raise ValueError(
             f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
             "shapes or less"
+        )
+
+
+def _check_measured(genes: Sequence[str], tables: Sequence[MeasuredTable]) -> None:
+    """Refuse genes that no training table measured, where tables are of panels."""
+    missing = [gene for gene in genes if not any(gene in table.genes for table in tables)]
+    if missing and len(tables) > 1:
+        raise KeyError(
+            f"no training table has {len(missing)} of the {len(genes)} genes: {listed(missing[:5])}; they cannot be learned"
         )
 
 

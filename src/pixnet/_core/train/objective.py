@@ -102,12 +102,18 @@ class Objective:
         head, pixel_um2, device = model.head, dataset.sections[section].pixel_um2, shapes.sums.device
         panel = dataset.panel(section, name)
         genes = None if panel is None else torch.from_numpy(panel).to(device)
-        total = head.total(shapes.sums)
-        if genes is not None and dataset.within_panel(section, name):
-            predicted = head.log_expression(shapes.sums, pixel_um2, genes)
+        covered = shapes.covered.clamp(min=1e-6)
+        if dataset.within_panel(section, name):
+            of_panel = torch.arange(shapes.cp10k.shape[1], device=device) if genes is None else genes
+            predicted = head.log_expression(shapes.sums, pixel_um2, of_panel)
+            density = head.total(shapes.sums, of_panel) / covered
+            # How much of all transcripts a panel has is not measured: only differences in depth are.
+            offset = (shapes.depth.log() - density.clamp(min=1e-6).log()).mean()
+            density = density * offset.exp()
         else:
             predicted = head.log_expression(shapes.sums, pixel_um2)
             predicted = predicted if genes is None else predicted[:, genes]
+            density = head.total(shapes.sums) / covered
 
         def of_genes(known: dict[str, Tensor]) -> Tensor | None:
             if name not in known:
@@ -117,7 +123,7 @@ class Objective:
 
         return shape_loss(
             predicted,
-            total / shapes.covered.clamp(min=1e-6),
+            density,
             shapes.cp10k if genes is None else shapes.cp10k[:, genes],
             shapes.depth,
             self.loss,
