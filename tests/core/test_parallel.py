@@ -176,10 +176,10 @@ def test_ctrl_c_at_any_moment_ends_cleanly():
     try:
         for _ in range(40):
             timer = threading.Timer(rng.uniform(0, 0.02), os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
+            read = in_threads(lambda i: time.sleep(1e-3) or i, range(40), 2)
+            written = in_threads(lambda i: time.sleep(1e-3), (sum(range(1000 + i)) for i in read), 1)
             try:
-                read = in_threads(lambda i: time.sleep(1e-3) or i, range(40), 2)
-                written = in_threads(lambda i: time.sleep(1e-3), (sum(range(1000 + i)) for i in read), 1)
+                timer.start()  # on a busy machine the signal may come before this returns
                 for _ in written:
                     pass
                 timer.join()

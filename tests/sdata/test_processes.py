@@ -92,7 +92,7 @@ def test_rounds_of_mixed_calls(tmp_path, rounds):
         for who in ("a", "b")
     ]
     for process in both:
-        out, err = process.communicate(timeout=500)
+        out, err = process.communicate(timeout=60 + 60 * rounds)
         assert (process.returncode, out) == (0, "done\n"), err[-3000:]
     sdata, right = sd.read_zarr(path), np.load(tmp_path / "right.npy")
     assert set(sdata.images) == {"he", "a", "b", "a_map", "b_map", "map"}

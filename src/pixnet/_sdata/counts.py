@@ -73,14 +73,13 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> s
     ValueError
         If it holds NaN, negative or fractional values, or values that are too large to be exact.
     """
+    layers = listed(name for name in table.layers if name is not None)  # newer versions of anndata list X as None
     if layer is not None and layer not in table.layers:
-        raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {listed(table.layers)}")
+        raise KeyError(f"table {table_key!r} has no layer {layer!r}; it has: {layers}")
     matrix = table.X if layer is None else table.layers[layer]
     where = f"table {table_key!r} ({'X' if layer is None else f'layer {layer!r}'})"
     if matrix is None:
-        raise ValueError(
-            f"{where} is empty: there are no counts in X; name a layer with layer= ({listed(table.layers)})"
-        )
+        raise ValueError(f"{where} is empty: there are no counts in X; name a layer with layer= ({layers})")
     if hasattr(matrix, "to_memory"):  # anndata's backed sparse matrices
         matrix = matrix.to_memory()
     elif hasattr(matrix, "compute"):  # dask, whose chunks may be sparse
@@ -103,7 +102,7 @@ def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> s
     if values.dtype.kind == "f" and values.size and (values != np.rint(values)).any():
         raise ValueError(
             f"{where} holds fractions such as {float(values[values != np.rint(values)][0]):g}: it looks normalised. "
-            f"Raw counts are needed; name the layer that has them with layer= ({listed(table.layers)})"
+            f"Raw counts are needed; name the layer that has them with layer= ({layers})"
         )
     most = int(values.max()) if values.size else 0
     if most > EXACT[np.float64]:

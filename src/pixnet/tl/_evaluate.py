@@ -167,10 +167,11 @@ def _matched(
         everything = dense(predicted.X[found[rows]][:, predicted.var_names.get_indexer(shared)]).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             values = 1e4 * values / everything.sum(axis=1, keepdims=True)
-    if is_predicted_table(predicted):  # sums of logs may come out slightly below 0
-        values = np.maximum(values, -0.99)
-    elif (values < 0).any():
+    # A log that was summed and undone may come out below 0, though above -1; anything else is not CP10k.
+    least = -1 if is_predicted_table(predicted) else 0
+    if (values < 0).any() and (values <= least).any():
         raise ValueError(f"table {table_key!r} holds negative values; X must be CP10k, as pixnet.tl.aggregate makes it")
+    values = np.maximum(values, -0.99)
     known = np.isfinite(values).all(axis=1)
     rows, values = rows[known], values[known]
     counts = dense(matrix[rows][:, measured_columns])

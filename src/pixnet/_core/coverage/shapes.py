@@ -207,8 +207,8 @@ class ShapeArrays:
             raise ValueError(f"the affine matrix cannot be inverted: {matrix.tolist()}")
         coords = _apply(matrix, self.coords)
         if np.count_nonzero(matrix[:2, :2]) == 2:  # boxes stay boxes
-            corners = _apply(matrix, self.bounds.reshape(-1, 2)).reshape(-1, 2, 2)
-            bounds = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+            one, other = (_apply(matrix, corner) for corner in (self.bounds[:, :2], self.bounds[:, 2:]))
+            bounds = np.concatenate([np.minimum(one, other), np.maximum(one, other)], axis=1)
         else:
             bounds = _bounds(coords, self.ring_offsets[self.shape_offsets], self.is_ellipse)
         return ShapeArrays(

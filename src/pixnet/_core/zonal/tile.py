@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from pixnet._core.coverage import ShapeArrays, Weights, coverage
 from pixnet._core.coverage.fractions import boxes_in
@@ -71,7 +72,7 @@ def tile_statistics(
     n_inner, statistics = tile.n_inner, request.statistics
     batches = _batches(shapes, tile, request.batch_px)
     area = np.zeros(len(shapes))
-    values = [np.empty((n_inner, request.n_channels), np.float32) for _ in statistics]
+    values = [np.empty((request.n_channels, n_inner), np.float32) for _ in statistics]
     parts: dict[Run, list[list[Any]]] = {
         run: [[None] * request.n_channels for _ in statistics]
         for batch in batches
@@ -107,11 +108,11 @@ def tile_statistics(
                             if run in parts:
                                 parts[run][k][channel] = part
                             else:
-                                values[k][slice(*run), channel] = statistic.finish(part)
+                                values[k][channel, slice(*run)] = statistic.finish(part)
         for batch in batches:
             for run, zone in zones(batch):
                 area[slice(*run)] = zone.without(missing).area if missing.any() else zone.area
-    return TileResult(area, values, parts)
+    return TileResult(area, [rows.T for rows in values], parts)
 
 
 def _batches(shapes: ShapeArrays, tile: Tile, batch_px: int) -> list[tuple[Run, ...]]:
@@ -129,4 +130,11 @@ def _zones(shapes: ShapeArrays, window: Window, batch: tuple[Run, ...], weights:
     """Compute the coverage of a batch of shapes."""
     first, last = batch[0][0], batch[-1][1]
     whole = coverage(shapes if last - first == len(shapes) else shapes.take(np.arange(first, last)), window, weights)
-    return [(run, Zones(whole if len(batch) == 1 else whole[run[0] - first : run[1] - first])) for run in batch]
+    return [(run, Zones(whole if len(batch) == 1 else _rows(whole, run[0] - first, run[1] - first))) for run in batch]
+
+
+def _rows(matrix: csr_array, start: int, stop: int) -> csr_array:
+    """Return some rows as a view; scipy copies them."""
+    first, last = matrix.indptr[[start, stop]]
+    arrays = matrix.data[first:last], matrix.indices[first:last], matrix.indptr[start : stop + 1] - first
+    return csr_array(arrays, shape=(stop - start, matrix.shape[1]))
