@@ -172,7 +172,8 @@ def test_train_predict_evaluate(source, tmp_path, log, capsys):
 def test_options_and_their_help_are_those_of_the_functions(capsys):
     assert pixnet("predict", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--device STR Torch device. None: settings.device, else a GPU if there is one." in text
+    assert "--device" in text
+    assert "Torch device. None: settings.device, else a GPU if there is one." in text
     assert "--inplace" not in text
     assert pixnet("--version") == 0
     assert capsys.readouterr().out.strip() == px.__version__
