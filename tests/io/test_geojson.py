@@ -142,10 +142,18 @@ def test_read(sdata, tmp_path, warnings):
 
 def test_read_into_a_store_and_sum_over_it(sdata, tmp_path):
     sdata.write(tmp_path / "a.zarr")
-    file = save(tmp_path / "f.geojson", [feature([square()], identity="a", measurements={"x": 1.5})])
+    file = save(
+        tmp_path / "f.geojson",
+        [
+            feature([square()], identity="a", measurements={"x": 1.5}, classification={"name": "Tumor"}),
+            feature([square(200)], identity="b", name="n"),
+        ],
+    )
     px.io.read_geojson(sdata, file, key_added="regions")
     again = spatialdata.read_zarr(tmp_path / "a.zarr")
-    assert again["regions"]["x"].tolist() == [1.5]
+    np.testing.assert_array_equal(again["regions"]["x"], [1.5, np.nan])
+    assert again["regions"]["classification"].tolist()[0] == "Tumor"
+    assert list(again["regions"].index) == ["a", "b"]
     px.tl.aggregate(again, "regions", image_key="he", genes=["r"])
     pixels = np.asarray(sdata["he"]["scale0"]["image"][0, 100:140, 100:140])
     assert again["regions_he"].X[0, 0] == pytest.approx(pixels.mean(), rel=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import dask
 import numpy as np
 import pytest
 import shapely
@@ -70,6 +71,14 @@ def test_tiles_do_not_show(slide):
     tiled = px.pp.segment_cells(sdata, mask_key=False, inplace=False, tile_size=210)
     assert len(whole) == len(tiled)
     assert whole.geometry.geom_equals_exact(tiled.geometry, 1e-9).all()
+
+
+def test_tiles_run_in_other_processes():
+    sdata, _ = painted(200, 300)
+    here = px.pp.segment_cells(sdata, mask_key=False, inplace=False, tile_size=160)
+    with dask.config.set(scheduler="processes", num_workers=1):
+        there = px.pp.segment_cells(sdata, mask_key=False, inplace=False, tile_size=160)
+    assert here.geometry.geom_equals_exact(there.geometry, 0).all()
 
 
 def test_nuclei_alone(slide):

@@ -82,8 +82,8 @@ class Watershed:
         area = np.bincount(labels.ravel(), minlength=n + 1) * self.mpp**2
         darkness = ndimage.mean(haematoxylin, labels, numbers)
         contrast = ndimage.mean(haematoxylin - around, labels, numbers)
-        # Keratin and red blood cells absorb blue light more than red.
-        reddish = ndimage.mean(blue - red, labels, numbers) > 0
+        # Pigment, rust and red blood cells absorb blue light more than red.
+        reddish = ndimage.mean(blue - 1.1 * red, labels, numbers) > 0
         faint = (contrast < 0.12 * self.threshold) & (darkness < 1.6 * self.threshold)
         wrong = (area < self.AREA_UM2[0]) | (area > self.AREA_UM2[1]) | faint | reddish
         labels[wrong[labels]] = 0

@@ -1,0 +1,7 @@
+"""``python -m pixnet`` is the command line."""
+
+from __future__ import annotations
+
+from pixnet.cli import run
+
+run()

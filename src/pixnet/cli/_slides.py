@@ -1,0 +1,276 @@
+"""Slides from files to stores: one, or all of a table, each with a record of how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import pixnet as px
+from pixnet._logging import logger
+from pixnet._names import listed
+from pixnet._sdata.keys import resolve_image, tissue_key
+
+COLUMNS = ("sample", "image")
+OPTIONAL = ("mpp", "shapes")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A slide to predict.
+
+    Attributes
+    ----------
+    image
+        A slide, or a SpatialData store.
+    out
+        The store to write; None extends the store that ``image`` is.
+    mpp
+        Pixel size (µm/px), where the file does not state it.
+    shapes
+        GeoJSON files, or names of elements of the store.
+    """
+
+    image: Path
+    out: Path | None
+    mpp: float | None = None
+    shapes: list[str] = field(default_factory=list)
+
+    @property
+    def store(self) -> Path:
+        """Where the results go."""
+        return self.image if self.out is None else self.out
+
+    @property
+    def record(self) -> Path:
+        """The file that says how they were made."""
+        return self.store.with_name(self.store.name.removesuffix(".zarr") + ".run.json")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is done with each slide.
+
+    Attributes
+    ----------
+    model
+        Path or name of the model.
+    grids
+        Sizes of grids to sum over (µm).
+    resume, overwrite
+        Go on where an earlier run ended; replace what an earlier run made.
+    options
+        Keywords of `pixnet.tl.predict`.
+    """
+
+    model: str
+    grids: list[float]
+    resume: bool
+    overwrite: bool
+    options: Mapping[str, Any]
+
+
+def read_samples(table: Path, out: Path) -> list[Sample]:
+    """Read a table of slides; all of it is checked before anything runs.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such table.
+    ValueError
+        If columns are missing or unknown, or a sample or slide is named twice.
+    """
+    if not table.is_file():
+        raise FileNotFoundError(f"no table of samples {table}")
+    frame = pd.read_csv(table, dtype={"sample": str, "image": str, "shapes": str})
+    missing = [name for name in COLUMNS if name not in frame.columns]
+    unknown = [name for name in frame.columns if name not in (*COLUMNS, *OPTIONAL)]
+    if missing or unknown:
+        what = f"lacks the column {listed(missing)}" if missing else f"has columns that mean nothing: {listed(unknown)}"
+        raise ValueError(f"{table} {what}; needed are {listed(COLUMNS)}, and {listed(OPTIONAL)} may be there")
+    if frame.empty:
+        raise ValueError(f"{table} names no sample")
+    for name in COLUMNS:
+        empty = frame[name].isna()
+        if empty.any():
+            raise ValueError(f"{table} has no {name} in line {int(empty.to_numpy().argmax()) + 2}")
+        twice = frame[name][frame[name].duplicated()]
+        if len(twice):
+            raise ValueError(f"{table} names the {name} {twice.iloc[0]!r} more than once")
+    wrong = [name for name in frame["sample"] if Path(name).name != name or name.startswith(".")]
+    if wrong:
+        raise ValueError(f"{table} names a sample {wrong[0]!r}; a name becomes that of a folder")
+
+    def one(row: pd.Series) -> Sample:
+        mpp, shapes = row.get("mpp"), row.get("shapes")
+        names = [] if not isinstance(shapes, str) else [part.strip() for part in shapes.split(";")]
+        return Sample(Path(row["image"]), out / f"{row['sample']}.zarr", None if pd.isna(mpp) else float(mpp), names)
+
+    return [one(row) for _, row in frame.iterrows()]
+
+
+def run_all(samples: list[Sample], request: Request) -> int:
+    """Predict slide after slide; one that fails does not stop the others. Returns the number that failed."""
+    failed = []
+    for i, sample in enumerate(samples, 1):
+        name = sample.store.stem
+        if request.resume and _is_done(sample):
+            logger.info("%s (%d of %d) is done", name, i, len(samples))
+            continue
+        logger.info("%s (%d of %d)", name, i, len(samples))
+        try:
+            run_one(sample, request)
+        except Exception as error:  # noqa: BLE001  whatever it is, the others are not to suffer
+            failed.append(name)
+            logger.error("%s failed: %s: %s", name, type(error).__name__, told(error))
+    if failed:
+        logger.error("%d of %d slides failed: %s", len(failed), len(samples), ", ".join(failed))
+    return len(failed)
+
+
+def run_one(sample: Sample, request: Request) -> None:
+    """Predict a slide and sum the map over its shapes; leave a record beside the store, also of a failure."""
+    record: dict[str, Any] = {
+        "state": "running",
+        "sample": {**asdict(sample), "image": str(sample.image), "out": str(sample.store)},
+        "request": {**asdict(request), "options": dict(request.options)},
+        "command": sys.argv,
+        "versions": {name: version(name) for name in ("pixnet", "torch", "spatialdata", "zarr", "dask")},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "warnings": [],
+    }
+    start = time.perf_counter()
+    with _warnings_into(record["warnings"]):
+        try:
+            _run(sample, request, record)
+            record["state"] = "done"
+        except BaseException as error:
+            record.update(state="failed", error=f"{type(error).__name__}: {told(error)}")
+            raise
+        finally:
+            record["seconds"] = round(time.perf_counter() - start, 1)
+            if sample.record.parent.is_dir():
+                partial = sample.record.with_suffix(".partial")
+                partial.write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
+                os.replace(partial, sample.record)
+
+
+def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
+    from pixnet.models._load import SHIPPED, load
+
+    model = load(request.model)
+    record["model"] = {
+        "name": request.model,
+        "sha256": hashlib.sha256(Path(SHIPPED.get(request.model, Path(request.model))).read_bytes()).hexdigest(),
+        "genes": len(model.genes),
+        "provenance": model.provenance,
+    }
+    sdata = _opened(sample, request)
+    image = resolve_image(sdata, request.options.get("image_key"))
+    if "mask_key" not in request.options and tissue_key(sdata, image, None) is None:
+        px.pp.tissue_mask(sdata, image)  # once for all steps
+    replace = request.overwrite or request.resume
+    names = []
+    for given in sample.shapes:
+        if given in sdata:
+            names.append(given)
+            continue
+        path = Path(given)
+        if not path.exists():
+            raise FileNotFoundError(f"{given!r} is neither a file nor an element of {sample.store}")
+        key = path.name.split(".")[0]
+        px.io.read_geojson(sdata, path, key_added=key, overwrite=replace)
+        names.append(key)
+    there = [f"{name}_genes" for name in [*names, *map(_grid_key, request.grids)] if f"{name}_genes" in sdata.tables]
+    if there and not replace:
+        raise ValueError(f"{sample.store} has the tables {listed(there)}; pass --overwrite to replace them")
+    before = set(sdata.images)
+    made = _map_of(sdata, image, request.options) if request.resume else None
+    if made is not None:
+        logger.info("the map %r is there and is kept", made)
+    else:
+        px.tl.predict(sdata, model, overwrite=request.overwrite, resume=request.resume, **request.options)
+        made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
+    for size in request.grids:
+        key = _grid_key(size)
+        px.pp.make_grid(sdata, size, key_added=key, overwrite=replace)
+        names.append(key)
+    if names:
+        px.tl.aggregate(sdata, names, image_key=made, overwrite=replace)
+    record["made"] = {"map": made, "tables": sorted(sdata.tables)}
+
+
+def _grid_key(size_um: float) -> str:
+    return f"grid_{size_um:g}um"
+
+
+def _opened(sample: Sample, request: Request) -> Any:
+    """Return the slide as an object in its store; a slide is copied there first."""
+    import spatialdata
+
+    if sample.out is None:
+        sdata = spatialdata.read_zarr(sample.image)
+    else:
+        if sample.out.exists():
+            if request.resume:
+                return spatialdata.read_zarr(sample.out)
+            if not request.overwrite:
+                raise FileExistsError(
+                    f"{sample.out} exists; pass --overwrite to replace it, or --resume to complete it"
+                )
+        sample.out.parent.mkdir(parents=True, exist_ok=True)
+        slide = px.io.slide(sample.image, mpp=sample.mpp)
+        partial = sample.out.with_name(f".{sample.out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        slide.write(partial)
+        if sample.out.exists():
+            shutil.rmtree(sample.out)
+        os.replace(partial, sample.out)
+        return spatialdata.read_zarr(sample.out)
+    if sample.mpp is not None:
+        px.pp.set_mpp(sdata, resolve_image(sdata), sample.mpp)
+    return sdata
+
+
+def _map_of(sdata: Any, image: str, options: Mapping[str, Any]) -> str | None:
+    """Return the name of the map that an earlier run completed."""
+    names = [options["key_added"]] if "key_added" in options else [f"{image}_genes", f"{image}_programs"]
+    return next((name for name in names if name in sdata.images), None)
+
+
+def _is_done(sample: Sample) -> bool:
+    """Whether an earlier run completed this slide."""
+    try:
+        return bool(json.loads(sample.record.read_text(encoding="utf-8"))["state"] == "done" and sample.store.exists())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def told(error: BaseException) -> str:
+    """Return the message of an error on one line."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
+
+
+@contextmanager
+def _warnings_into(found: list[str]) -> Iterator[None]:
+    """Collect what is logged as a warning."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
