@@ -382,7 +382,7 @@ def test_a_map_answers_for_genes(predicted):
 class TestPanels:
     """Tables that measured different genes train together."""
 
-    OPTIONS = {k: v for k, v in QUICK.items() if k != "genes"} | {"max_epochs": 14, "batch_shapes": 24}
+    OPTIONS = {k: v for k, v in QUICK.items() if k != "genes"} | {"max_epochs": 10, "batch_shapes": 24, "refit": False}
 
     @staticmethod
     def panel(seed, genes):

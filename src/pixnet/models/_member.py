@@ -30,10 +30,6 @@ class Member(nn.Module):
             self.decoder = StackDecoder(channels, strides, config.hidden, config.stride)
         self.last = last_layer(self.decoder.width, n_logits)
 
-    def forward(self, features: Mapping[int, Tensor], wanted: Tensor | None = None, crop: int = 0) -> Tensor:
-        """Return logits ``(N, n_logits or those wanted, h, w)``."""
-        return self.logits(self.decoder(features, crop), wanted)
-
     def logits(self, decoded: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Return the logits of a decoded map ``(N, width, h, w)``, each pixel by itself."""
         x = self.mixer(decoded)
