@@ -28,6 +28,7 @@ from pixnet._sdata.store.map_writer import MapSpec, fingerprint
 from pixnet._sdata.store.write_map import write_map
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
+from pixnet.tl._map_arguments import check_map_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -160,7 +161,7 @@ def predict(
     """
     check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
-    _check_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
+    check_map_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
     request = _resolve(slide, model, genes, store, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
     loadings = request.loadings(key, slide.key if key_added is None else key)
@@ -390,25 +391,3 @@ def _resolve_genes(
         return chosen, None, names
     position = {gene: k for k, gene in enumerate(model.genes)}
     return chosen, [*(position[gene] for gene in chosen), len(model.genes)], names
-
-
-def _check_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
-    """Check the arguments that can be checked one by one."""
-    try:
-        factors = list(scale_factors)
-    except TypeError:
-        raise TypeError(f"scale_factors is {scale_factors!r}; a sequence such as (2, 2) is needed") from None
-    if any(isinstance(f, bool) or not isinstance(f, int | np.integer) or f < 2 for f in factors):
-        raise ValueError(
-            f"scale_factors is {scale_factors!r}; whole numbers of at least 2 are needed, or () for one level"
-        )
-    if tile_size is not None and (isinstance(tile_size, bool) or not isinstance(tile_size, int | np.integer)):
-        raise TypeError(f"tile_size is {tile_size!r}; a number of pixels (int) or None is needed")
-    if tile_size is not None and tile_size < 1:
-        raise ValueError(f"tile_size is {tile_size!r}; it must be positive")
-    if out_mpp is not None and (isinstance(out_mpp, bool) or not isinstance(out_mpp, int | float | np.number)):
-        raise TypeError(f"out_mpp is {out_mpp!r}; a pixel size in µm/px (a number) or None is needed")
-    if out_mpp is not None and not (np.isfinite(out_mpp) and out_mpp > 0):
-        raise ValueError(f"out_mpp is {out_mpp!r}; it must be positive")
-    if resume and not inplace:
-        raise ValueError("resume=True continues a stored map, and inplace=False does not store one: pass one of them")
