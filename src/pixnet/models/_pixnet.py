@@ -264,11 +264,6 @@ class PixNet(nn.Module):
         return pd.DataFrame(self.head.loadings.detach().cpu().numpy(), index=self.channels, columns=self.genes)
 
     @property
-    def unit(self) -> str:
-        """Unit of the map, in words."""
-        return self.head.unit
-
-    @property
     def window(self) -> int:
         """Size of its windows in image pixels."""
         return self.config.window

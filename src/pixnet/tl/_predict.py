@@ -182,7 +182,7 @@ def predict(
         "kind": "gene_map",
         "store": request.store,
         "model": request.model_name,
-        "unit": request.model.unit,
+        "unit": request.model.head.unit,
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
