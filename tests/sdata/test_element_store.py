@@ -219,7 +219,7 @@ def test_the_journal_is_json(backed, monkeypatch):
     monkeypatch.setattr(commits, "write_json", spy)
     put(backed, "mask", labels(), entries={"masks": {"he": "mask"}})
     journal = seen["commit.json"]
-    assert set(journal) == {"kind", "key", "entries", "consolidated", "replaces", "new"}
+    assert set(journal) == {"kind", "key", "entries", "consolidated", "replaces", "new", "companions"}
     assert (journal["kind"], journal["key"], journal["entries"]) == ("labels", "mask", {"masks": {"he": "mask"}})
     assert (journal["consolidated"], journal["replaces"]) == (True, {})
 

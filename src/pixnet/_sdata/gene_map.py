@@ -186,7 +186,7 @@ class GeneMap(ABC):
         if totals[0] not in kinds:
             raise ValueError(
                 f"gene map {image_key!r} has the total {totals[0]!r}, of a quantity that this version of pixnet does not know; "
-                f"it knows {listed(TOTALS)}"
+                f"it knows {listed(TOTALS.values())}"
             )
         genes = [name for name in names if name != totals[0]]
         return kinds[totals[0]](image_key, data, genes, mpp, names)

@@ -375,8 +375,7 @@ def _resolve_store(model: PixNet, genes: str | Sequence[str] | None, store: Stor
             )
     if store is not None:
         return store
-    n = len(model.genes) if genes is None else 1 if isinstance(genes, str) else len(genes)
-    return "programs" if has_programs and genes is None and n > MOST_CHANNELS else "genes"
+    return "programs" if has_programs and genes is None and len(model.genes) > MOST_CHANNELS else "genes"
 
 
 def _resolve_genes(

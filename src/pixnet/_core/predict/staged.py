@@ -121,7 +121,9 @@ class StagedUnits:
     def kept_features(self, unit: Unit) -> UnitFeatures | None:
         """Return the features of a unit, from memory if they were asked for before."""
         with self._lock:
-            if unit not in self._kept:
+            if unit in self._kept:
+                self.reader.check()  # features of a slide that is gone or was replaced are worth nothing
+            else:
                 self._kept[unit] = self.features(unit, TileCost())
             self._kept.move_to_end(unit)
             while len(self._kept) > 1 and sum(f.nbytes for f in self._kept.values() if f is not None) > KEPT:
