@@ -128,7 +128,7 @@ def _methods(name):
 
 
 # Steps of forward, on tensors: their one line says it.
-INNER = ("encode", "decode", "standardise", "standardise_rows", "read_out", "start", "train")
+INNER = ("encode", "decode", "standardise", "read_out", "start", "train")
 METHODS = [f"{name}.{method}" for name in PUBLIC for method in _methods(name)]
 
 

@@ -107,6 +107,13 @@ def test_the_negative_binomial_is_that_of_scipy():
     np.testing.assert_allclose(nb_deviance(counts, mean, dispersion).numpy(), expected, rtol=1e-4, atol=2e-4)
 
 
+def test_genes_weigh_as_they_are_told():
+    predicted, density, cp10k, depth = case()
+    alone = shape_loss(predicted[:, :1], density, cp10k[:, :1], depth)["expression"]
+    weights = torch.tensor([0.4, 0.0, 0.0])
+    torch.testing.assert_close(shape_loss(predicted, density, cp10k, depth, weights=weights)["expression"], alone)
+
+
 def test_shallow_shapes_weigh_less_in_the_negative_binomial():
     """Four times off costs more where 1e5 transcripts were seen than where 100 were."""
     predicted, density, _, depth = case()

@@ -158,6 +158,16 @@ class TestQuantity:
         with pytest.raises(ValueError, match="mean area"):
             model.start(measured(level, float("nan")))
 
+    def test_other_genes_keep_the_size_that_the_logs_hold_for(self):
+        model = paper(stride=4)
+        model.start(measured(torch.tensor([0.5, 2.0, 3.0]), 400.0))
+        nn.init.normal_(model.members[0].last.weight, std=0.5)
+        new = model.with_genes([model.genes[2], "NEW"])
+        assert new.head.area_um2 == 400
+        image = torch.rand(1, 3, 64, 64)
+        with torch.inference_mode():
+            torch.testing.assert_close(new.eval()(image)[:, [0, 2]], model.eval()(image)[:, [2, 3]])
+
     def test_it_survives_a_file(self, tmp_path):
         model = paper(stride=4)
         model.start(measured(torch.tensor([0.5, 2.0, 3.0]), 400.0))

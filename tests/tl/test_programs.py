@@ -423,6 +423,17 @@ class TestPanels:
         px.tl.aggregate(sdata, "spots")
         assert sdata["spots_genes"].to_df()["FLAT"].mean() == pytest.approx(1000, rel=0.15)
 
+    def test_a_table_of_few_of_many_genes_stays_sparse(self):
+        from pixnet._sdata.measured import MeasuredTable
+
+        genes = [f"G{i}" for i in range(30_000)]  # as a dense matrix of genes by genes it would take 3.6 GB
+        table = coloured_slide(1)["spots_counts"].copy()
+        table.var_names = ["G7", "G29999", "G3", "OTHER"]
+        found = MeasuredTable.read(table, "t", None, None, within_panel=True).select(genes, partial=True)
+        np.testing.assert_array_equal(found.panel, [3, 7, 29_999])
+        np.testing.assert_array_equal(found.counts[:, [7, 29_999, 3]].toarray(), table.X[:, :3])
+        np.testing.assert_array_equal(found.total, table.X[:, :3].sum(axis=1))
+
     def test_refusals(self):
         a, b = self.panel(1, ["PINK"]), coloured_slide(2)
         with pytest.raises(ValueError, match=r"too different sets of genes.*totals=\{name: 'panel'\}"):
@@ -434,6 +445,10 @@ class TestPanels:
         slides = {"a": a, "b": b, "c": coloured_slide(3)}
         with pytest.raises(KeyError, match="no training table has 1 of the 2 genes: 'NOPE'"):
             px.tl.train(slides, totals={"a": "panel"}, genes=["PINK", "NOPE"], **self.OPTIONS)
+        with pytest.raises(ValueError, match="has 1 of the genes to predict, and totals='panel'"):
+            px.tl.train(b, totals="panel", genes="PINK", **self.OPTIONS)
+        with pytest.raises(ValueError, match="quantity='log_sum' predicts logs, which do not add up"):
+            px.tl.train(b, totals="panel", quantity="log_sum", **self.OPTIONS)
         with pytest.raises(KeyError, match="lacks 1 of the 1 genes: 'BLUE'"):
             px.tl.train({"a": a, "b": b}, totals="panel", validation="a", genes="BLUE", **self.OPTIONS)
 

@@ -69,7 +69,8 @@ class MeasuredTable:
             gene_positions(self.table, self.name, genes)  # says what is missing
         counts = sparse.csr_matrix(self.counts[:, columns[here]])
         if not here.all():
-            counts = counts @ sparse.csr_matrix(np.eye(len(here), dtype=counts.dtype)[here])
+            shape = (counts.shape[0], len(here))
+            counts = sparse.csr_matrix((counts.data, np.flatnonzero(here)[counts.indices], counts.indptr), shape)
         panel = None if here.all() else np.flatnonzero(here)
         return self._totalled(replace(self, counts=counts, genes=pd.Index(genes), panel=panel))
 

@@ -87,7 +87,7 @@ def register_encoder(
     is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
 
     A convolutional encoder may also state its ``reach`` and have a method ``stage(k, x)``: slides are then predicted stage by
-    stage, in half the time. See :doc:`/concepts/encoders`.
+    stage, without seams. See :doc:`/concepts/encoders`.
 
     An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 

@@ -25,6 +25,10 @@ TOTAL_RANGE = (-10.0, 4.0)
 """Range of the total's logit: densities from 0.5 to 5e5, where the training tissue averages 1e4."""
 
 
+SMOOTHING = 0.1
+"""Part of the mean composition in each program at the start: a gene that a factorisation gave to none of a program's
+transcripts could not be learned, since the slope of a softmax is the share itself."""
+
 LARGE_TABLE = 60_000_000
 """Shapes times genes from which on the factorisation works in mini-batches."""
 
@@ -174,13 +178,17 @@ class LogSumHead(GeneHead):
         genes, total = _split(logits)
         return torch.cat([genes / self.area_um2, total], dim=1)
 
-    def total(self, sums: Tensor, genes: Tensor | None = None) -> Tensor:
-        """Return the last channel: logs do not add up to the total of a panel."""
-        return sums[:, -1]
-
     def log_expression(self, sums: Tensor, pixel_um2: float, genes: Tensor | None = None) -> Tensor:
-        """Return sums times the pixel's area."""
-        return (sums[:, :-1] if genes is None else sums[:, genes]) * pixel_um2
+        """Return sums times the pixel's area; logs cannot be brought to a panel."""
+        if genes is not None:
+            raise ValueError("logs of a shape do not add up to the total of a panel; a head of densities is needed")
+        return sums[:, :-1] * pixel_um2
+
+    def taking_over(self, old: Head) -> list[int | None]:
+        """Match genes by name; values stay those of shapes of the same size."""
+        if isinstance(old, LogSumHead):
+            self.area_um2.copy_(old.area_um2)
+        return super().taking_over(old)
 
     def start(self, measured: MeasuredShapes) -> tuple[Tensor, float]:
         """Start from each gene's mean log."""
@@ -307,8 +315,9 @@ def factorise(shares: sparse.csr_array, n_programs: int, seed: int) -> tuple[np.
     loadings[empty], amount[empty] = mean, mean.sum()
     # Rows sum to the share of all transcripts that the genes have, so that what they do not name is in every program.
     named = min(float(mean.sum()), 1.0)
+    loadings = (1 - SMOOTHING) * loadings / amount[:, None] * named + SMOOTHING * mean
     usage = weights.mean(axis=0) * amount
-    return usage / max(usage.sum(), LEAST_SHARE), loadings / amount[:, None] * named
+    return usage / max(usage.sum(), LEAST_SHARE), loadings
 
 
 def _split(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ PCC_WEIGHT = 0.5
 class ExpressionLoss(Protocol):
     """A loss of expression: takes predicted log1p CP10k and measured CP10k ``(shapes, genes)``, returns a scalar.
 
-    ``pcc`` is the mean correlation; ``weights`` are those of the genes, 1 on average.
+    ``pcc`` is the mean correlation; ``weights`` are those of the genes.
     """
 
     def __call__(
@@ -76,7 +76,7 @@ def negative_binomial_and_pcc(
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """Return the mean over shapes and genes ``(shapes, genes)``, genes by their weights."""
-    return values.mean() if weights is None else (values.mean(dim=0) * weights).mean()
+    return values.mean() if weights is None else (values.mean(dim=0) * weights).sum() / weights.sum()
 
 
 LOSSES: dict[str, ExpressionLoss] = {"mse+pcc": squared_error_and_pcc, "nb+pcc": negative_binomial_and_pcc}
@@ -105,7 +105,7 @@ def shape_loss(
     loss
         The loss of expression.
     weights
-        Weight of each gene, 1 on average, ``(genes,)``; None: all the same.
+        Weight of each gene, ``(genes,)``; None: all the same.
     umi
         Total of each shape, ``(shapes,)``.
     dispersion

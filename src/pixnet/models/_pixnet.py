@@ -100,7 +100,6 @@ class PixNet(nn.Module):
 
     encoder: Encoder
     head: Head
-    """What the channels of the map mean."""
     members: list[Member]  # an nn.ModuleList
 
     def __init__(
@@ -264,6 +263,11 @@ class PixNet(nn.Module):
         return pd.DataFrame(self.head.loadings.detach().cpu().numpy(), index=self.channels, columns=self.genes)
 
     @property
+    def unit(self) -> str:
+        """Unit of the map, in words."""
+        return self.head.unit
+
+    @property
     def window(self) -> int:
         """Size of its windows in image pixels."""
         return self.config.window
@@ -344,10 +348,6 @@ class PixNet(nn.Module):
             f, mean, sd = features[i], getattr(self, f"feature_mean_{i}"), getattr(self, f"feature_sd_{i}")
             out[i] = (f - mean.to(f.dtype)[:, None, None]) / sd.to(f.dtype)[:, None, None]
         return out
-
-    def standardise_rows(self, level: int, rows: Tensor) -> Tensor:
-        """Return features of pixels ``(pixels, C)`` of a level, standardised."""
-        return (rows - getattr(self, f"feature_mean_{level}")) / getattr(self, f"feature_sd_{level}")
 
     def decode(self, features: Mapping[int, Tensor], channels: Tensor | None = None, crop: int = 0) -> Tensor:
         """Return the map ``(N, channels, h, w)`` of standardised features: the mean over the members."""

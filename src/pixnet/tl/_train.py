@@ -12,11 +12,11 @@ from spatialdata import SpatialData
 from pixnet._checked import given
 from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_dict, resolve_options
 from pixnet._logging import logger
-from pixnet._names import check_genes, listed
+from pixnet._names import listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
-from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_genes
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
+from pixnet.tl._training_genes import Tables, check_panels, check_programs, choose_genes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
     from pixnet._core.train.crops import Section
     from pixnet.models import PixNet
     from pixnet.models._config import Decoder, Quantity, Stride, Zoom
-
-Tables = Mapping[str, Mapping[str, MeasuredTable]]
-"""Measured tables of each object and shapes element."""
-
-LEAST_DETECTED = 0.01
-"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
 
 FINEST_MPP = 0.5
 """Pixel size (µm/px) that a model works at unless a training slide is coarser."""
@@ -104,8 +98,8 @@ def train(
     total_key
         Column of obs with all UMI of each observation. None: the sum over all columns of the table.
     totals
-        ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the table's own genes, such as those
-        of a Xenium panel; expression is then compared within the panel, and ``total_key`` is not used. A dict says it by the
+        ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the predicted genes that the table
+        has, such as those of a Xenium panel; expression is then compared within them, and ``total_key`` is not used. A dict says it by the
         name of an object or a table. Tables of different panels, and of whole transcriptomes, train together: a gene that a
         table did not measure has no term there. None: ``"all"``.
     mask_key
@@ -197,9 +191,10 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    chosen, tables = _choose_genes(genes, model, tables, held_out, n_programs is not None)
+    chosen, tables = choose_genes(genes, model, tables, held_out, n_programs is not None)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
-    _check_programs(n_programs, n_shapes)
+    check_programs(n_programs, n_shapes)
+    check_panels(tables, quantity if model is None else model.quantity)
 
     import torch
 
@@ -289,56 +284,6 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
                 f"validation holds an object ({name!r}) that is in sdata too; hold it out by its name instead"
             )
     return {f"validation {name}" if name in objects else name: one for name, one in others.items()}
-
-
-def _choose_genes(
-    genes: str | Sequence[str] | None,
-    model: PixNet | None,
-    tables: Tables,
-    held_out: Mapping[str, Any],
-    all_genes: bool,
-) -> tuple[list[str], Tables]:
-    """Return the genes to predict and their counts: as given, the model's, those of highest mean, or all.
-
-    Genes without a count in the training tables are left out, except those of a model that was trained before.
-    """
-    names = [name for name in tables if name not in held_out]
-    if genes is not None:
-        chosen = check_genes(genes)
-    elif model is not None:
-        chosen = model.genes
-    else:
-        own = [table for name in names for table in tables[name].values()]
-        every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
-        chosen = rank_genes(own, **(every if all_genes else {}))
-    _check_measured(chosen, [table for name in names for table in tables[name].values()])
-    partial = any(t.within_panel for found in tables.values() for t in found.values())
-    tables = {
-        name: {key: t.select(chosen, partial=partial) for key, t in found.items()} for name, found in tables.items()
-    }
-    if genes is None and model is not None and model.history:
-        return chosen, tables
-    columns = columns_with_counts([table for name in names for table in tables[name].values()])
-    tables = {name: {key: t.keep(columns) for key, t in found.items()} for name, found in tables.items()}
-    return [chosen[i] for i in columns], tables
-
-
-def _check_programs(n_programs: int | None, n_shapes: int) -> None:
-    """Refuse more programs than there are shapes to tell them apart."""
-    if isinstance(n_programs, int) and n_programs > n_shapes:
-        raise ValueError(
-            f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
-            "shapes or less"
-        )
-
-
-def _check_measured(genes: Sequence[str], tables: Sequence[MeasuredTable]) -> None:
-    """Refuse genes that no training table measured, where tables are of panels."""
-    missing = [gene for gene in genes if not any(gene in table.genes for table in tables)]
-    if missing and len(tables) > 1:
-        raise KeyError(
-            f"no training table has {len(missing)} of the {len(genes)} genes: {listed(missing[:5])}; they cannot be learned"
-        )
 
 
 def _new_model(genes: list[str], build: Mapping[str, Any], slides: Sequence[MeasuredSlide]) -> PixNet:

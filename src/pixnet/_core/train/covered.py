@@ -40,7 +40,8 @@ def covered_features(
         return features if keep is None else {level: f * keep[level][:, :, None, None] for level, f in features.items()}
     rows = {}
     for level, feature in zip(model.levels, raw):
-        found = model.standardise_rows(level, at_pixels(feature, batch, decoder.enlargements(level)))
+        found = at_pixels(feature, batch, decoder.enlargements(level))
+        found = (found - getattr(model, f"feature_mean_{level}")) / getattr(model, f"feature_sd_{level}")
         rows[level] = found if keep is None else found * keep[level][batch.crop_of_pixel]
     return rows
 

@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from pixnet._core.train.crops import Covered, Section, cover, place_crops
 from pixnet.models._heads import MeasuredShapes
 
+FILLED_SHAPES = 4000
+"""Shapes at most that a head starts from where tables are of panels: what they lack is filled in, and takes memory."""
+
 Features = Sequence[Sequence[Tensor]]
 """Features of crops, ``(crops, C, h, w)``, for each variant and each of the encoder's levels in use."""
 
@@ -158,7 +161,7 @@ class CropDataset(Dataset[Crop]):
         shares = sparse.csr_array(sparse.diags_array(1 / np.concatenate([t.umi for *_, t in targets])) @ counts)
         panels = [self.panel(crop.section, name) for crop, name, _ in targets]
         if any(panel is not None for panel in panels):
-            shares = _with_means(shares, panels, [len(t.rows) for *_, t in targets])
+            shares = _with_means(shares, panels, [len(t.rows) for *_, t in targets], seed)
         return MeasuredShapes(shares, float(np.concatenate(areas).mean()), seed)
 
     def panel(self, section: int, name: str) -> np.ndarray | None:
@@ -214,14 +217,19 @@ class CropDataset(Dataset[Crop]):
         return out
 
 
-def _with_means(shares: sparse.csr_array, panels: list[np.ndarray | None], sizes: list[int]) -> sparse.csr_array:
-    """Fill genes that a panel lacks with their mean share over the shapes that have them."""
+def _with_means(
+    shares: sparse.csr_array, panels: list[np.ndarray | None], sizes: list[int], seed: int
+) -> sparse.csr_array:
+    """Fill genes that a panel lacks with their mean share over the shapes that have them; of many shapes, take some."""
     known = np.zeros((len(panels), shares.shape[1]), dtype=bool)
     for row, panel in zip(known, panels):
         row[slice(None) if panel is None else panel] = True
-    seen = np.repeat(known, sizes, axis=0)
-    mean = np.asarray(shares.sum(axis=0)).ravel() / np.maximum(seen.sum(axis=0), 1)
-    return sparse.csr_array(shares + np.where(seen, 0.0, mean))
+    of_shape = np.repeat(np.arange(len(panels)), sizes)
+    seen = np.zeros(shares.shape[1])
+    np.add.at(seen, np.nonzero(known)[1], np.repeat(sizes, known.sum(axis=1)))
+    mean = np.asarray(shares.sum(axis=0)).ravel() / np.maximum(seen, 1)
+    rows = np.random.default_rng(seed).permutation(len(of_shape))[:FILLED_SHAPES]
+    return sparse.csr_array(shares[rows] + np.where(known[of_shape[rows]], 0.0, mean))
 
 
 def _area(weights: sparse.csr_array) -> np.ndarray:

@@ -61,8 +61,7 @@ class Objective:
     def prepare(self, dataset: CropDataset) -> None:
         """Take from the training shapes what the losses need to know of each gene."""
         if self.options.gene_weights == "signal":
-            signal = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
-            self._weights = {name: found / found.mean() for name, found in signal.items()}
+            self._weights = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
         if self.options.loss == "nb+pcc":
             self._dispersion = dataset.dispersion()
 

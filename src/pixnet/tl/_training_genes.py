@@ -1,0 +1,84 @@
+"""The genes that a model is trained on, and whether the tables can teach them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pixnet._names import check_genes, listed
+from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_genes
+
+if TYPE_CHECKING:
+    from pixnet.models import PixNet
+
+Tables = Mapping[str, Mapping[str, MeasuredTable]]
+"""Measured tables of each object and shapes element."""
+
+LEAST_DETECTED = 0.01
+"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
+
+
+def choose_genes(
+    genes: str | Sequence[str] | None,
+    model: PixNet | None,
+    tables: Tables,
+    held_out: Mapping[str, Any],
+    all_genes: bool,
+) -> tuple[list[str], Tables]:
+    """Return the genes to predict and their counts: as given, the model's, those of highest mean, or all.
+
+    Genes without a count in the training tables are left out, except those of a model that was trained before.
+    """
+    names = [name for name in tables if name not in held_out]
+    if genes is not None:
+        chosen = check_genes(genes)
+    elif model is not None:
+        chosen = model.genes
+    else:
+        own = [table for name in names for table in tables[name].values()]
+        every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
+        chosen = rank_genes(own, **(every if all_genes else {}))
+    _check_measured(chosen, [table for name in names for table in tables[name].values()])
+    partial = any(t.within_panel for found in tables.values() for t in found.values())
+    tables = {
+        name: {key: t.select(chosen, partial=partial) for key, t in found.items()} for name, found in tables.items()
+    }
+    if genes is None and model is not None and model.history:
+        return chosen, tables
+    columns = columns_with_counts([table for name in names for table in tables[name].values()])
+    tables = {name: {key: t.keep(columns) for key, t in found.items()} for name, found in tables.items()}
+    return [chosen[i] for i in columns], tables
+
+
+def check_programs(n_programs: int | None, n_shapes: int) -> None:
+    """Refuse more programs than there are shapes to tell them apart."""
+    if isinstance(n_programs, int) and n_programs > n_shapes:
+        raise ValueError(
+            f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
+            "shapes or less"
+        )
+
+
+def check_panels(tables: Tables, quantity: str | None) -> None:
+    """Refuse panels of which a model names one gene only, and those of models whose values are logs."""
+    for table in (table for found in tables.values() for table in found.values() if table.within_panel):
+        if quantity == "log_sum":
+            raise ValueError(
+                "totals='panel' compares a gene with the sum over its panel, and quantity='log_sum' predicts logs, which do "
+                "not add up: train on densities, or leave totals= out"
+            )
+        n = len(table.genes) if table.panel is None else len(table.panel)
+        if n < 2:
+            raise ValueError(
+                f"table {table.name!r} has {n} of the genes to predict, and totals='panel' compares a gene with the sum over "
+                "those: name all genes of the panel (genes=)"
+            )
+
+
+def _check_measured(genes: Sequence[str], tables: Sequence[MeasuredTable]) -> None:
+    """Refuse genes that no training table measured, where tables are of panels."""
+    missing = [gene for gene in genes if not any(gene in table.genes for table in tables)]
+    if missing and len(tables) > 1:
+        raise KeyError(
+            f"no training table has {len(missing)} of the {len(genes)} genes: {listed(missing[:5])}; they cannot be learned"
+        )
