@@ -224,3 +224,27 @@ def test_a_wrong_reach_is_refused(pixels):
         make_model(encoder=Small({4: 5, 8: 12}))
     with pytest.raises(ValueError, match=r"stage 0 gives maps of \[6\] channels; \[6, 8\] are needed"):
         make_model(encoder=Small({8: 5, 16: 12}))
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_model_that_travels_is_the_same_function(monkeypatch, fuses):
+    """Norms are folded and convolutions clamp in one pass; another machine may lack the operator for that."""
+    from pixnet._core.predict import portable_model
+
+    torch.manual_seed(0)
+    model = PixNet(["A", "B"], pretrained=False).eval()
+    for module in model.encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.2)
+            module.running_var.uniform_(0.5, 2)
+    nn.init.normal_(model.members[0].last.weight, std=0.5)
+    sent = pickle.dumps(PortableModel(model))
+    monkeypatch.setattr(portable_model, "_fuses", lambda: fuses)
+    if not fuses:
+        monkeypatch.setattr(portable_model, "_clamped_conv", None)
+    portable_model.clear_cache()
+    image = torch.rand(1, 3, 128, 128).to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found = pickle.loads(sent).ready(torch.device("cpu"))(image)
+        torch.testing.assert_close(found, model(image), rtol=1e-4, atol=1e-3)
+    portable_model.clear_cache()
