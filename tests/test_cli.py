@@ -70,7 +70,7 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert list(sdata["cells_genes"].var_names)[0] == "FIB1"
     record = json.loads((tmp_path / "out.run.json").read_text())
     assert record["state"] == "done"
-    assert record["request"]["options"] == {"genes": ["FIB1"], "out_mpp": 8.0}
+    assert record["asked"]["options"] == {"genes": ["FIB1"], "out_mpp": 8.0}
     assert record["versions"]["spatialdata"]
     assert record["model"]["sha256"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.txt", "out.run.json", "out.zarr"]
@@ -79,6 +79,10 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert "pass --overwrite to replace it, or --resume" in log[-1]
     assert pixnet("predict", source / "slide.png", *options, "--resume", "--grid", 50) == 0
     assert any("the map 'he_genes' is there and is kept" in line for line in log)
+    changed = [other_model(source, tmp_path) if option == source / "model.safetensors" else option for option in options]
+    assert pixnet("predict", source / "slide.png", *changed, "--resume") == 1
+    assert "the map 'he_genes' in" in log[-1]
+    assert "was made by another model" in log[-1]
     # a store is extended in place; what is there is told before the model runs
     second = ["predict", out, "--model", source / "model.safetensors", "--key-added", "second", "--out-mpp", 8]
     assert pixnet(*second, "--shapes", "cells") == 1
@@ -86,6 +90,17 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert "second" not in spatialdata.read_zarr(out)
     assert pixnet(*second, "--shapes", "cells", "--overwrite") == 0
     assert spatialdata.read_zarr(out)["cells_genes"].uns["pixnet"]["image_key"] == "second"
+
+
+def other_model(source, folder):
+    """Return the path of a model that differs in a weight."""
+    import torch
+
+    model = px.models.load(source / "model.safetensors")
+    with torch.no_grad():
+        model.members[0].last.bias += 0.1
+    model.save(folder / "other.safetensors", overwrite=True)
+    return folder / "other.safetensors"
 
 
 def test_many_slides_of_which_one_is_corrupt(source, tmp_path, log):
@@ -121,6 +136,11 @@ def test_many_slides_of_which_one_is_corrupt(source, tmp_path, log):
     assert pixnet(*command, "--resume") == 0
     assert [line for line in log if "is done" in line] == ["INFO: one (1 of 3) is done", "INFO: three (3 of 3) is done"]
     assert "he_genes" in spatialdata.read_zarr(tmp_path / "out" / "two.zarr")
+    # asked for more, none is done
+    log.clear()
+    assert pixnet(*command, "--resume", "--grid", 100) == 0
+    assert not [line for line in log if "is done" in line]
+    assert "grid_100um_genes" in spatialdata.read_zarr(tmp_path / "out" / "one.zarr")
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def train(
     out
         The model to write (.safetensors).
     validation
-        Names of stores that are held out to choose the epoch; without it, a block of each.
+        Names of stores that are held out to choose the epoch; without it, the last of several, or a block of one.
     start
         Train this model further: a path, or the name of one that ships.
     overwrite

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pixnet as px
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.keys import resolve_image, tissue_key
+from pixnet._sdata.record import find_entry
 
 COLUMNS = ("sample", "image")
 OPTIONAL = ("mpp", "shapes")
@@ -126,7 +127,7 @@ def run_all(samples: list[Sample], request: Request) -> int:
     failed = []
     for i, sample in enumerate(samples, 1):
         name = sample.store.stem
-        if request.resume and _is_done(sample):
+        if request.resume and _is_done(sample, request):
             logger.info("%s (%d of %d) is done", name, i, len(samples))
             continue
         logger.info("%s (%d of %d)", name, i, len(samples))
@@ -144,8 +145,9 @@ def run_one(sample: Sample, request: Request) -> None:
     """Predict a slide and sum the map over its shapes; leave a record beside the store, also of a failure."""
     record: dict[str, Any] = {
         "state": "running",
-        "sample": {**asdict(sample), "image": str(sample.image), "out": str(sample.store)},
-        "request": {**asdict(request), "options": dict(request.options)},
+        "image": str(sample.image),
+        "out": str(sample.store),
+        "asked": _asked(sample, request),
         "command": sys.argv,
         "versions": {name: version(name) for name in ("pixnet", "torch", "spatialdata", "zarr", "dask")},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -199,6 +201,7 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
     before = set(sdata.images)
     made = _map_of(sdata, image, request.options) if request.resume else None
     if made is not None:
+        _check_made_by(sdata, made, model, sample)
         logger.info("the map %r is there and is kept", made)
     else:
         px.tl.predict(sdata, model, overwrite=request.overwrite, resume=request.resume, **request.options)
@@ -250,10 +253,32 @@ def _map_of(sdata: Any, image: str, options: Mapping[str, Any]) -> str | None:
     return next((name for name in names if name in sdata.images), None)
 
 
-def _is_done(sample: Sample) -> bool:
-    """Whether an earlier run completed this slide."""
+def _check_made_by(sdata: Any, map_key: str, model: Any, sample: Sample) -> None:
+    """Refuse to keep a map of another model."""
+    from pixnet._core.predict.portable_model import model_hash
+
+    entry = find_entry(sdata, "images", map_key)
+    if entry is not None and entry.get("model_hash") != model_hash(model):
+        raise ValueError(
+            f"the map {map_key!r} in {sample.store} was made by another model; pass --overwrite to make it again, or give the "
+            "same --model"
+        )
+
+
+def _asked(sample: Sample, request: Request) -> Any:
+    """Return what a run is asked for, as its record holds it."""
+    asked = {
+        "shapes": sample.shapes, "mpp": sample.mpp, "model": request.model, "grids": request.grids,
+        "options": dict(request.options),
+    }  # fmt: skip
+    return json.loads(json.dumps(asked, default=str))
+
+
+def _is_done(sample: Sample, request: Request) -> bool:
+    """Whether an earlier run that was asked for the same completed this slide."""
     try:
-        return bool(json.loads(sample.record.read_text(encoding="utf-8"))["state"] == "done" and sample.store.exists())
+        record = json.loads(sample.record.read_text(encoding="utf-8"))
+        return bool(record["state"] == "done" and record["asked"] == _asked(sample, request) and sample.store.exists())
     except (OSError, ValueError, KeyError):
         return False
 
