@@ -32,7 +32,7 @@ def is_program(channel: str) -> bool:
     return _NAME.fullmatch(channel) is not None
 
 
-def told_fingerprint(channel: str) -> str:
+def fingerprint_in(channel: str) -> str:
     """Return the fingerprint that the name of a program carries."""
     found = _NAME.fullmatch(channel)
     assert found is not None

@@ -21,7 +21,7 @@ UM = "in µm"
 
 
 @dataclass(frozen=True)
-class Map:
+class PointLookup:
     """A picture of a slide that is asked at points.
 
     Attributes
@@ -76,8 +76,8 @@ def compare_placements(
     diameter: float,
     size: tuple[int, int],
     mpp: float,
-    tissue: Map,
-    stain: Map,
+    tissue: PointLookup,
+    stain: PointLookup,
     total: NDArray | None,
 ) -> pd.DataFrame:
     """Return how well points fit a slide under each placement.

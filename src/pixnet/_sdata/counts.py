@@ -12,7 +12,6 @@ from scipy import sparse
 from spatialdata import SpatialData
 
 from pixnet._names import listed
-from pixnet._programs import is_program
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.shapes import label_ids
 from pixnet._sdata.store.bound import bound
@@ -52,11 +51,6 @@ def made_by_pixnet(table: AnnData) -> dict[str, Any]:
 def is_predicted_table(table: AnnData) -> bool:
     """Whether a table was aggregated from an image by pixnet: it is not a measurement then."""
     return made_by_pixnet(table).get("kind") == "aggregate"
-
-
-def is_loadings(table: AnnData) -> bool:
-    """Whether a table holds the loadings of a model's programs."""
-    return table.n_obs > 0 and all(map(is_program, map(str, table.obs_names)))
 
 
 def counts_matrix(table: AnnData, table_key: str, layer: str | None = None) -> sparse.csr_matrix | np.ndarray:

@@ -19,10 +19,10 @@ from xarray import DataArray
 
 from pixnet._core.zonal import Mean, Statistic, Sum
 from pixnet._names import TOTAL, TOTALS, check_genes, is_total, listed
-from pixnet._programs import fingerprint, is_program, told_fingerprint
-from pixnet._sdata.counts import dense, is_loadings
+from pixnet._programs import fingerprint, fingerprint_in, is_program
+from pixnet._sdata.counts import dense
 from pixnet._sdata.keys import resolve_any_image
-from pixnet._sdata.loadings import lift
+from pixnet._sdata.loadings import is_loadings, lift
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
 
@@ -45,6 +45,9 @@ class Selection(ABC):
     label: ClassVar[str] = "density of transcripts"
     needs: ClassVar[tuple[Statistic, ...]] = (Mean(),)
     """Statistics of the channels that CP10k is made of."""
+    pixels_have_cp10k: ClassVar[bool] = True
+    mixed: ClassVar[bool] = False
+    """Whether a gene is a sum of several channels."""
 
     @abstractmethod
     def values(self, read: np.ndarray) -> np.ndarray:
@@ -64,11 +67,21 @@ class Selection(ABC):
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.values(read) / np.where(total > 0, total / 1e4, np.nan)[..., None].astype(np.float32)
 
-    def check_pixels(self) -> None:  # noqa: B027  most have it
-        """Refuse CP10k of pixels where it cannot be had from what is stored."""
+    def check_pixels(self) -> None:
+        """Refuse CP10k of pixels where a pixel by itself has none."""
+        if not self.pixels_have_cp10k:
+            raise ValueError(
+                "the map holds 'log_sum' (log1p CP10k per µm²), which is CP10k only when summed over shapes: draw the map as it "
+                "is (show='density'), or a table (pixnet.pl.scales(..., image_key=False))"
+            )
 
-    def check_statistic(self, statistic: Statistic) -> None:  # noqa: B027  most have all
+    def check_statistic(self, statistic: Statistic) -> None:
         """Refuse a statistic that cannot be had from what is stored."""
+        if self.mixed and not statistic.linear:
+            raise ValueError(
+                f"{statistic.name!r} of a gene cannot be had from that of programs: write the genes as channels first, with "
+                "pixnet.tl.gene_channels(sdata, genes), and aggregate that map"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class GeneSelection(Selection):
 
     def values(self, read: np.ndarray) -> np.ndarray:
         """Return all channels but the last."""
-        return np.ascontiguousarray(read[..., :-1])
+        return read[..., :-1]
 
     def total(self, read: np.ndarray) -> np.ndarray:
         """Return the last channel."""
@@ -91,17 +104,11 @@ class LogSumSelection(GeneSelection):
     unit: ClassVar[str] = "log1p CP10k / um^2"
     label: ClassVar[str] = "log1p CP10k / µm²"
     needs: ClassVar[tuple[Statistic, ...]] = (Mean(), Sum())
+    pixels_have_cp10k: ClassVar[bool] = False
 
     def cp10k(self, found: dict[str, np.ndarray], pixel_um2: float) -> np.ndarray:
         """Undo the logarithm of sums."""
         return np.expm1(self.values(found[Sum.name]) * np.float32(pixel_um2))
-
-    def check_pixels(self) -> None:
-        """Refuse CP10k of pixels: a log that holds for a shape says nothing of a pixel."""
-        raise ValueError(
-            "the map holds 'log_sum' (log1p CP10k per µm²), which is CP10k only when summed over shapes: draw the map as it "
-            "is (show='density'), or a table (pixnet.pl.scales(..., image_key=False))"
-        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class ProgramSelection(Selection):
     """Genes of a program map: all programs are read. ``loadings`` is ``(channels, genes)``."""
 
     loadings: np.ndarray
+    mixed: ClassVar[bool] = True
 
     def programs(self, read: np.ndarray) -> np.ndarray:
         """Return programs as parts of 10,000 of all transcripts."""
@@ -123,14 +131,6 @@ class ProgramSelection(Selection):
     def total(self, read: np.ndarray) -> np.ndarray:
         """Add the programs up."""
         return read.sum(axis=-1, dtype=np.float64)
-
-    def check_statistic(self, statistic: Statistic) -> None:
-        """Refuse what is not linear."""
-        if not statistic.linear:
-            raise ValueError(
-                f"{statistic.name!r} of a gene cannot be had from that of programs: write the genes as channels first, with "
-                "pixnet.tl.gene_channels(sdata, genes), and aggregate that map"
-            )
 
 
 @dataclass(frozen=True)
@@ -210,17 +210,12 @@ class GeneMap(ABC):
     def _selection(self, genes: list[str]) -> Selection: ...
 
     @property
-    def pixels_have_cp10k(self) -> bool:
-        """Whether a pixel by itself has a CP10k."""
-        return True
-
-    @property
     def validity(self) -> int:
         """Position of a channel that is NaN where there is no prediction."""
-        return self.total.channels[-1]
+        return self.only_total.channels[-1]
 
     @property
-    def total(self) -> Selection:
+    def only_total(self) -> Selection:
         """No gene, only the density of all transcripts."""
         return self._selection([])
 
@@ -249,11 +244,6 @@ class LogSumMap(ChannelMap):
     total_name: ClassVar[str] = TOTALS["log_sum"]
     quantity: ClassVar[str] = "log_sum"
     _kind: ClassVar[type[GeneSelection]] = LogSumSelection
-
-    @property
-    def pixels_have_cp10k(self) -> bool:
-        """A log that holds for a shape says nothing of a pixel."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -331,10 +321,10 @@ def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[st
         raise ValueError(
             f"program map {key!r} has other channels beside its programs: {listed(others[:5])}; take them out"
         )
-    marks = {told_fingerprint(name) for name in names}
+    marks = {fingerprint_in(name) for name in names}
     if len(marks) > 1:
         raise ValueError(f"image {key!r} has programs of several models, so that it is not clear what their sum is")
-    candidates = {k: t for k, t in sdata.tables.items() if marks & {told_fingerprint(n) for n in _programs_of(t)}}
+    candidates = {k: t for k, t in sdata.tables.items() if marks & {fingerprint_in(n) for n in _programs_of(t)}}
     if not candidates:
         others = [k for k, table in sdata.tables.items() if is_loadings(table)]
         have = f" (the loadings in {listed(others)} are those of another model)" if others else ""

@@ -10,7 +10,8 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.counts import annotated_regions, is_loadings, is_predicted_table, not_annotated
+from pixnet._sdata.counts import annotated_regions, is_predicted_table, not_annotated
+from pixnet._sdata.loadings import is_loadings
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry, recorded

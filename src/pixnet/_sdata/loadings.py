@@ -7,8 +7,15 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata.models import TableModel
 
+from pixnet._programs import is_program
+
 TOP_GENES = 4
 """Genes that name a program."""
+
+
+def is_loadings(table: AnnData) -> bool:
+    """Whether a table holds the loadings of a model's programs."""
+    return table.n_obs > 0 and all(map(is_program, map(str, table.obs_names)))
 
 
 def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = None) -> AnnData:

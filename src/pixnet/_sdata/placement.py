@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pixnet._core.coverage import ShapeArrays
-from pixnet._core.placement import UM, Map, compare_placements
+from pixnet._core.placement import UM, PointLookup, compare_placements
 from pixnet._core.slide.stain import optical_density
 from pixnet._core.slide.tissue import compute_mask
 from pixnet._logging import logger
@@ -42,12 +42,14 @@ def score_placements(slide: Slide, geometries: ShapeArrays, total: NDArray | Non
     diameter = float(np.median((geometries.bounds[:, 2:] - geometries.bounds[:, :2]).mean(axis=1)))
     pixels, scale, mpp = read_coarse(slide)
     if slide.mask_key is None:
-        tissue = Map(compute_mask(pixels, mpp), np.diag([1 / scale[1], 1 / scale[0], 1.0]))
+        tissue = PointLookup(compute_mask(pixels, mpp), np.diag([1 / scale[1], 1 / scale[0], 1.0]))
     else:
-        tissue = Map(*read_mask(slide))
+        tissue = PointLookup(*read_mask(slide))
     red = optical_density(pixels)[0]
     red[(pixels == 0).all(axis=0)] = 0  # no picture there
-    stain = Map(ndimage.gaussian_filter(red, diameter / 3 / scale[0]), np.diag([1 / scale[1], 1 / scale[0], 1.0]))
+    stain = PointLookup(
+        ndimage.gaussian_filter(red, diameter / 3 / scale[0]), np.diag([1 / scale[1], 1 / scale[0], 1.0])
+    )
     size = slide.image.sizes["x"], slide.image.sizes["y"]
     return compare_placements(x, y, diameter, size, slide.mpp, tissue, stain, total)
 

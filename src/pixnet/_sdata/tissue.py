@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixnet._core.placement import Map
+from pixnet._core.placement import PointLookup
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.tissue import ISLAND_SHARE, ISLAND_UM2, compute_mask
 from pixnet._logging import logger
@@ -79,7 +79,7 @@ def read_mask(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
 
 def on_tissue(slide: Slide, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return whether points (level-0 pixels) are on the tissue of a slide."""
-    return Map(*read_mask(slide)).at(x, y)
+    return PointLookup(*read_mask(slide)).at(x, y)
 
 
 def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask:

@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from pixnet._core.geojson import RESERVED, Features, read_features
-from pixnet._core.placement import Map
+from pixnet._core.placement import PointLookup
 from pixnet._logging import logger
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _check_place(slide: Slide, geometries: NDArray, path: Path, unit: str | None
             "the slide at full resolution: is the file of this slide, and is the image its full resolution? For a file in µm "
             "pass unit='um'"
         )
-    tissue = Map(*read_mask(slide))
+    tissue = PointLookup(*read_mask(slide))
     given, as_um = (float(tissue.at(x / px, y / px).mean()) for px in (1.0, slide.mpp))
     if unit is None and len(x) >= ENOUGH and as_um > given + LOOKS_UM:
         raise ValueError(

@@ -59,7 +59,7 @@ def read_ome_tiff(
     KeyError
         If there is no such slide.
     ValueError
-        If the file is not a readable TIFF or is no plane of channels, does not cover the slide, or ``key_added`` exists.
+        If the file is not a readable TIFF or not a plane of channels, does not cover the slide, or ``key_added`` exists.
 
     Examples
     --------

@@ -144,7 +144,7 @@ def write_ome_tiff(
                         compression="zlib",
                         photometric="minisblack",
                         resolutionunit="CENTIMETER",
-                        resolution=None if mpp is None else (1e4 / (mpp * 2**i),) * 2,
+                        resolution=None if mpp is None else (1e4 * array.shape[2] / (mpp * pyramid[0].shape[2]),) * 2,
                         **({"subifds": len(pyramid) - 1, "metadata": metadata} if i == 0 else {"subfiletype": 1}),
                     )
         check_bound(image, f"image {image_key!r}")

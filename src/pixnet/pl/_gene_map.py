@@ -126,7 +126,7 @@ def gene_map(
     if show not in ("density", "cp10k"):
         raise ValueError(f"show is {show!r}; valid: 'density', 'cp10k'")
     of_genes = [gene for gene in genes if not is_total(gene)]
-    selection = gene_map.select(of_genes) if of_genes else gene_map.total
+    selection = gene_map.select(of_genes) if of_genes else gene_map.only_total
     if show == "cp10k":
         selection.check_pixels()
     if he not in ("beside", "under"):

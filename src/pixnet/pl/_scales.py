@@ -193,7 +193,7 @@ def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) 
         return None
     if image_key is None:
         opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
-        maps = [found.key for found in opened if gene in found.genes and found.pixels_have_cp10k]
+        maps = [found.key for found in opened if gene in found.genes and found.only_total.pixels_have_cp10k]
         maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
     found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.cells import Watershed, joined, segment_tile
 from pixnet._core.parallel import run
-from pixnet._core.placement import Map
+from pixnet._core.placement import PointLookup
 from pixnet._core.slide.stain import sample
 from pixnet._logging import logger
 from pixnet._sdata.inputs import check_sdata
@@ -145,7 +145,7 @@ def segment_cells(
     reader.check()
     cells = joined([parts[where] for where in tiles])
 
-    kept = Map(mask.mask, mask.to_mask).at(*cells.centres.T[::-1])
+    kept = PointLookup(mask.mask, mask.to_mask).at(*cells.centres.T[::-1])
     height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     polygons = shapely.intersection(cells.polygons[kept], shapely.box(0, 0, width, height))
     polygons = polygons[shapely.area(polygons) > 0]

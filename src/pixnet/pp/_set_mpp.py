@@ -36,7 +36,7 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     TypeError
         If ``mpp`` is not a number.
     ValueError
-        If ``mpp`` is not positive and finite, or outside 0.02 to 200 µm/px, which is no picture of a slide.
+        If ``mpp`` is not positive and finite, or outside 0.02 to 200 µm/px.
 
     Examples
     --------

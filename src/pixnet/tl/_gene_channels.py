@@ -21,6 +21,7 @@ from pixnet._sdata.record import find_entry, identity
 from pixnet._sdata.store.bound import bound
 from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet.tl._map_arguments import check_scale_factors
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -77,7 +78,8 @@ def gene_channels(
     TypeError
         If an argument is of the wrong type.
     ValueError
-        If the image is not a program map, its loadings were changed, or ``key_added`` exists.
+        If the image is not a program map, its loadings were changed, ``scale_factors`` are not whole numbers from 2, or
+        ``key_added`` exists.
 
     Examples
     --------
@@ -90,6 +92,7 @@ def gene_channels(
     ['GENE2', '__total__']
     """
     check_sdata(sdata, "tl.gene_channels")
+    check_scale_factors(scale_factors)
     opened = program_map(sdata, image_key)
     selection = opened.select(genes)
     key = _key(opened.key) if key_added is None else key_added
@@ -113,6 +116,7 @@ def gene_channels(
         entry = {
             **(find_entry(sdata, "images", opened.key) or {"kind": "gene_map"}),
             "store": "genes",
+            "unit": "CP10k density",
             "from": opened.key,
             "genes": selection.genes,
             "identity": identity(names, (height, width)),

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 
-def check_map_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
-    """Check the arguments that can be checked one by one."""
+def check_scale_factors(scale_factors: Any) -> None:
+    """Check the factors of a pyramid."""
     try:
         factors = list(scale_factors)
     except TypeError:
@@ -17,6 +17,11 @@ def check_map_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume
         raise ValueError(
             f"scale_factors is {scale_factors!r}; whole numbers of at least 2 are needed, or () for one level"
         )
+
+
+def check_map_arguments(scale_factors: Any, tile_size: Any, out_mpp: Any, resume: bool, inplace: bool) -> None:
+    """Check the arguments that can be checked one by one."""
+    check_scale_factors(scale_factors)
     if tile_size is not None and (isinstance(tile_size, bool) or not isinstance(tile_size, int | np.integer)):
         raise TypeError(f"tile_size is {tile_size!r}; a number of pixels (int) or None is needed")
     if tile_size is not None and tile_size < 1:

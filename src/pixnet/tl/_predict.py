@@ -182,7 +182,7 @@ def predict(
         "kind": "gene_map",
         "store": request.store,
         "model": request.model_name,
-        "unit": request.model.head.unit,
+        "unit": request.model.unit,
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
@@ -362,7 +362,7 @@ def _resolve_store(model: PixNet, genes: str | Sequence[str] | None, store: Stor
     """Return what the map stores."""
     if store not in (None, "genes", "programs"):
         raise ValueError(f"store is {store!r}; valid: 'genes', 'programs', None")
-    has_programs = model.loadings is not None
+    has_programs = model.config.n_programs is not None
     if store == "programs":
         if not has_programs:
             raise ValueError(
