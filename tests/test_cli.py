@@ -70,6 +70,7 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert list(sdata["cells_genes"].var_names)[0] == "FIB1"
     record = json.loads((tmp_path / "out.run.json").read_text())
     assert record["state"] == "done"
+    assert sdata.attrs["pixnet"]["images"]["he_genes"]["model"] == "model"
     assert record["asked"]["options"] == {"genes": ["FIB1"], "out_mpp": 8.0}
     assert record["versions"]["spatialdata"]
     assert record["model"]["sha256"]
@@ -79,7 +80,9 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert "pass --overwrite to replace it, or --resume" in log[-1]
     assert pixnet("predict", source / "slide.png", *options, "--resume", "--grid", 50) == 0
     assert any("the map 'he_genes' is there and is kept" in line for line in log)
-    changed = [other_model(source, tmp_path) if option == source / "model.safetensors" else option for option in options]
+    changed = [
+        other_model(source, tmp_path) if option == source / "model.safetensors" else option for option in options
+    ]
     assert pixnet("predict", source / "slide.png", *changed, "--resume") == 1
     assert "the map 'he_genes' in" in log[-1]
     assert "was made by another model" in log[-1]

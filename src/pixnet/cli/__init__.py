@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -257,7 +258,8 @@ def info(path: str, /) -> None:
         sdata = _store(Path(path))
         _say(repr(sdata))
         for role, entries in sdata.attrs.get("pixnet", {}).items():
-            _say(f"{role}: {entries}")
+            for name, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
+                _say(shorten(f"{role} {name}: {entry}", 400, placeholder=" ..."))
         return
     model = px.models.load(path)
     _say(repr(model))

@@ -204,7 +204,7 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
         _check_made_by(sdata, made, model, sample)
         logger.info("the map %r is there and is kept", made)
     else:
-        px.tl.predict(sdata, model, overwrite=request.overwrite, resume=request.resume, **request.options)
+        px.tl.predict(sdata, request.model, overwrite=request.overwrite, resume=request.resume, **request.options)
         made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
     for size in request.grids:
         key = _grid_key(size)
