@@ -17,7 +17,7 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
-from pixnet._names import check_genes
+from pixnet._names import MOST_CHANNELS, check_genes
 from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 
 Store = Literal["genes", "programs"]
-
-MOST_CHANNELS = 1000
-"""Genes up to which a map has a channel for each, unless told otherwise."""
 
 
 def predict(

@@ -82,7 +82,7 @@ def fit(
     kept = variants if options.refit else 1
     valid = with_features(valid, model, kept, options.stain, rng, device, "features (validation)")
     start = snapshot(model)
-    objective.prepare(train)
+    objective.prepare(train, model.head.gene_weights)
     run = 1 + max((row.get("run", 1) for row in model.history), default=0)
 
     def validated(row: Row) -> None:
