@@ -274,6 +274,42 @@ def test_regions_are_lazy_too_and_resume_only_the_same(sdata, model):
     assert sdata.attrs["pixnet"]["images"]["he_genes"]["region"]["box"] == list(box)
 
 
+class Near(torch.nn.Module):
+    """An encoder that sees blocks of 16 px."""
+
+    strides, channels = (4, 16), (4, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.deep = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.Conv2d(4, 6, 4, stride=4)
+
+    def forward(self, image):
+        fine = self.fine(image)
+        return [fine, self.deep(fine)]
+
+
+@pytest.mark.parametrize(("y", "x"), [(37, 53), (64, 128)])
+def test_a_crop_has_the_values_of_the_slide_that_it_was_cut_from(y, x):
+    torch.manual_seed(0)
+    net = px.models.PixNet(GENES, mpp=0.5, encoder=Near(), window=64, halo=64).eval()
+    torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
+    sdata = slide()
+    px.tl.predict(sdata, net, mask_key=False, precision="float32")
+    box = {"min_coordinate": [y, x], "max_coordinate": [y + 300, x + 401], "target_coordinate_system": "global"}
+    crop = sd.bounding_box_query(sdata, axes=("y", "x"), **box)
+    px.tl.predict(crop, net, mask_key=False, precision="float32", key_added="again")
+    found, matrix = full(crop, "again").values, get_transformation(crop["again"], "global")
+    matrix = matrix.to_affine_matrix(("y", "x"), ("y", "x"))
+    np.testing.assert_array_equal(np.diag(matrix), [4, 4, 1])
+    assert ((matrix[:2, 2] % 64 == 0) & (matrix[:2, 2] <= [y, x])).all()
+    i, j = (matrix[:2, 2] // 4).astype(int)
+    whole = full(sdata).values[:, i : i + found.shape[1], j : j + found.shape[2]]
+    inner = np.s_[:, 28 : 28 + 36, 28 : 28 + 60]  # what lies near the edge of a crop sees white beyond it
+    np.testing.assert_allclose(found[inner], whole[inner], rtol=1e-4)
+    outside = np.add.outer(np.arange(found.shape[1]) * 4 + matrix[0, 2] < y - 2, np.zeros(found.shape[2], bool))
+    assert np.isnan(found[:, outside]).all()
+
+
 def test_masks_of_any_affine(sdata, model):
     turned = Affine([[0, 10, 0], [10, 0, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
     mask = sdata["he_tissue"].values.T.copy()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from spatialdata.transformations import Scale
+from spatialdata.transformations import Scale, Translation
 from spatialdata.transformations import Sequence as Chain
 
 from pixnet._core.coverage import ShapeArrays
@@ -61,8 +61,11 @@ class MapRequest:
     def transformations(self) -> dict[str, Any]:
         """Transformations of the map to each coordinate system of the image."""
         y, x = self.grid.slide_px
-        to_image = Scale([x, y], axes=("x", "y"))
-        return {name: Chain([to_image, system]) for name, system in self.slide.transformations.items()}
+        to_image: list[Any] = [Scale([x, y], axes=("x", "y"))]
+        margin, px = self.grid.model_grid.margin, self.grid.model_grid.px
+        if any(margin):
+            to_image.append(Translation([-margin[1] * px[1], -margin[0] * px[0]], axes=("x", "y")))
+        return {name: Chain([*to_image, system]) for name, system in self.slide.transformations.items()}
 
     @property
     def spec(self) -> MapSpec:
@@ -113,7 +116,7 @@ def resolve_request(
     resolved, model_name = resolve_model(model)
     store = _resolve_store(resolved, genes, store)
     chosen, channels, names = _resolve_genes(resolved, genes, store)
-    grid = slide.grid(resolved.mpp, resolved.stride)
+    grid = slide.grid(resolved.mpp, resolved.stride, anchored=True)
     wide, reach = on.type == "cuda", resolved.reach
     tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide, reach)
     if grid.enlarged:

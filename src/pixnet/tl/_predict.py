@@ -166,7 +166,7 @@ def predict(
         _check_target(slide, key, "images", overwrite)
         for name in loadings:
             _check_target(slide, name, "tables", overwrite)
-    mask = open_mask(slide, request.grid.model_grid.out_px)
+    mask = open_mask(slide, request.grid.model_grid.out_px, request.grid.model_grid.out_margin)
     wanted = _wanted(request, mask)
     runner = _make_runner(request, wanted)
     samples = sample(runner.reader, mask)  # also of a region: the stain is that of the slide
@@ -203,8 +203,8 @@ def _wanted(request: MapRequest, mask: TissueMask) -> TissueMask:
     if _any_pixel(grid, mask):
         if request.region is None:
             return mask
-        y, x = grid.slide_px
-        wanted = RegionMask(mask, request.region.transform(np.diag([1 / x, 1 / y, 1.0])), grid.ratio)
+        to_map = np.diag([1 / grid.ratio, 1 / grid.ratio, 1.0]) @ grid.model_grid.to_out
+        wanted = RegionMask(mask, request.region.transform(to_map), grid.ratio)
         if _any_pixel(grid, wanted):
             return wanted
         raise ValueError(

@@ -10,6 +10,9 @@ import numpy as np
 CHUNK = 1024
 """Chunks of a slide's levels have this many pixels a side."""
 
+BAND = 400_000
+"""Pixels of which means are made at once, channel by channel: few enough for a cache."""
+
 
 def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
     """Return means of 2 x 2 pixels of the last two axes, rounded for integers; an odd last row or column is left out.
@@ -59,6 +62,14 @@ def block_means(values: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
     """
     height, width = (n // f for n, f in zip(values.shape[1:], (factor_y, factor_x)))
     values = values[:, : height * factor_y, : width * factor_x]
+    out = np.empty((len(values), height, width), np.float32)
+    step = max(BAND // max(values[:1].size, 1), 1)
+    for c in range(0, len(values), step):
+        out[c : c + step] = _block_means(values[c : c + step], factor_y, factor_x)
+    return out
+
+
+def _block_means(values: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
     total = _block_sums(values, factor_y, factor_x, np.float32)
     if not np.isnan(total).any():
         return total / np.float32(factor_y * factor_x)
