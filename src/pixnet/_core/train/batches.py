@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from pixnet._core.train.crops import to_cp10k
 from pixnet._core.train.dataset import Crop, CropDataset
 
-ENOUGH_PX = 200
+ENOUGH_PX = 50
 """Pixels sampled per shape in a training step; more change its mean little."""
 
 

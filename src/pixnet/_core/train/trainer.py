@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
-from pixnet._core.train.covered import Features, covered_features
+from pixnet._core.train.covered import Features, covered_features, stored_features
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet._core.train.objective import Objective, shape_sums
@@ -93,6 +94,8 @@ class Trainer:
         Number of passes; None: the most that the options allow.
     on_epoch
         Called after each pass with its row: ``epoch``, ``lr``, ``train_*`` and, where it was validated, ``val_*``.
+    keep
+        Called after each pass with `state`, from which `restore` goes on.
     """
 
     def __init__(
@@ -106,10 +109,11 @@ class Trainer:
         device: str,
         epochs: int | None = None,
         on_epoch: Callable[[Row], None] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.model, self.train, self.valid, self.objective = model, train, valid, objective
         self.options = options = objective.options
-        self.rng, self.device, self.on_epoch = rng, device, on_epoch
+        self.rng, self.device, self.on_epoch, self.keep = rng, device, on_epoch, keep
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -121,7 +125,15 @@ class Trainer:
         steps = len(self.sampler) * self.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: learning_rate(step, steps))
         self.average = WeightAverage(model, options.ema)
+        self.epoch, self.least, self.chosen, self.best = 0, math.inf, 0, self.average.state
 
+    @property
+    def done(self) -> bool:
+        """Whether all passes were made, or validation stopped improving."""
+        waited = self.epoch - self.chosen if self.valid is not None and self.chosen else 0
+        return self.epoch >= self.epochs or waited >= self.options.patience
+
+    @memory_kept()
     def run(self) -> tuple[State, int]:
         """Train; return the averaged weights of the pass that validated best, or of the last, and that pass's number.
 
@@ -130,31 +142,79 @@ class Trainer:
         FloatingPointError
             If a loss is NaN or infinite; the pass and the batch are named.
         """
-        best, least, chosen = self.average.state, math.inf, 0
         label = "training on all" if self.valid is None else "training"
-        bar = tqdm(range(1, self.epochs + 1), desc=label, unit="epoch", file=sys.stderr, disable=not settings.progress)
-        for epoch in bar:
-            row = self._epoch(epoch)
-            shown = {"loss": f"{row['train_expression']:.3f}"}
-            if self.valid is not None:
-                shown |= {"val": f"{row['val_expression']:.3f}", "pcc": f"{row['val_pcc']:.3f}"}
-            bar.set_postfix(shown)
-            if self.on_epoch is not None:
-                self.on_epoch(row)
-            if self.valid is None:
-                best, chosen = self.average.state, epoch
-                continue
-            criterion = row["val_expression"] + self.options.total_weight * row["val_total"]
-            if not math.isfinite(criterion):
-                raise FloatingPointError(
-                    f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate "
-                    "(lr=) or look for shapes with extreme counts in the validation sections"
-                )
-            if criterion < least - LEAST_PROGRESS or not chosen:
-                best, least, chosen = self.average.copy(), criterion, epoch
-            elif epoch - chosen >= self.options.patience:
-                break
-        return best, chosen
+        with tqdm(
+            total=self.epochs,
+            initial=self.epoch,
+            desc=label,
+            unit="epoch",
+            file=sys.stderr,
+            disable=not settings.progress,
+        ) as bar:
+            while not self.done:
+                row = self._epoch(self.epoch + 1)
+                self._judge(row)
+                shown = {"loss": f"{row['train_expression']:.3f}"}
+                if self.valid is not None:
+                    shown |= {
+                        "val": f"{row['val_expression']:.3f}",
+                        "pcc": f"{row['val_pcc']:.3f}",
+                        "best": self.chosen,
+                    }
+                bar.set_postfix(shown)
+                bar.update()
+                if self.on_epoch is not None:
+                    self.on_epoch(row)
+                if self.keep is not None:
+                    self.keep(self.state())
+        return self.best, self.chosen
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next passes depend on."""
+        names = list(changing(self.model))
+        return {
+            "epoch": self.epoch,
+            "least": self.least,
+            "chosen": self.chosen,
+            "model": changing(self.model),
+            "average": {name: self.average.state[name] for name in names},
+            "steps": self.average.steps,
+            "best": {name: self.best[name] for name in names},
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": self.rng.get_state(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.epoch, self.least, self.chosen = state["epoch"], state["least"], state["chosen"]
+        for name, tensor in changing(self.model).items():
+            tensor.copy_(state["model"][name])
+            self.average.state[name].copy_(state["average"][name])
+        self.average.steps = state["steps"]
+        if self.valid is not None:
+            self.best = self.average.state | {k: v.to(self.device) for k, v in state["best"].items()}
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.rng.set_state(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+
+    def _judge(self, row: Row) -> None:
+        """Count a pass, and take its weights if it validated best."""
+        epoch = int(row["epoch"])
+        if self.valid is None:
+            self.epoch = self.chosen = epoch
+            return
+        criterion = row["val_expression"] + self.options.total_weight * row["val_total"]
+        if not math.isfinite(criterion):
+            raise FloatingPointError(
+                f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate "
+                "(lr=) or look for shapes with extreme counts in the validation sections"
+            )
+        self.epoch = epoch
+        if criterion < self.least - LEAST_PROGRESS or not self.chosen:
+            self.best, self.least, self.chosen = self.average.copy(), criterion, epoch
 
     def _epoch(self, epoch: int) -> Row:
         """Make one pass and return its row."""
@@ -198,21 +258,17 @@ class Trainer:
     def _features(self, batch: Batch) -> Features:
         """Return the features of a batch in randomly drawn versions, with channels dropped."""
         model, options, rng = self.model, self.options, self.rng
+        keep = None
+        if options.dropout > 0:
+            keep = {}
+            for level in model.levels:
+                shape = (len(batch.crops), model.encoder.channels[level])
+                kept = torch.rand(shape, generator=rng) >= options.dropout
+                keep[level] = kept.to(self.device) / (1 - options.dropout)
         if options.tune_encoder:
             halo = crop_halo(model)
             images = self.train.images(batch.crops, halo).to(self.device)
             raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), options.stain, rng)
-        else:
-            variants = self.train.features
-            drawn = torch.randint(len(variants), (len(batch.crops),), generator=rng).tolist()
-            raw = [
-                torch.stack([variants[v][level][i] for v, i in zip(drawn, batch.crops)]).to(self.device)
-                for level in range(len(variants[0]))
-            ]
-        keep = None
-        if options.dropout > 0:
-            keep = {}
-            for level, feature in zip(model.levels, raw):
-                kept = torch.rand(feature.shape[:2], generator=rng) >= options.dropout
-                keep[level] = kept.to(self.device) / (1 - options.dropout)
-        return covered_features(model, batch, raw, keep)
+            return covered_features(model, batch, raw, keep)
+        drawn = torch.randint(len(self.train.versions), (len(batch.crops),), generator=rng).tolist()
+        return stored_features(model, self.train, batch, drawn, keep)
