@@ -125,7 +125,7 @@ def test_a_second_training_finds_them_and_gives_what_one_that_computes_them_give
     assert runs
     runs.clear()
     other = train(one, two, seed=1)
-    fine_tuned = train(one, two, model=other, **{name: None for name in ("encoder", "hidden", "window", "halo")})
+    fine_tuned = train(one, two, model=other, **dict.fromkeys(("encoder", "hidden", "window", "halo")))
     assert fine_tuned.history[-1]["run"] == 2
     assert not runs
     forget_features()

@@ -72,6 +72,10 @@ class BatchTargets:
     depth: Tensor
     umi: Tensor
 
+    def to(self, device: str) -> BatchTargets:
+        """Return the same on a device."""
+        return BatchTargets(*(t.to(device) for t in (self.weights, self.cp10k, self.depth, self.umi)))
+
     @property
     def covered(self) -> Tensor:
         """Number of map pixels that each shape covers, ``(shapes,)``."""
@@ -100,9 +104,14 @@ class Batch:
     pixel: Tensor
     targets: dict[str, BatchTargets]
 
+    def to(self, device: str) -> Batch:
+        """Return the same on a device."""
+        moved = {name: targets.to(device) for name, targets in self.targets.items()}
+        return Batch(self.crops, self.section, self.crop_of_pixel.to(device), self.pixel.to(device), moved)
 
-def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch.Generator | None = None) -> Batch:
-    """Put crops together on a device; with ``sample``, of large shapes only some of the pixels, drawn from it."""
+
+def collate(dataset: CropDataset, indices: list[int], sample: torch.Generator | None = None) -> Batch:
+    """Put crops together; with ``sample``, of large shapes only some of the pixels, drawn from it."""
     pixels, weights = zip(*(_sampled(dataset[i], sample) for i in indices))
     crops = [dataset[i] for i in indices]
     targets = {}
@@ -114,14 +123,14 @@ def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch
         values = torch.from_numpy(matrix.data.astype(np.float32))
         tensor = torch.sparse_coo_tensor(positions, values, matrix.shape, check_invariants=False)
         targets[name] = BatchTargets(
-            tensor.coalesce().to(device),
-            torch.from_numpy(np.concatenate([to_cp10k(t.counts, t.umi) for t in parts])).to(device),
-            torch.from_numpy(np.concatenate([t.depth for t in parts]).astype(np.float32)).to(device),
-            torch.from_numpy(np.concatenate([t.umi for t in parts]).astype(np.float32)).to(device),
+            tensor.coalesce(),
+            torch.from_numpy(np.concatenate([to_cp10k(t.counts, t.umi) for t in parts])),
+            torch.from_numpy(np.concatenate([t.depth for t in parts]).astype(np.float32)),
+            torch.from_numpy(np.concatenate([t.umi for t in parts]).astype(np.float32)),
         )
     crop_of_pixel = torch.from_numpy(np.repeat(np.arange(len(crops)), [len(p) for p in pixels]))
-    pixel = torch.from_numpy(np.concatenate(pixels))
-    return Batch(indices, crops[0].section, crop_of_pixel.to(device), pixel.to(device), targets)
+    pixel = torch.from_numpy(np.concatenate(pixels).astype(np.int64))
+    return Batch(indices, crops[0].section, crop_of_pixel, pixel, targets)
 
 
 def _sampled(crop: Crop, sample: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:

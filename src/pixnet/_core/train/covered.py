@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixnet._core.train.batches import Batch
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import crop_halo, encode_crops, standardised
+from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet.models._decoder import StackDecoder
 from pixnet.models._pixnet import PixNet
 
@@ -21,14 +21,10 @@ Features = Mapping[int, Tensor]
 """Standardised features by level: of covered pixels ``(pixels, C)``, or of whole crops ``(crops, C, h, w)``."""
 
 
-def stored_features(
-    model: PixNet,
-    dataset: CropDataset,
-    batch: Batch,
-    versions: Sequence[int] | None = None,
-    keep: Mapping[int, Tensor] | None = None,
-) -> Features:
-    """Return the features that decoders need, from disk; see `covered_features`.
+def read_features(
+    model: PixNet, dataset: CropDataset, batch: Batch, versions: Sequence[int] | None = None
+) -> dict[int, Tensor]:
+    """Read the features that decoders need from disk, by level, as they came from the encoder; on the CPU.
 
     Parameters
     ----------
@@ -40,72 +36,55 @@ def stored_features(
         The crops of a batch and their covered pixels.
     versions
         Version of each crop; None: the slide as it is.
-    keep
-        Factor of each channel in each crop, ``(crops, C)``, by level; None: 1.
     """
     versions = [0] * len(batch.crops) if versions is None else versions
-    device, decoder = batch.pixel.device, model.members[0].decoder
+    decoder, found = model.members[0].decoder, {}
     if not isinstance(decoder, StackDecoder):
         crops = [dataset.crop_features(i, model.levels, version) for i, version in zip(batch.crops, versions)]
-        raw = [torch.stack(level).to(device) for level in zip(*crops)]
-        return covered_features(model, batch, raw, keep)
-    n = dataset.size // model.stride
-    y, x = (batch.pixel // n).cpu(), (batch.pixel % n).cpu()
+        return {level: torch.stack(features) for level, features in zip(model.levels, zip(*crops))}
+    n, pixel = dataset.size // model.stride, batch.pixel.cpu()
+    y, x = pixel // n, pixel % n
     edges = torch.searchsorted(batch.crop_of_pixel.cpu(), torch.arange(len(batch.crops) + 1)).tolist()
-    rows = {}
     for level in model.levels:
-        found = torch.empty(len(y), model.encoder.channels[level])
-        factors = decoder.enlargements(level)
+        found[level], factors = torch.empty(len(y), model.encoder.channels[level]), decoder.enlargements(level)
         for index, version, start, stop in zip(batch.crops, versions, edges, edges[1:]):
             table = dataset.maps(index, version).read(level, dataset.box(index))
-            found[start:stop] = _on_disk_at_pixels(table, y[start:stop], x[start:stop], factors)
-        rows[level] = found.to(device, non_blocking=True)
+            found[level][start:stop] = _on_disk_at_pixels(table, y[start:stop], x[start:stop], factors)
     for index, version in zip(batch.crops, versions):
         dataset.maps(index, version).forget()
-    return _standardised_rows(model, batch, rows, keep)
+    return found
 
 
-def covered_features(
-    model: PixNet, batch: Batch, raw: Sequence[Tensor], keep: Mapping[int, Tensor] | None = None
-) -> Features:
-    """Return the features that decoders need: those of covered pixels where a decoder sees one pixel at a time.
-
-    Parameters
-    ----------
-    model
-        The model.
-    batch
-        The crops and their covered pixels.
-    raw
-        Maps of the encoder, for each level in use, ``(crops, C, h, w)``.
-    keep
-        Factor of each channel in each crop, ``(crops, C)``, by level; None: 1.
-    """
-    decoder = model.members[0].decoder
+def at_covered(model: PixNet, batch: Batch, raw: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return what decoders need of features of whole crops, ``(crops, C, h, w)`` for each level in use, by level."""
+    decoder, found = model.members[0].decoder, {}
     if not isinstance(decoder, StackDecoder):
-        features = standardised(model, raw)
-        return features if keep is None else {level: f * keep[level][:, :, None, None] for level, f in features.items()}
-    rows = {}
+        return dict(zip(model.levels, raw))
     for level, feature in zip(model.levels, raw):
         factors, parts = decoder.enlargements(level), []
         across = feature.shape[-1] * prod(factors)
         for k, one in enumerate(feature):
             pixel = batch.pixel[batch.crop_of_pixel == k]
             parts.append(at_pixels(one.permute(1, 2, 0), pixel // across, pixel % across, factors))
-        rows[level] = torch.cat(parts)
-    return _standardised_rows(model, batch, rows, keep)
+        found[level] = torch.cat(parts)
+    return found
 
 
-def _standardised_rows(
-    model: PixNet, batch: Batch, rows: Mapping[int, Tensor], keep: Mapping[int, Tensor] | None
+def standardised(
+    model: PixNet, batch: Batch, raw: Mapping[int, Tensor], keep: Mapping[int, Tensor] | None = None
 ) -> Features:
+    """Return features of covered pixels or whole crops, standardised.
+
+    ``keep`` has a factor for each channel in each crop, ``(crops, C)``, by level; None: 1.
+    """
     out = {}
-    for level, found in rows.items():
-        mean, sd = getattr(model, f"feature_mean_{level}"), getattr(model, f"feature_sd_{level}")
-        if keep is None:
-            out[level] = (found - mean) / sd
-        else:
-            out[level] = (found - mean) * (keep[level] / sd)[batch.crop_of_pixel]
+    for level, found in raw.items():
+        mean, factor = getattr(model, f"feature_mean_{level}"), 1 / getattr(model, f"feature_sd_{level}")
+        if keep is not None:
+            factor = (keep[level] * factor)[batch.crop_of_pixel] if found.ndim == 2 else keep[level] * factor
+        if found.ndim == 4:
+            mean, factor = mean[:, None, None], factor[..., None, None]
+        out[level] = (found.float() - mean) * factor
     return out
 
 
@@ -148,7 +127,8 @@ def interpolation(size: int, factors: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def batch_features(model: PixNet, dataset: CropDataset, batch: Batch, tuned: bool) -> Features:
     """Return the features of a batch as its slides are: from disk, or anew where the encoder is tuned."""
     if not tuned:
-        return stored_features(model, dataset, batch)
+        raw = read_features(model, dataset, batch)
+        return standardised(model, batch, {level: f.to(batch.pixel.device) for level, f in raw.items()})
     halo = crop_halo(model)
     images = dataset.images(batch.crops, halo).to(batch.pixel.device)
-    return covered_features(model, batch, encode_crops(model, images, halo))
+    return standardised(model, batch, at_covered(model, batch, encode_crops(model, images, halo)))

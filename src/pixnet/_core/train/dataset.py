@@ -16,7 +16,7 @@ from pixnet._core.predict.map_grid import Box
 from pixnet._core.train.augment import Version
 from pixnet._core.train.crops import Covered, Section, cover, place_crops
 from pixnet._core.train.feature_maps import FeatureMaps
-from pixnet._core.train.feature_store import SlideFeatures
+from pixnet._core.train.slide_features import SlideFeatures
 from pixnet.models._heads import MeasuredShapes
 
 FILLED_SHAPES = 4000

@@ -7,12 +7,9 @@ import shutil
 import sys
 import threading
 import time
-import uuid
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from dask.base import tokenize
 from torch import nn
 from tqdm.auto import tqdm
 
-from pixnet._core.parallel import in_threads, run, runs_here
+from pixnet._core.parallel import runs_here
 from pixnet._core.predict.device import resolve_precision
 from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.predict.map_grid import Box
@@ -31,23 +28,17 @@ from pixnet._core.predict.tile import TileCost
 from pixnet._core.scratch import scratch_root
 from pixnet._core.slide.reader import SlideReader
 from pixnet._core.train.augment import Version
-from pixnet._core.train.encoder_stages import Stage, StageRunner, digest, read_and_run, seen_by, stages_of
-from pixnet._core.train.feature_maps import FeatureMaps
+from pixnet._core.train.encoder_stages import Stage, StageRunner, stages_of
+from pixnet._core.train.slide_features import SlideFeatures
 from pixnet._logging import logger
 from pixnet._settings import settings
 from pixnet.models._encoders import Encoder
-
-CELL = 64
-"""Model pixels of a cell, by which is counted what is there."""
 
 SPARE = 256e6
 """Bytes of the disk that are left free."""
 
 WORTH_TIMING = 30.0
 """Megapixels of windows from which on the time is estimated."""
-
-READERS = 2
-"""Threads that read ahead of the encoder."""
 
 _FEATURES: OrderedDict[Any, SlideFeatures] = OrderedDict()
 _LOCK = threading.RLock()
@@ -60,161 +51,6 @@ class Wanted:
     reader: SlideReader
     boxes: Sequence[Box]
     versions: Sequence[Version]
-
-
-class SlideFeatures:
-    """Features of one slide by one encoder, in the versions that were asked for.
-
-    Parameters
-    ----------
-    shape
-        Size of the slide in model pixels.
-    stages
-        Stages of the encoder.
-    strides, channels
-        Of the encoder's levels.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int], stages: Sequence[Stage], strides: Sequence[int], channels: Sequence[int]
-    ) -> None:
-        # Beyond what the last stage starts from sees of the slide there is nothing but glass, the same everywhere.
-        margin = max(sum(stage.halo for stage in stages[:-1]), 1)
-        self.box = Box(0, 0, *shape).aligned(CELL).grown(-(-margin // CELL) * CELL)
-        self.cells = (self.box.height // CELL, self.box.width // CELL)
-        self.stages, self.strides, self.channels = stages, strides, channels
-        self.maps: dict[Version, FeatureMaps] = {}
-        self._done: dict[Version, np.ndarray] = {}
-        self._digests: dict[Box, bytes] = {}
-
-    # what is there ---------------------------------------------------------------------------------------------------
-
-    def missing(self, version: Version, wanted: np.ndarray) -> list[list[Box]]:
-        """Return the windows to run for some cells, for each stage."""
-        done = self._done.get(version, np.zeros((len(self.stages), *self.cells), bool))
-        found: list[list[Box]] = []
-        for stage, there in reversed(list(zip(self.stages, done))):
-            windows = [window for block in self._blocks(stage.window) for window in self._part(wanted & ~there, block)]
-            wanted = wanted | self.cells_of(window.grown(stage.halo) for window in windows)
-            found.insert(0, windows)
-        return found
-
-    def cells_of(self, boxes: Iterable[Box]) -> np.ndarray:
-        """Return the cells that some boxes touch."""
-        found = np.zeros(self.cells, bool)
-        for box in boxes:
-            part = box.clipped(self.box)
-            if part.height > 0 and part.width > 0:
-                found[part.within(self.box).divided(CELL).slices] = True
-        return found
-
-    def nbytes(self, windows: Sequence[Sequence[Box]]) -> int:
-        """Return the bytes that the features of windows take, for each stage."""
-        total = 0
-        for stage, own in zip(self.stages, windows):
-            per_px = sum(2 * self.channels[level] / self.strides[level] ** 2 for level in stage.kept)
-            total += int(per_px * sum(w.height * w.width for w in own))
-        return total
-
-    def holds(self) -> int:
-        """Return the bytes that are there."""
-        return sum(
-            self.nbytes([[Box(0, 0, CELL, CELL)] * int(there.sum()) for there in done]) for done in self._done.values()
-        )
-
-    def changed(self, reader: SlideReader, wanted: np.ndarray) -> bool:
-        """Whether the slide is no longer what the features of some cells were computed from; it is read again."""
-        reader.check()
-        return any(
-            digest(reader.read(*window.bounds)) != known
-            for window, known in self._digests.items()
-            if (self.cells_of([window]) & wanted).any()
-        )
-
-    def intact(self) -> bool:
-        """Whether the files are still there."""
-        return all(maps.intact() for maps in self.maps.values())
-
-    def remove(self) -> None:
-        """Delete all files."""
-        for maps in self.maps.values():
-            maps.remove()
-        self.maps, self._done, self._digests = {}, {}, {}
-
-    # computing -------------------------------------------------------------------------------------------------------
-
-    def compute(self, runner: StageRunner, version: Version, windows: Sequence[Sequence[Box]]) -> Iterator[Box]:
-        """Run stages in windows and keep what they give; yield each window once it is there."""
-        maps = self._opened(version)
-        for index, (stage, own) in enumerate(zip(self.stages, windows)):
-            below = partial(self._below, maps, stage)
-            with closing(_results(runner, stage, version, own, below)) as results:
-                for window, seen, found in results:
-                    if seen is not None and self._digests.setdefault(window.grown(stage.halo), seen) != seen:
-                        raise RuntimeError(
-                            f"image {runner.reader.name!r} changed while its features were computed; call again once it is "
-                            "as it should be"
-                        )
-                    for level, values in found.items():
-                        maps.write(level, window, values)
-                    self._done[version][index] |= self.cells_of([window])
-                    yield window
-            maps.forget()
-
-    def _opened(self, version: Version) -> FeatureMaps:
-        if version not in self.maps:
-            kept = [level for stage in self.stages for level in stage.kept]
-            strides, channels = ({level: of[level] for level in kept} for of in (self.strides, self.channels))
-            self.maps[version] = FeatureMaps(
-                scratch_root() / f"features-{uuid.uuid4().hex}", self.box, strides, channels
-            )
-            self._done[version] = np.zeros((len(self.stages), *self.cells), bool)
-        return self.maps[version]
-
-    def _below(self, maps: FeatureMaps, stage: Stage, window: Box) -> np.ndarray | None:
-        if stage.starts_from is None:
-            return None
-        return np.ascontiguousarray(maps.read(stage.starts_from, window.grown(stage.halo)))
-
-    def _blocks(self, largest: int) -> Iterator[Box]:
-        """Cut the slide into equal blocks of at most ``largest`` pixels a side."""
-
-        def side(n: int) -> int:
-            cells = -(-n // CELL)
-            return -(-cells // -(-n // max(largest, CELL))) * CELL
-
-        height, width = side(self.box.height), side(self.box.width)
-        for y in range(self.box.y, self.box.y + self.box.height, height):
-            for x in range(self.box.x, self.box.x + self.box.width, width):
-                yield Box(y, x, height, width).clipped(self.box)
-
-    def _part(self, cells: np.ndarray, block: Box) -> Iterator[Box]:
-        """Return the smallest box around some cells in a block, if any."""
-        at = block.within(self.box).divided(CELL)
-        rows, columns = (np.flatnonzero(cells[at.slices].any(axis=axis)) for axis in (1, 0))
-        if len(rows):
-            y, x = at.y + int(rows[0]), at.x + int(columns[0])
-            part = Box(y, x, at.y + int(rows[-1]) + 1 - y, at.x + int(columns[-1]) + 1 - x).scaled(CELL)
-            yield Box(part.y + self.box.y, part.x + self.box.x, part.height, part.width)
-
-
-def _results(
-    runner: StageRunner, stage: Stage, version: Version, windows: Sequence[Box], below: Any
-) -> Generator[tuple[Box, bytes | None, dict[int, np.ndarray]], None, None]:
-    """Run a stage on windows, here with the encoder in the caller's thread, or where `parallel.run` runs tasks."""
-    if runs_here():
-
-        def see(window: Box) -> tuple[Box, np.ndarray, bytes | None]:
-            return window, *seen_by(runner, stage, version, window, below(window))
-
-        with closing(in_threads(see, windows, READERS)) as read:
-            for window, seen, known in read:
-                yield window, known, runner.run(stage, version, window, seen)
-        return
-    items = ((stage, version, window, below(window)) for window in windows)
-    with closing(run(read_and_run, [runner], items, ordered=True)) as results:
-        for (_, _, window, _), (known, found) in results:
-            yield window, known, found
 
 
 # the features of this process ----------------------------------------------------------------------------------------
@@ -265,7 +101,8 @@ def slide_features(
                 before = cells.get((key, version), False)
                 cells[key, version] = before | features.cells_of(one.boxes)
         readers = {id(features): one.reader for features, one in zip(found, wanted)}
-        _check_unchanged(readers, {key: of for (key, _), of in cells.items()})
+        for (key, _), of in cells.items():
+            _check_unchanged(_FEATURES[key], readers[id(_FEATURES[key])], of)
         jobs = [(_FEATURES[key], version, _FEATURES[key].missing(version, of)) for (key, version), of in cells.items()]
         jobs = [job for job in jobs if any(job[2])]
         if jobs:
@@ -285,17 +122,14 @@ def encoder_key(encoder: nn.Module) -> Any:
     return model_hash(encoder), tuple((of, tuple(p for p in rest if p[0] != "training")) for of, rest in parts)
 
 
-def _check_unchanged(readers: Mapping[int, SlideReader], cells: Mapping[Any, np.ndarray]) -> None:
+def _check_unchanged(features: SlideFeatures, reader: SlideReader, wanted: np.ndarray) -> None:
     """Drop features whose files are gone, or whose slide was changed."""
-    for key, wanted in cells.items():
-        features = _FEATURES[key]
-        name = readers[id(features)].name
-        if not features.intact():
-            logger.warning("another process removed features of image %r; they are computed again", name)
-            features.remove()
-        elif features.changed(readers[id(features)], wanted):
-            logger.info("image %r changed since its features were computed; they are computed again", name)
-            features.remove()
+    if not features.intact():
+        logger.warning("another process removed features of image %r; they are computed again", reader.name)
+        features.remove()
+    elif features.changed(reader, wanted):
+        logger.info("image %r changed since its features were computed; they are computed again", reader.name)
+        features.remove()
 
 
 def _compute(
@@ -308,9 +142,9 @@ def _compute(
 ) -> None:
     """Estimate, make room, and compute."""
     nbytes = sum(features.nbytes(windows) for features, _, windows in jobs)
-    placed = PlacedModel(PortableModel(encoder), device, precision, None, 1)
-    seconds = _seconds(jobs, placed, encoder)
     _make_room(nbytes, in_use)
+    placed = PlacedModel(PortableModel(encoder), device, precision, None, 1)
+    seconds = _seconds(jobs, placed)
     n = len({id(features) for features, *_ in jobs})
     logger.info(
         "features of %d %s: %s on disk in %s%s; later calls in this process find them again",
@@ -331,7 +165,7 @@ def _compute(
                 for cost, _ in zip(each, features.compute(runner, version, windows)):
                     bar.update(round(cost, 1))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise _full(error.errno, nbytes) from error
         raise
 
@@ -342,9 +176,7 @@ def _cost(stage: Stage, window: Box) -> float:
     return around.height * around.width / 1e6 * (1.0 if stage.starts_from is None else 0.25)
 
 
-def _seconds(
-    jobs: Sequence[tuple[SlideFeatures, Version, list[list[Box]]]], placed: PlacedModel, encoder: Encoder
-) -> float | None:
+def _seconds(jobs: Sequence[tuple[SlideFeatures, Version, list[list[Box]]]], placed: PlacedModel) -> float | None:
     """Estimate the seconds by a run of the whole encoder on a small image; None where it is not worth that."""
     total = sum(_cost(stage, w) for features, _, of in jobs for stage, own in zip(features.stages, of) for w in own)
     if total < WORTH_TIMING or not runs_here():

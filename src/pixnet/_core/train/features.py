@@ -120,11 +120,6 @@ def set_feature_statistics(model: PixNet, dataset: CropDataset) -> None:
         getattr(model, f"feature_sd_{level}").copy_(torch.from_numpy(sd))
 
 
-def standardised(model: PixNet, features: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return features of the levels in use, standardised, by level."""
-    return model.standardise({level: feature.float() for level, feature in zip(model.levels, features)})
-
-
 def autocast(device: torch.device) -> torch.autocast:
     """Run encoder and decoder in the arithmetic that prediction takes by default."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(None, device) == "bfloat16")

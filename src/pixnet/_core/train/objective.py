@@ -33,7 +33,7 @@ class ShapeSums(NamedTuple):
 
 
 def shape_sums(model: PixNet, batch: Batch, features: Features, member: int | None = None) -> dict[str, ShapeSums]:
-    """Sum the map of a model, or of one of its members, over the shapes of each element, from `stored_features`."""
+    """Sum the map of a model, or of one of its members, over the shapes of each element, from `standardised`."""
     members = list(model.members) if member is None else [model.members[member]]
     densities = []
     for m in members:
@@ -81,7 +81,7 @@ class Objective:
         model.eval()
         found: dict[tuple[int, str], list[ShapeSums]] = {}
         for indices in SectionBatchSampler(dataset, 10**9, min(self.options.batch_crops, EVALUATED_CROPS)):
-            batch = collate(dataset, indices, device)
+            batch = collate(dataset, indices).to(device)
             features = batch_features(model, dataset, batch, self.options.tune_encoder)
             for name, shapes in shape_sums(model, batch, features).items():
                 found.setdefault((batch.section, name), []).append(shapes)

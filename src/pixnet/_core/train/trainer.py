@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pixnet._core.parallel import in_threads
 from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
-from pixnet._core.train.covered import Features, covered_features, stored_features
+from pixnet._core.train.covered import Features, at_covered, read_features, standardised
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet._core.train.objective import Objective, shape_sums
@@ -24,6 +25,9 @@ from pixnet.models._pixnet import PixNet
 
 State = dict[str, Tensor]
 Row = dict[str, float]
+
+READERS = 2
+"""Threads that read features ahead of a GPU."""
 
 LEAST_PROGRESS = 1e-4
 """A pass validates better than those before by at least this much."""
@@ -73,6 +77,18 @@ class WeightAverage:
             yield
         finally:
             self.model.load_state_dict(current)
+
+
+class Drawn(NamedTuple):
+    """A batch with what was drawn for it: version of each crop, and the factor of each channel in each crop, by level.
+
+    ``raw`` are its features, once they were read.
+    """
+
+    batch: Batch
+    versions: list[int]
+    keep: dict[int, Tensor] | None
+    raw: dict[int, Tensor]
 
 
 class Trainer:
@@ -219,9 +235,8 @@ class Trainer:
     def _epoch(self, epoch: int) -> Row:
         """Make one pass and return its row."""
         losses = []
-        for number, indices in enumerate(self.sampler, start=1):
-            batch = collate(self.train, indices, self.device, self.rng)
-            losses.append(self._step(batch, f"epoch {epoch}, batch {number}"))
+        for number, drawn in enumerate(self._drawn(), start=1):
+            losses.append(self._step(drawn, f"epoch {epoch}, batch {number}"))
             self.schedule.step()
             self.average.update()
         row: Row = {"epoch": epoch, "lr": self.optimiser.param_groups[0]["lr"]}
@@ -232,12 +247,42 @@ class Trainer:
             row |= {f"val_{key}": value for key, value in scores.items()}
         return row
 
-    def _step(self, batch: Batch, where: str) -> dict[str, float]:
+    def _drawn(self) -> Iterator[Drawn]:
+        """Yield the batches of a pass; for a GPU they are read ahead. What is random is drawn in their order either way."""
+        drawn = (self._draw(indices) for indices in self.sampler)
+        if torch.device(self.device).type != "cuda" or self.options.tune_encoder:
+            yield from map(self._read, drawn)
+            return
+        with closing(in_threads(self._read, drawn, READERS)) as read:
+            yield from read
+
+    def _draw(self, indices: list[int]) -> Drawn:
+        """Draw pixels, a version of each crop, and channels to drop."""
+        model, options, rng = self.model, self.options, self.rng
+        batch = collate(self.train, indices, rng)
+        versions = torch.randint(len(self.train.versions), (len(indices),), generator=rng).tolist()
+        if options.dropout == 0:
+            return Drawn(batch, versions, None, {})
+        shapes = {level: (len(indices), model.encoder.channels[level]) for level in model.levels}
+        kept = {level: torch.rand(shape, generator=rng) >= options.dropout for level, shape in shapes.items()}
+        return Drawn(batch, versions, {level: k / (1 - options.dropout) for level, k in kept.items()}, {})
+
+    def _read(self, drawn: Drawn) -> Drawn:
+        """Read the features of a batch, unless the encoder is tuned."""
+        if self.options.tune_encoder:
+            return drawn
+        raw = read_features(self.model, self.train, drawn.batch, drawn.versions)
+        if torch.device(self.device).type == "cuda":
+            raw = {level: f.pin_memory() for level, f in raw.items()}
+        return drawn._replace(raw=raw)
+
+    def _step(self, drawn: Drawn, where: str) -> dict[str, float]:
         """Take one step on one batch and return its losses."""
         model = self.model
         model.train()
         model.encoder.eval()  # batch norm keeps its statistics, tuned or not
-        features = self._features(batch)
+        batch = drawn.batch.to(self.device)
+        features = self._features(batch, drawn)
         # Each member learns by itself: their mean then gains from their differences.
         members = [
             self.objective.losses(model, self.train, batch.section, shape_sums(model, batch, features, member))
@@ -255,20 +300,13 @@ class Trainer:
         self.optimiser.step()
         return {key: float(sum(found[key].detach() for found in members)) / len(members) for key in members[0]}
 
-    def _features(self, batch: Batch) -> Features:
-        """Return the features of a batch in randomly drawn versions, with channels dropped."""
-        model, options, rng = self.model, self.options, self.rng
-        keep = None
-        if options.dropout > 0:
-            keep = {}
-            for level in model.levels:
-                shape = (len(batch.crops), model.encoder.channels[level])
-                kept = torch.rand(shape, generator=rng) >= options.dropout
-                keep[level] = kept.to(self.device) / (1 - options.dropout)
-        if options.tune_encoder:
-            halo = crop_halo(model)
+    def _features(self, batch: Batch, drawn: Drawn) -> Features:
+        """Return the features of a batch with channels dropped; where the encoder is tuned, of a version drawn now."""
+        keep = None if drawn.keep is None else {level: k.to(self.device) for level, k in drawn.keep.items()}
+        if self.options.tune_encoder:
+            model, rng, halo = self.model, self.rng, crop_halo(self.model)
             images = self.train.images(batch.crops, halo).to(self.device)
-            raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), options.stain, rng)
-            return covered_features(model, batch, raw, keep)
-        drawn = torch.randint(len(self.train.versions), (len(batch.crops),), generator=rng).tolist()
-        return stored_features(model, self.train, batch, drawn, keep)
+            raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), self.options.stain, rng)
+            return standardised(model, batch, at_covered(model, batch, raw), keep)
+        there = {level: f.to(self.device, non_blocking=True) for level, f in drawn.raw.items()}
+        return standardised(self.model, batch, there, keep)
