@@ -42,12 +42,18 @@ def slide(seed: int, size: int, n_spots: int):
     def tile(block_info=None):
         (_, *place), shape = block_info[None]["chunk-location"], block_info[None]["chunk-shape"]
         rng = np.random.default_rng([seed, *place])
-        nuclei = rng.random((shape[1] // 8 + 1, shape[2] // 8 + 1)).repeat(8, axis=0).repeat(8, axis=1)[: shape[1], : shape[2]]
+        nuclei = (
+            rng.random((shape[1] // 8 + 1, shape[2] // 8 + 1))
+            .repeat(8, axis=0)
+            .repeat(8, axis=1)[: shape[1], : shape[2]]
+        )
         stain = nuclei[None] * np.array([90, 120, 60])[:, None, None]
         return (230 - stain - rng.integers(0, 20, shape)).astype(np.uint8)
 
     chunks = ((3,), *((TILE,) * (size // TILE) + ((size % TILE,) if size % TILE else ()),) * 2)
-    pixels = da.map_blocks(tile, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8), name=f"slide-{seed}-{size}")
+    pixels = da.map_blocks(
+        tile, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8), name=f"slide-{seed}-{size}"
+    )
     rng = np.random.default_rng(seed)
     pitch = (size - 400) / np.sqrt(n_spots)
     points = np.array([(200 + pitch * (i + 0.5), 200 + pitch * (j + 0.5)) for j in range(99) for i in range(99)])

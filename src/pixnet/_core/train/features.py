@@ -98,7 +98,9 @@ def with_features(
         for index, section in enumerate(dataset.sections):
             boxes = [dataset.box(i) for i, crop in enumerate(dataset.crops) if crop.section == index]
             wanted.append(Wanted(section.reader, boxes, numbered))
-    window, halo = model.window, crop_halo(model)
+    window, block = model.window, getattr(model.encoder, "block", None)
+    # Blocks that an encoder sees by themselves need no halo where windows are made of whole ones.
+    halo = 0 if block and window % block == 0 else crop_halo(model)
     found = iter(slide_features(wanted, model.encoder, model.levels, window=window, halo=halo, device=device))
     return [replace(dataset, features=[next(found) for _ in dataset.sections]) for dataset in out]
 

@@ -42,7 +42,7 @@ class SlideFeatures:
         self, shape: tuple[int, int], stages: Sequence[Stage], strides: Sequence[int], channels: Sequence[int]
     ) -> None:
         # Beyond what the last stage starts from sees of the slide there is nothing but glass, the same everywhere.
-        margin = max(sum(stage.halo for stage in stages[:-1]), 1)
+        margin = sum(stage.halo for stage in stages[:-1])
         self.box = Box(0, 0, *shape).aligned(CELL).grown(-(-margin // CELL) * CELL)
         self.cells = (self.box.height // CELL, self.box.width // CELL)
         self.stages, self.strides, self.channels = stages, strides, channels
@@ -57,7 +57,7 @@ class SlideFeatures:
         done = self._done.get(version, np.zeros((len(self.stages), *self.cells), bool))
         found: list[list[Box]] = []
         for stage, there in reversed(list(zip(self.stages, done))):
-            windows = [window for block in self._blocks(stage.window) for window in self._part(wanted & ~there, block)]
+            windows = [window for block in self._blocks(stage) for window in self._part(stage, wanted & ~there, block)]
             wanted = wanted | self.cells_of(window.grown(stage.halo) for window in windows)
             found.insert(0, windows)
         return found
@@ -139,23 +139,29 @@ class SlideFeatures:
             return None
         return np.ascontiguousarray(maps.read(stage.starts_from, window.grown(stage.halo)))
 
-    def _blocks(self, largest: int) -> Iterator[Box]:
-        """Cut the slide into equal blocks of at most ``largest`` pixels a side."""
+    def _blocks(self, stage: Stage) -> Iterator[Box]:
+        """Cut the slide into the blocks in which a stage runs: of equal size, or, where the encoder runs whole, from the origin."""
 
         def side(n: int) -> int:
-            cells = -(-n // CELL)
-            return -(-cells // -(-n // max(largest, CELL))) * CELL
+            if stage.index is None:
+                return stage.window
+            return -(-n // CELL // -(-n // stage.window)) * CELL
 
         height, width = side(self.box.height), side(self.box.width)
         for y in range(self.box.y, self.box.y + self.box.height, height):
             for x in range(self.box.x, self.box.x + self.box.width, width):
                 yield Box(y, x, height, width).clipped(self.box)
 
-    def _part(self, cells: np.ndarray, block: Box) -> Iterator[Box]:
-        """Return the smallest box around some cells in a block, if any."""
+    def _part(self, stage: Stage, cells: np.ndarray, block: Box) -> Iterator[Box]:
+        """Return the smallest box around some cells in a block, if any.
+
+        What an encoder without a reach gives may depend on the window: it runs on whole blocks.
+        """
         at = block.within(self.box).divided(CELL)
         rows, columns = (np.flatnonzero(cells[at.slices].any(axis=axis)) for axis in (1, 0))
-        if len(rows):
+        if len(rows) and stage.index is None:
+            yield block
+        elif len(rows):
             y, x = at.y + int(rows[0]), at.x + int(columns[0])
             part = Box(y, x, at.y + int(rows[-1]) + 1 - y, at.x + int(columns[-1]) + 1 - x).scaled(CELL)
             yield Box(part.y + self.box.y, part.x + self.box.x, part.height, part.width)
