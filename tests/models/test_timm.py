@@ -96,7 +96,6 @@ def test_architectures_are_those_of_their_cards(name, depth, width, patch, regis
 
 
 class TestUni2:
-
     def test_its_groups_two_four_and_six_of_eight_and_the_last(self):
         from pixnet.models._timm import TimmEncoder
 

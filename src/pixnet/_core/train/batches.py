@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from pixnet._core.train.crops import to_cp10k
 from pixnet._core.train.dataset import Crop, CropDataset
 
 ENOUGH_PX = 50
-"""Pixels sampled per shape in a training step; more change its mean little."""
+"""Pixels per shape that a training step looks at, at least; more change its mean little."""
 
 
 class SectionBatchSampler(Sampler[list[int]]):
@@ -110,10 +111,11 @@ class Batch:
         return Batch(self.crops, self.section, self.crop_of_pixel.to(device), self.pixel.to(device), moved)
 
 
-def collate(dataset: CropDataset, indices: list[int], sample: torch.Generator | None = None) -> Batch:
-    """Put crops together; with ``sample``, of large shapes only some of the pixels, drawn from it."""
-    pixels, weights = zip(*(_sampled(dataset[i], sample) for i in indices))
+def collate(dataset: CropDataset, indices: list[int], rng: torch.Generator | None = None) -> Batch:
+    """Put crops together; with ``rng``, of large shapes only some of the pixels, drawn from it."""
     crops = [dataset[i] for i in indices]
+    side = dataset.size // dataset.sections[crops[0].section].grid.stride
+    pixels, weights = zip(*(_sampled(crop, side, rng) for crop in crops))
     targets = {}
     for name in sorted({name for crop in crops for name in crop.targets}):
         parts = [crop.targets[name] for crop in crops if name in crop.targets]
@@ -133,11 +135,17 @@ def collate(dataset: CropDataset, indices: list[int], sample: torch.Generator | 
     return Batch(indices, crops[0].section, crop_of_pixel, pixel, targets)
 
 
-def _sampled(crop: Crop, sample: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
-    """Return a crop's pixels and weights, of its pixels about as many that its smallest shape keeps `ENOUGH_PX`."""
+def _sampled(crop: Crop, side: int, rng: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
+    """Return a crop's pixels and weights; with ``rng``, every n-th pixel of every n-th row of a crop of ``side`` pixels.
+
+    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. The smallest shape keeps
+    `ENOUGH_PX`, about.
+    """
     weights = {name: targets.weights for name, targets in crop.targets.items()}
     fewest = min(int(np.diff(w.indptr).min()) for w in weights.values())
-    if sample is None or fewest <= ENOUGH_PX:
+    step = math.isqrt(fewest // ENOUGH_PX)
+    if rng is None or step < 2:
         return crop.pixels, weights
-    kept = np.flatnonzero(torch.rand(len(crop.pixels), generator=sample).numpy() < ENOUGH_PX / fewest)
+    y, x = torch.randint(step, (2,), generator=rng).tolist()
+    kept = np.flatnonzero((crop.pixels // side % step == y) & (crop.pixels % side % step == x))
     return crop.pixels[kept], {name: w[:, kept] for name, w in weights.items()}

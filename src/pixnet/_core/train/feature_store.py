@@ -89,7 +89,8 @@ def slide_features(
     precision = resolve_precision(None, torch.device(device))
     of_encoder = (encoder_key(encoder), tuple(stages), precision, torch.device(device).type)
     with _LOCK, memory_kept():
-        found, cells = [], {}
+        found: list[SlideFeatures] = []
+        cells: dict[tuple[Any, Version], np.ndarray] = {}
         for one in wanted:
             key = (tokenize(one.reader.array), one.reader.grid, one.reader.name, of_encoder)
             if key not in _FEATURES:
@@ -98,8 +99,8 @@ def slide_features(
             features = _FEATURES[key]
             found.append(features)
             for version in one.versions:
-                before = cells.get((key, version), False)
-                cells[key, version] = before | features.cells_of(one.boxes)
+                own = features.cells_of(one.boxes)
+                cells[key, version] = own | cells.get((key, version), own)
         readers = {id(features): one.reader for features, one in zip(found, wanted)}
         for (key, _), of in cells.items():
             _check_unchanged(_FEATURES[key], readers[id(_FEATURES[key])], of)
@@ -208,7 +209,7 @@ def _make_room(nbytes: int, in_use: set[int]) -> None:
         raise _full(errno.ENOSPC, nbytes)
 
 
-def _full(code: int, nbytes: int) -> OSError:
+def _full(code: int | None, nbytes: int) -> OSError:
     free = shutil.disk_usage(scratch_root()).free
     return OSError(
         code,
