@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pixnet._core.train.checkpoints import Checkpoints, job_hash
 from pixnet._core.train.crops import Section, crop_size
 from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.evidence import assess, balance, predict_shapes, ratio_of
 from pixnet._core.train.features import adapt_norms, set_feature_statistics, with_features
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.options import TrainingOptions
 from pixnet._core.train.trainer import Row, Trainer, snapshot
 from pixnet._logging import logger
 from pixnet.models._pixnet import PixNet
-
-HELD_OUT, ON_ALL = "with held-out shapes", "on everything"
-"""The two runs of training."""
 
 
 def fit(
@@ -66,6 +66,10 @@ def fit(
 
     Notes
     -----
+    A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings their
+    sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has none to be
+    compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to held-out shapes.
+
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
     (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells how many passes the
     weights have seen. Rows of one call have the same ``run``.
@@ -131,23 +135,25 @@ def _fit(
         if on_epoch is not None:
             on_epoch(row)
 
-    def keep(run: str) -> Callable[[dict[str, Any]], None]:
-        return lambda state: save(
-            {"run": run, "epochs": epochs, "state": state, "history": model.history[len(before) :]}
-        )
-
-    epochs = saved.get("epochs", 0)
     if saved:
         model.history = [*before, *saved["history"]]
-        logger.info("going on after pass %d of the run %s", saved["state"]["epoch"], saved["run"])
-    if saved.get("run") != ON_ALL:
-        if fresh:
-            initialise(model, train, seed)
-        first = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated, keep=keep(HELD_OUT))
-        if saved:
-            first.restore(saved["state"])
-            saved = {}
-        state, epochs = first.run()
+        run, state = ("on everything", saved["again"]) if "again" in saved else ("with held-out shapes", saved["first"])
+        logger.info("going on after pass %d of the run %s", state["epoch"], run)
+    if fresh:
+        initialise(model, train, seed)
+    first = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated)
+    first.keep = lambda state: save({"first": state, "history": model.history[len(before) :]})
+    if saved:
+        first.restore(saved["first"])
+    state, epochs = first.run()
+    whole = copy.deepcopy(first.state())
+    model.load_state_dict(state)
+    drawn = np.random.default_rng(seed)
+    seen, held_out = (predict_shapes(model, dataset, device, drawn) for dataset in (train, valid))
+    ratio = ratio_of(held_out)
+    balance(model, ratio, held_out)
+    model.evidence = assess(predict_shapes(model, valid, device, drawn), ratio, seed)
+    generalised = ratio / ratio_of(seen)
     if options.refit:
         logger.info("training again on all sections, %d passes", epochs)
         both = train.join(valid)
@@ -155,13 +161,14 @@ def _fit(
         model.load_state_dict(start)
         if fresh:
             initialise(model, both, seed)
-        again = Trainer(
-            model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch, keep=keep(ON_ALL)
-        )
-        if saved:
-            again.restore(saved["state"])
+        again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
+        again.keep = lambda state: save({"first": whole, "again": state, "history": model.history[len(before) :]})
+        if "again" in saved:
+            again.restore(saved["again"])
         state, _ = again.run()
-    model.load_state_dict(state)
+        model.load_state_dict(state)
+        seen = predict_shapes(model, both, device, drawn)
+        balance(model, ratio_of(seen) * generalised, seen)
     return epochs
 
 

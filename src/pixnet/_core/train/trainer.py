@@ -110,6 +110,9 @@ class Trainer:
         Number of passes; None: the most that the options allow.
     on_epoch
         Called after each pass with its row: ``epoch``, ``lr``, ``train_*`` and, where it was validated, ``val_*``.
+
+    Attributes
+    ----------
     keep
         Called after each pass with `state`, from which `restore` goes on.
     """
@@ -125,11 +128,11 @@ class Trainer:
         device: str,
         epochs: int | None = None,
         on_epoch: Callable[[Row], None] | None = None,
-        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.model, self.train, self.valid, self.objective = model, train, valid, objective
         self.options = options = objective.options
-        self.rng, self.device, self.on_epoch, self.keep = rng, device, on_epoch, keep
+        self.rng, self.device, self.on_epoch = rng, device, on_epoch
+        self.keep: Callable[[dict[str, Any]], None] | None = None
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
