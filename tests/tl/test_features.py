@@ -19,6 +19,7 @@ from pixnet._core.train.augment import Version, turn, turn_back
 from pixnet._core.train.encoder_stages import StageRunner
 from pixnet._core.train.feature_maps import FeatureMaps
 from pixnet._core.train.feature_store import Wanted, forget_features, slide_features
+from pixnet._core.train.trainer import Trainer
 from pixnet._sdata.slide import Slide
 
 from .conftest import QUICK, coloured_slide
@@ -140,7 +141,7 @@ def test_every_fold_of_a_cross_validation_finds_them(runs):
     assert len(runs) == len(set(runs)) * 3  # each slide once
 
 
-def test_a_slide_that_changed_is_computed_again(runs, caplog):
+def test_a_slide_that_changed_is_computed_again(runs):
     slide = coloured_slide(1)
     pixels = np.asarray(slide["he"].data).copy()
     read = dask.delayed(pixels.copy, pure=False)()
@@ -210,10 +211,9 @@ def test_a_scratch_folder_that_cannot_be_made(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("passes", [2, 5])
-def test_an_interrupted_training_goes_on_to_the_same_weights(passes, monkeypatch):
+def test_an_interrupted_training_goes_on_to_the_same_weights(passes, monkeypatch, caplog):
     """In the run with held-out shapes, and in the one on everything."""
-    from pixnet._core.train.trainer import Trainer
-
+    monkeypatch.setattr("pixnet._logging.logger.propagate", True)
     slide, options = coloured_slide(1), {"max_epochs": 3, "patience": 3, "variants": 2, "lr": 3e-3}
     expected = train(slide, **options)
     assert expected.provenance["epochs"] == 3
@@ -229,6 +229,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(passes, monkeypatch
         patch.setattr(Trainer, "_epoch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(slide, **options)
+    assert "the same call with resume=True goes on" in caplog.text
     left = list((px.settings.scratch_dir / "pixnet-training").iterdir())
     assert len(left) == 1
     rest = []
@@ -237,6 +238,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(passes, monkeypatch
     assert len(made) + len(rest) == len(expected.history) + expected.provenance["epochs"]
     assert_same(found, expected)
     assert found.history == expected.history
+    assert found.evidence == expected.evidence
     assert not (px.settings.scratch_dir / "pixnet-training").exists()
     rest.clear()
     assert_same(train(slide, resume=True, **options), expected)  # there is nothing to go on with

@@ -206,9 +206,6 @@ def train(
     check_programs(n_programs, n_shapes)
     check_panels(tables, quantity if model is None else model.quantity)
 
-    for measured in slides:
-        check_placement(measured.slide, measured.pairs, {key: t.total for key, t in tables[measured.name].items()})
-
     import torch
 
     from pixnet._core.train.fit import fit
@@ -225,6 +222,8 @@ def train(
         if not valid:
             near, far = split_block(training[0])
             training, valid = [near], [replace(far, name=f"{far.name} (held-out block)")]
+        for m in slides:
+            check_placement(m.slide, m.pairs, {key: t.total for key, t in tables[m.name].items()})
         fresh = model is None or not model.history
         net = fit(net, training, valid, resolved, seed=seed, device=device, fresh=fresh, resume=resume)
     keys = {"image_key": image_key, "shapes": shapes, "table_key": table_key, "total_key": total_key}
