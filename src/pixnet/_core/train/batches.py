@@ -15,8 +15,8 @@ from torch.utils.data import Sampler
 from pixnet._core.train.crops import to_cp10k
 from pixnet._core.train.dataset import Crop, CropDataset
 
-ENOUGH_PX = 50
-"""Pixels per shape that a training step looks at, at least; more change its mean little."""
+TRAINED_PX, VALIDATED_PX = 24, 96
+"""Pixels of each shape that a step of training looks at, and that validation looks at, about: more change the mean little."""
 
 
 class SectionBatchSampler(Sampler[list[int]]):
@@ -111,11 +111,13 @@ class Batch:
         return Batch(self.crops, self.section, self.crop_of_pixel.to(device), self.pixel.to(device), moved)
 
 
-def collate(dataset: CropDataset, indices: list[int], rng: torch.Generator | None = None) -> Batch:
-    """Put crops together; with ``rng``, of large shapes only some of the pixels, drawn from it."""
+def collate(
+    dataset: CropDataset, indices: list[int], enough: int | None = None, rng: torch.Generator | None = None
+) -> Batch:
+    """Put crops together, with about ``enough`` pixels of each shape (None: all), which ``rng`` draws."""
     crops = [dataset[i] for i in indices]
     side = dataset.size // dataset.sections[crops[0].section].grid.stride
-    pixels, weights = zip(*(_sampled(crop, side, rng) for crop in crops))
+    pixels, weights = zip(*(_sampled(crop, side, enough, rng) for crop in crops))
     targets = {}
     for name in sorted({name for crop in crops for name in crop.targets}):
         parts = [crop.targets[name] for crop in crops if name in crop.targets]
@@ -135,17 +137,21 @@ def collate(dataset: CropDataset, indices: list[int], rng: torch.Generator | Non
     return Batch(indices, crops[0].section, crop_of_pixel, pixel, targets)
 
 
-def _sampled(crop: Crop, side: int, rng: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
-    """Return a crop's pixels and weights; with ``rng``, every n-th pixel of every n-th row of a crop of ``side`` pixels.
+def _sampled(
+    crop: Crop, side: int, enough: int | None, rng: torch.Generator | None
+) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
+    """Return a crop's pixels and weights, of its pixels those on a lattice: the smallest shape keeps ``enough``, about.
 
-    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. The smallest shape keeps
-    `ENOUGH_PX`, about.
+    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. ``rng`` shifts it; ``side`` is that
+    of the crop in pixels.
     """
     weights = {name: targets.weights for name, targets in crop.targets.items()}
     fewest = min(int(np.diff(w.indptr).min()) for w in weights.values())
-    step = math.isqrt(fewest // ENOUGH_PX)
-    if rng is None or step < 2:
+    n = 1 if enough is None else fewest // enough
+    if n < 2:
         return crop.pixels, weights
-    y, x = torch.randint(step, (2,), generator=rng).tolist()
-    kept = np.flatnonzero((crop.pixels // side % step == y) & (crop.pixels % side % step == x))
+    # The n-th pixels of each row, shifted from row to row by the golden section: their neighbours lie all around.
+    step = next(s for s in range(round(n * 0.618), n + 2) if math.gcd(s, n) == 1)
+    shift = 0 if rng is None else int(torch.randint(n, (1,), generator=rng))
+    kept = np.flatnonzero((crop.pixels % side + step * (crop.pixels // side)) % n == shift)
     return crop.pixels[kept], {name: w[:, kept] for name, w in weights.items()}

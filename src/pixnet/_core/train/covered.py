@@ -80,11 +80,12 @@ def standardised(
     out = {}
     for level, found in raw.items():
         mean, factor = getattr(model, f"feature_mean_{level}"), 1 / getattr(model, f"feature_sd_{level}")
-        if keep is not None:
-            factor = (keep[level] * factor)[batch.crop_of_pixel] if found.ndim == 2 else keep[level] * factor
+        factor = factor[None] if keep is None else keep[level] * factor
         if found.ndim == 4:
-            mean, factor = mean[:, None, None], factor[..., None, None]
-        out[level] = (found.float() - mean) * factor
+            out[level] = (found.float() - mean[:, None, None]) * factor[..., None, None]
+        else:
+            factor = factor if len(factor) == 1 else factor[batch.crop_of_pixel]
+            out[level] = torch.addcmul(-mean * factor, found, factor)
     return out
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
+from pixnet._core.train.batches import VALIDATED_PX, Batch, SectionBatchSampler, collate
 from pixnet._core.train.covered import Features, batch_features
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import autocast
@@ -81,7 +81,7 @@ class Objective:
         model.eval()
         found: dict[tuple[int, str], list[ShapeSums]] = {}
         for indices in SectionBatchSampler(dataset, 10**9, min(self.options.batch_crops, EVALUATED_CROPS)):
-            batch = collate(dataset, indices).to(device)
+            batch = collate(dataset, indices, VALIDATED_PX).to(device)
             features = batch_features(model, dataset, batch, self.options.tune_encoder)
             for name, shapes in shape_sums(model, batch, features).items():
                 found.setdefault((batch.section, name), []).append(shapes)

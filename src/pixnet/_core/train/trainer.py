@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pixnet._core.parallel import in_threads
 from pixnet._core.predict.malloc import memory_kept
-from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
+from pixnet._core.train.batches import TRAINED_PX, Batch, SectionBatchSampler, collate
 from pixnet._core.train.covered import Features, at_covered, read_features, standardised
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import crop_halo, encode_crops
@@ -262,7 +262,7 @@ class Trainer:
     def _draw(self, indices: list[int]) -> Drawn:
         """Draw pixels, a version of each crop, and channels to drop."""
         model, options, rng = self.model, self.options, self.rng
-        batch = collate(self.train, indices, rng)
+        batch = collate(self.train, indices, TRAINED_PX, rng)
         versions = torch.randint(len(self.train.versions), (len(indices),), generator=rng).tolist()
         if options.dropout == 0:
             return Drawn(batch, versions, None, {})
