@@ -162,24 +162,15 @@ class Trainer:
             If a loss is NaN or infinite; the pass and the batch are named.
         """
         label = "training on all" if self.valid is None else "training"
-        with tqdm(
-            total=self.epochs,
-            initial=self.epoch,
-            desc=label,
-            unit="epoch",
-            file=sys.stderr,
-            disable=not settings.progress,
-        ) as bar:
+        shown_on = {"file": sys.stderr, "disable": not settings.progress}
+        with tqdm(total=self.epochs, initial=self.epoch, desc=label, unit="epoch", **shown_on) as bar:
             while not self.done:
                 row = self._epoch(self.epoch + 1)
                 self._judge(row)
                 shown = {"loss": f"{row['train_expression']:.3f}"}
                 if self.valid is not None:
-                    shown |= {
-                        "val": f"{row['val_expression']:.3f}",
-                        "pcc": f"{row['val_pcc']:.3f}",
-                        "best": self.chosen,
-                    }
+                    shown |= {"val": f"{row['val_expression']:.3f}", "pcc": f"{row['val_pcc']:.3f}"}
+                    shown["best"] = str(self.chosen)
                 bar.set_postfix(shown)
                 bar.update()
                 if self.on_epoch is not None:
