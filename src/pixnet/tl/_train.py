@@ -14,6 +14,7 @@ from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_di
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.placement import check_placement
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
 from pixnet.tl._training_genes import Tables, check_panels, choose_genes, resolve_programs
@@ -47,6 +48,7 @@ def train(
     max_epochs: int | None = None,
     seed: int | None = None,
     device: str | None = None,
+    resume: bool = False,
     options: TrainingOptions | Mapping[str, Any] | None = None,
     patience: int | None = None,
     lr: float | None = None,
@@ -78,8 +80,11 @@ def train(
 
     The map is summed over each shape, with exact pixel areas, and compared with the shape's counts: mean squared error
     plus ``0.5 (1 - PCC)`` on log1p of CP10k, and the log of the depth per area relative to the section's mean. So spots,
-    bins and cells can train together, and the map answers at any scale. The encoder is frozen; features of the shapes'
-    surroundings are computed once, in several turned and restained versions, and the decoder learns on them.
+    bins and cells can train together, and the map answers at any scale. The encoder is frozen. Its features are computed
+    once, in several turned and restained versions, and the decoder learns on them. They are kept on disk
+    (``settings.scratch_dir``) until Python exits: the next training on the same slides with the same encoder finds them.
+
+    Shapes are compared with their slides as in `pixnet.pp.check_spots`, and a warning is logged where they seem misplaced.
 
     Parameters
     ----------
@@ -127,6 +132,9 @@ def train(
         given starts from its own weights). None: ``settings.seed``.
     device
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
+    resume
+        Go on with the same call that was interrupted, after its last whole pass: the weights are those of a run that was not.
+        The state of training is kept in ``settings.scratch_dir`` after each pass. Without such a run, start from the beginning.
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
@@ -160,6 +168,8 @@ def train(
         If the loss becomes NaN; the pass, the batch and its sections are named.
     FileNotFoundError
         If the encoder's weights cannot be had; the message says how to supply them.
+    OSError
+        If the disk of ``settings.scratch_dir`` cannot hold the features; nothing is computed then.
 
     References
     ----------
@@ -215,7 +225,10 @@ def train(
         if not valid:
             near, far = split_block(training[0])
             training, valid = [near], [replace(far, name=f"{far.name} (held-out block)")]
-        net = fit(net, training, valid, resolved, seed=seed, device=device, fresh=model is None or not model.history)
+        for m in slides:
+            check_placement(m.slide, m.pairs, {key: t.total for key, t in tables[m.name].items()})
+        fresh = model is None or not model.history
+        net = fit(net, training, valid, resolved, seed=seed, device=device, fresh=fresh, resume=resume)
     keys = {"image_key": image_key, "shapes": shapes, "table_key": table_key, "total_key": total_key}
     net.provenance |= _provenance(training, valid, keys, resolved, seed)
     net.stain = _stain(training)

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from scipy import spatial
 
 from pixnet._core.train.batches import SectionBatchSampler, collate
-from pixnet._core.train.covered import covered_features
+from pixnet._core.train.covered import batch_features
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet._core.train.objective import EVALUATED_CROPS, shape_sums
 from pixnet._core.train.split import longer_axis
 from pixnet._core.uncertainty import mean_correlation
@@ -81,6 +80,7 @@ class HeldOut:
 def predict_shapes(model: PixNet, dataset: CropDataset, device: str, rng: np.random.Generator) -> list[HeldOut]:
     """Predict the shapes of the first element of each section, or of crops drawn from them."""
     model.eval()
+    tuned = any(p.requires_grad for p in model.encoder.parameters())
     drawn: list[int] = []
     n = 0
     for i in rng.permutation(len(dataset)).tolist():
@@ -90,16 +90,12 @@ def predict_shapes(model: PixNet, dataset: CropDataset, device: str, rng: np.ran
             break
     parts: dict[int, list[HeldOut]] = {}
     for indices in _batches(dataset, sorted(drawn)):
-        batch = collate(dataset, indices, device)
-        if dataset.features:
-            raw = [level[indices].to(device) for level in dataset.features[0]]
-        else:  # the encoder is trained too
-            halo = crop_halo(model)
-            raw = encode_crops(model, dataset.images(indices, halo).to(device), halo)
+        batch = collate(dataset, indices).to(device)
+        features = batch_features(model, dataset, batch, tuned)
         section = dataset.sections[batch.section]
         um = section.grid.mpp * section.grid.stride
         name = section.targets[0].name
-        found = shape_sums(model, batch, covered_features(model, batch, raw)).get(name)
+        found = shape_sums(model, batch, features).get(name)
         if found is not None:
             panel = dataset.panel(batch.section, name)
             within = dataset.within_panel(batch.section, name)

@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from zarr.codecs import BloscCodec
 
+from pixnet._core.scratch import scratch_root
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
 from pixnet._sdata.record import Entries
@@ -31,7 +32,7 @@ from pixnet._sdata.store.element_store import (
     write_earlier,
 )
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
-from pixnet._sdata.store.scratch import bind_scratch, scratch_root
+from pixnet._sdata.store.scratch import bind_scratch
 from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
 
 CHANNELS = 25
