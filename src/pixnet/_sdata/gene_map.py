@@ -8,9 +8,9 @@ pixels are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from anndata import AnnData
@@ -21,10 +21,12 @@ from pixnet._core.zonal import Mean, Statistic, Sum
 from pixnet._names import TOTAL, TOTALS, check_genes, is_total, listed
 from pixnet._programs import fingerprint, fingerprint_in, is_program
 from pixnet._sdata.counts import dense
+from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image
 from pixnet._sdata.loadings import is_loadings, lift
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
+from pixnet._sdata.record import find_entry
 
 
 @dataclass(frozen=True)
@@ -147,26 +149,34 @@ class GeneMap(ABC):
         Names of the genes that it answers for.
     mpp
         Pixel size (µm/px); None if it is unknown.
+    made
+        What is recorded of how it was made: its model, the image that it was predicted from; empty if nothing is.
     """
 
     key: str
     data: DataArray
     genes: list[str]
     mpp: float | None
+    made: Mapping[str, Any]
     total_name: ClassVar[str] = TOTAL
     quantity: ClassVar[str] = "density"
 
     @staticmethod
-    def open(sdata: SpatialData, image_key: str) -> GeneMap:
-        """Read what a map says of itself; reads no pixel.
+    def open(sdata: SpatialData, image_key: str | None = None) -> GeneMap:
+        """Check an object, resolve a map, and read what it says of itself; reads no pixel.
 
         Raises
         ------
-        ValueError
-            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made with.
         KeyError
-            If the loadings of a program map are missing.
+            If there is no such image, or the loadings of a program map are missing.
+        TypeError
+            If it is not a SpatialData object.
+        ValueError
+            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made with;
+            or if none is named and none or several could be meant.
         """
+        check_sdata(sdata)
+        image_key = resolve_any_image(sdata, image_key)
         image = sdata.images[image_key]
         if not is_gene_map(image):
             raise ValueError(
@@ -174,8 +184,9 @@ class GeneMap(ABC):
                 "make one with pixnet.tl.predict"
             )
         names, mpp, data = channel_names(image), find_mpp(sdata, image_key), full_resolution(image)
+        made = find_entry(sdata, "images", image_key) or {}
         if any(map(is_program, names)):
-            return _open_programs(sdata, image_key, data, names, mpp)
+            return _open_programs(sdata, image_key, data, names, mpp, made)
         totals = [name for name in names if is_total(name)]
         if len(totals) > 1:
             raise ValueError(
@@ -189,7 +200,7 @@ class GeneMap(ABC):
                 f"it knows {listed(TOTALS.values())}"
             )
         genes = [name for name in names if name != totals[0]]
-        return kinds[totals[0]](image_key, data, genes, mpp, names)
+        return kinds[totals[0]](image_key, data, genes, mpp, made, names)
 
     def select(self, genes: str | Sequence[str] | None = None) -> Selection:
         """Choose genes; None: all.
@@ -201,6 +212,11 @@ class GeneMap(ABC):
         """
         chosen = list(self.genes) if genes is None else check_genes(genes, among=self.genes, where=self._where)
         return self._selection(chosen)
+
+    @property
+    def source(self) -> str | None:
+        """The image that the map was predicted from, if it is recorded."""
+        return self.made.get("image_key")
 
     @property
     def _where(self) -> str:
@@ -289,6 +305,11 @@ class ProgramMap(GeneMap):
         return " ".join(self.lift(i, n)[0])
 
 
+def all_maps(sdata: SpatialData) -> list[GeneMap]:
+    """Open every map of an object."""
+    return [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
+
+
 def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     """Return the program map that a call means: the one named, or the only one.
 
@@ -299,12 +320,13 @@ def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     ValueError
         If it is not a program map, or if none is named and none or several could be meant.
     """
+    check_sdata(sdata)
     if image_key is not None:
-        found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+        found = GeneMap.open(sdata, image_key)
         if not isinstance(found, ProgramMap):
             raise ValueError(f"gene map {image_key!r} has a channel for each gene already; a program map is needed")
         return found
-    opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
+    opened = all_maps(sdata)
     maps = [one for one in opened if isinstance(one, ProgramMap)]
     if len(maps) == 1:
         return maps[0]
@@ -314,7 +336,9 @@ def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     raise ValueError(f"this object has no program map{have}; make one with pixnet.tl.predict(..., store='programs')")
 
 
-def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[str], mpp: float | None) -> GeneMap:
+def _open_programs(
+    sdata: SpatialData, key: str, data: DataArray, names: list[str], mpp: float | None, made: Mapping[str, Any]
+) -> GeneMap:
     """Find the loadings of a program map among the tables, by their names: they may have been renamed or reordered."""
     others = [name for name in names if not is_program(name)]
     if others:
@@ -347,7 +371,7 @@ def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[st
             "that the programs' names stand for. Copy the table again, or predict again"
         )
     loadings = matrix[[programs.index(name) for name in names]]
-    return ProgramMap(key, data, genes, mpp, names, table_key, loadings)
+    return ProgramMap(key, data, genes, mpp, made, names, table_key, loadings)
 
 
 def _programs_of(table: AnnData) -> list[str]:

@@ -76,9 +76,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.describe import describe
     from pixnet._sdata.pixel_size import check_mpp
-    from pixnet._sdata.record import note
-    from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
     if mpp is not None and mpp is not False:
@@ -90,9 +89,7 @@ def slide(
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    note(sdata, "defaults", "image_key", image_key)
-    if value is not None:
-        write_mpp(sdata, image_key, value)
+    describe(sdata, {} if value is None else {image_key: value}, image_key=image_key)
     return sdata
 
 

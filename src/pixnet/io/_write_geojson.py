@@ -106,7 +106,7 @@ def write_geojson(
     from pixnet._sdata.shapes import pack_element
     from pixnet._sdata.transforms import affine_to_pixels
 
-    check_sdata(sdata, "io.write_geojson")
+    check_sdata(sdata)
     (shapes,) = resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
     if shapes not in sdata.shapes:
         raise ValueError(f"{shapes!r} is a labels element; write_geojson takes shapes: {listed(sdata.shapes)}")

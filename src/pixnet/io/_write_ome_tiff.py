@@ -93,7 +93,7 @@ def write_ome_tiff(
     from pixnet._sdata.rasters import channel_names, full_resolution, levels
     from pixnet._sdata.store.bound import check_bound
 
-    check_sdata(sdata, "io.write_ome_tiff")
+    check_sdata(sdata)
     if image_key not in sdata.images:
         raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
     image = sdata.images[image_key]

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.rasters import channel_names
 from pixnet._sdata.record import identity_of
-from pixnet._sdata.store.element_store import local_store, put
+from pixnet._sdata.store.element_store import put
+from pixnet._sdata.target import check_target
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -94,16 +92,11 @@ def normalize_stain(
     from pixnet._sdata.tissue import open_mask
     from pixnet.models._load import resolve_model
 
-    check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
     image_key, tissue = slide.key, slide.mask_key
     key_added = f"{image_key}_normalized" if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "images")
-        if key_added == image_key:
-            raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
-        local_store(sdata)
+        check_target(sdata, key_added, "images", overwrite=overwrite, source=image_key)
     model, name = resolve_model(model)
     training = model.stain
     if not comparable({"masked": tissue is not False}, training):
@@ -125,7 +118,7 @@ def normalize_stain(
         [pixels.map_blocks(apply_table, table, dtype=np.uint8) for pixels in whole],
         [level.scale for level in slide.levels],
         transformations=slide.transformations,
-        channels=channel_names(slide.image),
+        channels=slide.channels,
     )
     if not inplace:
         return element

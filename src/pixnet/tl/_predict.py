@@ -18,14 +18,12 @@ from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
-from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, fingerprint
 from pixnet._sdata.store.write_map import write_map
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 from pixnet.tl._map_arguments import check_map_arguments
@@ -159,16 +157,15 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
     check_map_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
     request = _resolve(slide, model, genes, store, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
     loadings = request.loadings(key, slide.key if key_added is None else key)
     if inplace:
-        _check_target(slide, key, "images", overwrite)
+        check_target(sdata, key, "images", overwrite=overwrite, source=slide.key)
         for name in loadings:
-            _check_target(slide, name, "tables", overwrite)
+            check_target(sdata, name, "tables", overwrite=overwrite)
     mask = _open_tissue(request)
     runner = _make_runner(request, mask)
     samples = sample(runner.reader, mask)
@@ -347,15 +344,6 @@ def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
         c_coords=request.names,
         transformations=request.transformations,
     )
-
-
-def _check_target(slide: Slide, key: str, kind: str, overwrite: bool) -> None:
-    """Check that the map, or its loadings, can be stored under a name."""
-    check_key_free(slide.sdata, key, overwrite)
-    check_replaces(slide.sdata, key, kind)
-    if key == slide.key:
-        raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
-    local_store(slide.sdata)
 
 
 def _resolve_store(model: PixNet, genes: str | Sequence[str] | None, store: Store | None) -> Store:
