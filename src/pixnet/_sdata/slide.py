@@ -15,7 +15,7 @@ from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_image, tissue_key
 from pixnet._sdata.pixel_size import get_mpp, is_pixel_size
 from pixnet._sdata.rasters import Level, channel_names, levels
-from pixnet._sdata.record import identity_of
+from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.store.bound import check_bound
 
 
@@ -90,6 +90,11 @@ class Slide:
     def identity(self) -> str:
         """What the image is recognised by in the record."""
         return identity_of(self.image)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What is recorded of how the image was made, such as from which one; empty if nothing is."""
+        return find_entry(self.sdata, "images", self.key) or {}
 
     def grid(self, mpp: float, stride: int) -> ModelGrid:
         """Return the grid on which a model of this pixel size and stride sees the slide."""

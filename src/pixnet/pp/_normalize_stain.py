@@ -32,7 +32,8 @@ def normalize_stain(
 
     Mean and standard deviation of the optical density of the tissue, in R, G and B, become those that the model keeps
     of its training slides. Predict from the new image then: ``pixnet.tl.predict(sdata, model, image_key="he_normalized")``.
-    The benchmarks say when it helps (a new patient) and when not (a section like those trained on).
+    The benchmarks say when it helps (a new patient) and when not (a section like those trained on). It makes tissue of
+    another organ look familiar, too: how the stain differed before is recorded, and `pixnet.tl.predict` warns of it.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def normalize_stain(
     """
     import dask.array as da
 
-    from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._core.slide.stain import apply_table, comparable, differences, matching_table, slide_statistics
     from pixnet._sdata.raster_element import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
@@ -122,6 +123,20 @@ def normalize_stain(
     )
     if not inplace:
         return element
-    mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
-    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {key_added: mask}})
+    about = {"identity": identity_of(element)}
+    mask = {"mask_key": tissue, **about} if isinstance(tissue, str) else None
+    made = {
+        "kind": "stain_normalized",
+        "from": image_key,
+        "model": name,
+        "differed": differences(found, training),
+        **about,
+    }
+    put(
+        sdata,
+        key_added,
+        element,
+        overwrite=overwrite,
+        entries={"images": {key_added: made}, "masks": {key_added: mask}},
+    )
     return None

@@ -146,7 +146,8 @@ def predict(
     If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
     difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
     size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
-    training slides without a mask.
+    training slides without a mask. The log names the tissue that the model was trained on, where its
+    ``provenance["tissue"]`` says it; set it before you save a model.
 
     Examples
     --------
@@ -323,7 +324,19 @@ def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
 
 
 def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
-    """Warn if the slide looks unlike those that the model was trained on."""
+    """Say what tissue the model was trained on; warn if the slide looks, or looked, unlike that."""
+    tissue = request.model.provenance.get("tissue")
+    if tissue:
+        logger.info("model %r was trained on %s; it knows no other tissue", request.model_name, tissue)
+    before = request.slide.made.get("differed")
+    if before:
+        logger.warning(
+            "image %r was brought to the stain of training slides, and lay far outside it: %s. If its tissue is another than "
+            "%s, the map means nothing, however familiar the colours are now. Check it against measured genes",
+            request.slide.key,
+            "; ".join(before),
+            tissue or "that of the training slides",
+        )
     differs = differences(found, request.model.stain)
     if differs:
         logger.warning(
