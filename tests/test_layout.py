@@ -1,6 +1,8 @@
 """The layout of the code, as docs/project/layout.md promises it."""
 
 import ast
+import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -86,3 +88,18 @@ def test_benchmarks_use_no_private_name_of_a_module():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pixnet._"):
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 assert not private, f"{path.name} imports {private} of {node.module}"
+
+
+def test_the_lowest_versions_are_those_that_the_package_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    bounds = [*project["dependencies"], *extras["io"], *extras["test"], *extras["tutorials"]]
+    lowest = {
+        requirement.replace(">=", "==") for requirement in bounds if re.fullmatch(r"[\w.-]+>=[\w.]+", requirement)
+    }
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+
+    def plain(requirements):
+        return {re.sub(r"(\.0)+$", "", one) for one in requirements}
+
+    assert plain(line for line in lines if not line.startswith("#")) == plain(lowest)
