@@ -388,6 +388,14 @@ def test_nasty_files_cost_neither_time_nor_memory(tmp_path):
     assert megabytes < 500, megabytes
 
 
+def test_an_error_names_the_file_that_was_asked_for(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"/model.safetensors'$"):
+        model.save(path, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # any change at all -------------------------------------------------------------------------------------------------
 
 SCALARS = st.one_of(

@@ -138,7 +138,23 @@ def read_levels(path: Path) -> Levels:
         _need("openslide")
     if find_spec("openslide") and _vendor(path) is not None:
         return _read_openslide(path)
+    if _is_dicom(path):
+        _need("openslide")
+        raise ValueError(_not_a_slide(path, "it is not a whole-slide image"))
     return _read_picture(path)
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _not_a_slide(path: Path, why: object) -> str:
+    return (
+        f"{path} is a DICOM file that OpenSlide does not read ({why}). It reads whole-slide microscopy images in tiles (JPEG, "
+        "JPEG 2000 or uncompressed) with all files of their series in one folder. Convert others to a tiled pyramidal TIFF: "
+        "other readers may decode them"
+    )
 
 
 def _need(*modules: str) -> None:
@@ -167,6 +183,8 @@ def _read_openslide(path: Path) -> Levels:
             dimensions, downsamples = file.level_dimensions, file.level_downsamples
             properties = dict(file.properties)
     except openslide.OpenSlideError as error:
+        if _is_dicom(path):
+            raise ValueError(_not_a_slide(path, error)) from error
         raise ValueError(f"{path} is damaged, or lacks the files that belong to it: {error}") from error
     levels: list[Array] = []
     scales = []

@@ -267,6 +267,7 @@ def _write_single(path: Path, key: str, element: Any) -> str:
     with warnings.catch_warnings():
         # a table's region is not in the small store, on purpose
         warnings.filterwarnings("ignore", message=".*not present in the SpatialData object.*")
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # which anndata says of every array
         single = SpatialData.init_from_elements({key: element})
         single.write(path, consolidate_metadata=False, update_sdata_path=False)
     return next(kind for kind, _, _ in single.gen_elements())
