@@ -14,7 +14,7 @@ from pixnet.pl._style import GROUPS, INK, MUTED, style
 LINE_PT = 10.5
 """Height of a line of gene names, in points."""
 
-LETTER_PT = 4.3
+LETTER_PT = 4.1
 """Width of a letter of them, about, in points."""
 
 
@@ -146,9 +146,9 @@ def _name_genes(ax: Axes, curves: dict[str, pd.Series], n_named: int) -> None:
             continue
         ends = {"best": scores.index[:n], "worst": scores.index[-n:]}
         if len(curves) == 1:
-            lines = [(f"{end}  {_fitting(genes, width / LETTER_PT)}", INK) for end, genes in ends.items()]
+            lines = [(f"{end}  {_fitting(genes, width / LETTER_PT - 7)}", INK) for end, genes in ends.items()]
         else:
-            best, worst = (_fitting(genes, width / LETTER_PT / 2) for genes in ends.values())
+            best, worst = (_fitting(genes, width / LETTER_PT / 2 - 8) for genes in ends.values())
             lines.append((f"best  {best}   worst  {worst}", GROUPS[i % len(GROUPS)]))
     low, high = ax.get_ylim()
     ax.set_ylim(low, low + (high - low) / (1 - min(LINE_PT * len(lines) / height, 0.6)))
