@@ -14,7 +14,7 @@ from pixnet.pl._style import GROUPS, INK, MUTED, style
 LINE_PT = 10.5
 """Height of a line of gene names, in points."""
 
-LETTER_PT = 4.1
+LETTER_PT = 3.9
 """Width of a letter of them, about, in points."""
 
 
@@ -139,6 +139,7 @@ def _positions(n: int) -> np.ndarray:
 def _name_genes(ax: Axes, curves: dict[str, pd.Series], n_named: int) -> None:
     """Name the best and the worst genes of each curve above all curves, in the upper right: room is made for it."""
     width, height = (length / ax.figure.dpi * 72 for length in (ax.bbox.width, ax.bbox.height))
+    letters = width / LETTER_PT
     lines: list[tuple[str, str]] = []
     for i, scores in enumerate(curves.values()):
         n = min(n_named, len(scores) // 2)
@@ -146,10 +147,11 @@ def _name_genes(ax: Axes, curves: dict[str, pd.Series], n_named: int) -> None:
             continue
         ends = {"best": scores.index[:n], "worst": scores.index[-n:]}
         if len(curves) == 1:
-            lines = [(f"{end}  {_fitting(genes, width / LETTER_PT - 7)}", INK) for end, genes in ends.items()]
+            lines = [(f"{end}  {_fitting(genes, letters - 7)}", INK) for end, genes in ends.items()]
         else:
-            best, worst = (_fitting(genes, width / LETTER_PT / 2 - 8) for genes in ends.values())
-            lines.append((f"best  {best}   worst  {worst}", GROUPS[i % len(GROUPS)]))
+            best, worst = (_fitting(genes, letters / 2 - 8) for genes in ends.values())
+            text = f"best  {best}   worst  {worst}"
+            lines.append((text if len(text) <= letters else f"best  {best}", GROUPS[i % len(GROUPS)]))
     low, high = ax.get_ylim()
     ax.set_ylim(low, low + (high - low) / (1 - min(LINE_PT * len(lines) / height, 0.6)))
     ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= 1.001])
