@@ -8,6 +8,7 @@ import pytest
 import shapely
 import xarray as xr
 from geopandas import GeoDataFrame
+from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import (
     Affine,
@@ -327,3 +328,19 @@ def test_a_backend_that_starts_inside_stays_interactive(slide):
         assert mpl.is_interactive()
     finally:
         mpl.interactive(False)
+
+
+def test_spatialdata_plot_shows_a_map_as_the_docs_of_predict_say(slide):
+    pytest.importorskip("spatialdata_plot")
+    pixels = Image2DModel.parse(
+        gene_map_array(), dims=("c", "y", "x"), c_coords=[*GENES, "__total__"], scale_factors=(2,)
+    )
+    assert np.isnan(pixels["scale0"]["image"]).any()
+    sdata = SpatialData(images={"he_genes": pixels})
+    with pytest.raises(ValueError, match="NaN"):  # else the docs can leave it out
+        sdata.pl.render_images("he_genes", channel=GENES[0]).pl.show("global")
+    shown = SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})
+    shown.pl.render_images("map", channel=GENES[0]).pl.show("global")
+    values = images(plt.gcf().axes[0])[0].get_array()
+    assert values.min() == 0
+    assert values.max() == pytest.approx(np.nanmax(gene_map_array()[0]))

@@ -149,6 +149,10 @@ def predict(
     training slides without a mask. The log names the tissue that the model was trained on, where its
     ``provenance["tissue"]`` says it; set it before you save a model.
 
+    napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
+    with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})``,
+    then ``.pl.render_images("map", channel="ERBB2").pl.show("global")``.
+
     Examples
     --------
     >>> import pixnet as px
