@@ -30,7 +30,7 @@ SHIPPED_DROPOUT = 0.6
 
 
 def measure(model, section: str, data: str, normalised: bool, measured: dict) -> None:
-    """Predict a section, sum it over its spots and a 50 um grid, and score the spots."""
+    """Predict a section, sum it over its spots and a 50 µm grid, and score the spots."""
     sdata = her2st(section, path=data)
     if normalised:
         px.pp.normalize_stain(sdata, model)

@@ -95,7 +95,7 @@ def test_evaluation(tmp_path):
 
 
 def test_a_wrong_picture_is_noticed(slide, tmp_path):
-    """The tolerance is wide enough for other versions of matplotlib, and no wider: spots off by 3 um fail."""
+    """The tolerance is wide enough for other versions of matplotlib, and no wider: spots off by 3 µm fail."""
     figure, axes = fixed(3)
     slide["spots"].geometry = slide["spots"].geometry.translate(6, 0)
     px.pl.gene_map(slide, ["EPCAM", "COL1A1"], shapes=["spots", "cells"], box="slide", ax=axes)

@@ -73,7 +73,7 @@ def test_shared_scale(slide):
 def test_default_box_is_where_there_are_predictions(slide):
     _, ax = px.pl.gene_map(slide, "EPCAM")
     x0, x1 = ax.get_xlim()
-    assert 8 * 2 - 0.05 * 160 < x0 < 8 * 2  # glass is the first 8 map pixels of 2 um
+    assert 8 * 2 - 0.05 * 160 < x0 < 8 * 2  # glass is the first 8 map pixels of 2 µm
     assert x1 == 160
 
 
@@ -135,7 +135,7 @@ def test_axes_given_for_each_panel_or_divided(slide):
 def test_scale_bar_has_a_round_length_in_um(slide):
     axes = px.pl.gene_map(slide, "EPCAM", box="slide")
     bar = next(line for line in axes[0].lines if line.get_gid() == "scale-bar")
-    assert np.ptp(bar.get_xdata()) == 20  # a quarter of 160 um is 40: the round length below
+    assert np.ptp(bar.get_xdata()) == 20  # a quarter of 160 µm is 40: the round length below
     assert any(text.get_text() == "20 µm" for text in axes[0].texts)
     axes = px.pl.gene_map(slide, "EPCAM", scalebar=False)
     assert not axes[0].lines

@@ -303,8 +303,8 @@ def _open_tissue(request: _Request) -> TissueMask:
     boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
     if not any(map_mask.near(*box.bounds) and map_mask.window(*box.bounds).any() for box in boxes):
         raise ValueError(
-            f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
-            "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
+            f"no map pixel of image {slide.key!r} would have a value: at least half of a pixel must be "
+            f"tissue, and none of {grid.mpp:.3g} µm is. Check the mask, or ask for smaller map pixels (out_mpp=)"
         )
     return mask
 
