@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield where to write a file, beside its place, which it takes once it is whole; errors name the file itself."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    """Yield where to write a file, beside its place, which it takes once it is whole; errors name the file itself.
+
+    What a killed process left is overwritten by the next one, so the name is always the same.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
