@@ -12,8 +12,9 @@ from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
 from pixnet._names import check_genes, is_total
-from pixnet._sdata.gene_map import GeneMap, Selection
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.keys import resolve_shapes
+from pixnet._sdata.selection import Selection
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines

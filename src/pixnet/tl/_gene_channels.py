@@ -14,8 +14,9 @@ from spatialdata.transformations import get_transformation
 
 from pixnet._core.parallel import run
 from pixnet._logging import logger
-from pixnet._sdata.gene_map import ProgramMap, Selection, program_map
+from pixnet._sdata.gene_map import ProgramMap, program_map
 from pixnet._sdata.record import identity
+from pixnet._sdata.selection import Selection
 from pixnet._sdata.store.bound import bound
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
 from pixnet._sdata.target import check_target
@@ -114,6 +115,8 @@ def gene_channels(
             "genes": selection.genes,
             "identity": identity(names, (height, width)),
         }
+        if opened.evidence is not None:
+            entry["evidence"] = opened.evidence.take(selection.genes).as_entry()
         _write(sdata, key, opened, selection, spec, entry, overwrite)
     logger.info("added image sdata.images[%r]: %d genes of %r", key, len(selection.genes), opened.key)
     return None

@@ -15,9 +15,10 @@ from spatialdata.transformations import Sequence as Chain
 
 from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
-from pixnet._core.slide.stain import differences, sample, statistics
+from pixnet._core.slide.stain import sample, statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes
+from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
@@ -26,6 +27,7 @@ from pixnet._sdata.store.write_map import write_map
 from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
+from pixnet.tl._foreign import warn_if_foreign
 from pixnet.tl._map_arguments import check_map_arguments
 
 if TYPE_CHECKING:
@@ -174,7 +176,7 @@ def predict(
     mask = _open_tissue(request)
     runner = _make_runner(request, mask)
     samples = sample(runner.reader, mask)
-    _warn_if_foreign(request, statistics(samples, mask.masked))
+    warn_if_foreign(slide, request.model, request.model_name, statistics(samples, mask.masked))
     if not inplace:
         lazy = _lazy_element(request, runner)
         return {key: lazy, **loadings} if loadings else lazy
@@ -188,6 +190,8 @@ def predict(
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
+    if request.evidence is not None and not loadings:
+        entry["evidence"] = request.evidence.as_entry()
     write_map(sdata, key, runner, request.spec, job, entry, tables=loadings, resume=resume, overwrite=overwrite)
     return None
 
@@ -214,7 +218,13 @@ class _Request:
         found = self.model.loadings if self.store == "programs" else None
         if found is None:
             return {}
-        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name)}
+        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name, self.evidence)}
+
+    @property
+    def evidence(self) -> GeneEvidence | None:
+        """What held-out shapes showed of the genes."""
+        found = self.model.evidence
+        return None if found is None else GeneEvidence.of(found, self.model.genes).take(self.genes)
 
     @property
     def transformations(self) -> dict[str, Any]:
@@ -325,30 +335,6 @@ def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
         precision=request.precision,
         batch=4 if request.device.type == "cuda" else 1,
     )
-
-
-def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
-    """Say what tissue the model was trained on; warn if the slide looks, or looked, unlike that."""
-    tissue = request.model.provenance.get("tissue")
-    if tissue:
-        logger.info("model %r was trained on %s; it knows no other tissue", request.model_name, tissue)
-    before = request.slide.made.get("differed")
-    if before:
-        logger.warning(
-            "image %r was brought to the stain of training slides, and lay far outside it: %s. If its tissue is another than "
-            "%s, the map means nothing, however familiar the colours are now. Check it against measured genes",
-            request.slide.key,
-            "; ".join(before),
-            tissue or "that of the training slides",
-        )
-    differs = differences(found, request.model.stain)
-    if differs:
-        logger.warning(
-            "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
-            "without checking it against measured genes; pixnet.pp.normalize_stain may help",
-            request.slide.key,
-            "; ".join(differs),
-        )
 
 
 def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
