@@ -14,9 +14,9 @@ from spatialdata import SpatialData
 from pixnet._evidence import LOW, PEARSON
 from pixnet._names import check_genes, is_total
 from pixnet._sdata.evidence import GeneEvidence
-from pixnet._sdata.gene_map import GeneMap, Selection
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import resolve_any_image, resolve_shapes
+from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.keys import resolve_shapes
+from pixnet._sdata.selection import Selection
 from pixnet.pl._frame import Frame, draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._shapes import draw_outlines
@@ -122,9 +122,8 @@ def gene_map(
     >>> len(axes)  # the H&E and two genes
     3
     """
-    check_sdata(sdata, "pl.gene_map")
-    image_key = resolve_any_image(sdata, image_key)
     gene_map = GeneMap.open(sdata, image_key)
+    image_key = gene_map.key
     genes = check_genes(genes, among=[*gene_map.genes, gene_map.total_name], where=f"gene map {image_key!r}")
     if show not in ("density", "cp10k"):
         raise ValueError(f"show is {show!r}; valid: 'density', 'cp10k'")
@@ -135,7 +134,7 @@ def gene_map(
     if he not in ("beside", "under"):
         raise ValueError(f"he is {he!r}; valid: 'beside', 'under' (he_key=False shows none)")
     outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
-    he_key = shown_he(sdata, image_key, he_key)
+    he_key = shown_he(sdata, gene_map.source, he_key)
     under = he_key if he == "under" else None
     # One Axes for one gene is a map: there is no room for a second picture, unless it lies under.
     beside = he_key if he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1) else None

@@ -25,7 +25,6 @@ from pixnet._sdata.record import Entries
 from pixnet._sdata.store.commit import CommittedError, check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
     heal,
-    local_store,
     prepare,
     read_element,
     set_element,
@@ -34,6 +33,7 @@ from pixnet._sdata.store.element_store import (
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch
 from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
+from pixnet._sdata.target import local_store
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""
