@@ -162,9 +162,8 @@ def _correlation(shapes: list[HeldOut], rng: np.random.Generator) -> tuple[Float
     moments = np.concatenate([_block_moments(s) for s in shapes])  # (blocks, 3, genes)
     r = _r_of(moments.sum(axis=0))
     drawn = rng.multinomial(len(moments), np.full(len(moments), 1 / len(moments)), size=RESAMPLED)
-    again = np.stack([_r_of(np.tensordot(n, moments, axes=1)) for n in drawn])
-    with np.errstate(all="ignore"):
-        low, high = np.nanquantile(again, [0.025, 0.975], axis=0)
+    again = np.stack([np.nan_to_num(_r_of(np.tensordot(n, moments, axes=1))) for n in drawn])
+    low, high = np.quantile(again, [0.025, 0.975], axis=0)
     return r, np.where(np.isfinite(r), low, np.nan), np.where(np.isfinite(r), high, np.nan)
 
 
