@@ -173,7 +173,7 @@ def score_slid(seed: int, out: Path) -> None:
     scorer = Scorer(out, seed)
     source = px.models.load(out / f"dense-{seed}.safetensors")
     spots, held_out = (
-        spot_features(source, slides(out, seeds), "spots_legacy", variants, 0.15, 0)
+        spot_features(source, slides(out, seeds), "spots_legacy", variants, 0.15)
         for seeds, variants in ((TRAINING, 2), (VALIDATION, 1))
     )
     net, history = train(source, spots, held_out, seed, max_epochs=SLID_EPOCHS, batch=BATCH)

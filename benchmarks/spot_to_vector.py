@@ -68,7 +68,7 @@ class SpotToVector(nn.Module):
 # training ----------------------------------------------------------------------------------------------------------
 
 
-def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stain: float, seed: int) -> dict:
+def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stain: float) -> dict:
     """Return mean features, by a model's encoder, of all spots in several versions, and what was measured there.
 
     Returns
@@ -81,15 +81,15 @@ def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stai
         for slide in open_measured(slides, shapes=shapes)
     ]
     dataset = CropDataset.of(sections, crop_size(sections))
-    dataset = with_features(dataset, source, variants, stain, torch.Generator().manual_seed(seed), "cpu")
+    (dataset,) = with_features([dataset], source, [variants], stain, "cpu")
     out: dict[str, list] = {"features": [], "cp10k": [], "depth": [], "covered": [], "section": []}
     for i, crop in enumerate(dataset.crops):
         targets = crop.targets[shapes]
         weights = torch.from_numpy(targets.weights.toarray()).float()
         covered = weights.sum(dim=1, keepdim=True)
         versions = []
-        for version in dataset.features:
-            columns = _hypercolumns([level[i : i + 1].float() for level in version], source)
+        for version in range(variants):
+            columns = _hypercolumns([f[None] for f in dataset.crop_features(i, source.levels, version)], source)
             versions.append(weights @ columns[0].flatten(1)[:, torch.from_numpy(crop.pixels)].T / covered)
         out["features"].append(torch.stack(versions))
         out["cp10k"].append(targets.cp10k)

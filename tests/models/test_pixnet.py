@@ -237,7 +237,7 @@ class TestEncoders:
                 PixNet(GENES, encoder=wrong())
 
     def test_strides_that_make_no_pyramid(self):
-        for strides, match in (((4, 6), "rising powers of 2"), ((8, 4), "rising powers"), ((4,), "1 strides for 2")):
+        for strides, match in (((4, 6), "powers of 2 up to 64"), ((8, 4), "finest first"), ((4,), "1 strides for 2")):
             wrong = TinyEncoder()
             wrong.strides = strides
             with pytest.raises(ValueError, match=match):

@@ -167,7 +167,7 @@ class TestMap:
         sdata = coloured_slide(size=384)
         px.tl.predict(sdata, model, mask_key=False)
         assert "he_genes" in sdata
-        monkeypatch.setattr("pixnet.tl._predict.MOST_CHANNELS", 5)
+        monkeypatch.setattr("pixnet.tl._map_request.MOST_CHANNELS", 5)
         px.tl.predict(sdata, model, mask_key=False)
         assert {"he_programs", "he_loadings"} <= {name for _, name, _ in sdata.gen_elements()}
         px.tl.predict(sdata, model, genes=GENES[:3], mask_key=False, key_added="some")

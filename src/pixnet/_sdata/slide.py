@@ -13,7 +13,7 @@ from pixnet._core.slide.grid import ModelGrid, choose_grid
 from pixnet._core.slide.reader import SlideReader
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_image, tissue_key
-from pixnet._sdata.pixel_size import get_mpp, is_pixel_size
+from pixnet._sdata.pixel_size import find_origin, get_mpp, is_pixel_size
 from pixnet._sdata.rasters import Level, channel_names, levels
 from pixnet._sdata.record import find_entry, identity_of
 from pixnet._sdata.store.bound import check_bound
@@ -96,10 +96,14 @@ class Slide:
         """What is recorded of how the image was made, such as from which one; empty if nothing is."""
         return find_entry(self.sdata, "images", self.key) or {}
 
-    def grid(self, mpp: float, stride: int) -> ModelGrid:
-        """Return the grid on which a model of this pixel size and stride sees the slide."""
+    def grid(self, mpp: float, stride: int, *, anchored: bool = False) -> ModelGrid:
+        """Return the grid on which a model of this pixel size and stride sees the slide.
+
+        An ``anchored`` grid of a crop has its blocks where they lie on the slide that it was cut from.
+        """
         shapes = [(level.data.sizes["y"], level.data.sizes["x"]) for level in self.levels]
-        return choose_grid([level.scale for level in self.levels], shapes, self.mpp, mpp, stride)
+        origin = find_origin(self.sdata, self.key) if anchored else (0.0, 0.0)
+        return choose_grid([level.scale for level in self.levels], shapes, self.mpp, mpp, stride, origin)
 
     def reader(self, grid: ModelGrid) -> SlideReader:
         """Return the reader of the slide's pixels on a grid."""
