@@ -193,6 +193,25 @@ def test_spots_in_um_are_noticed(everywhere, warnings):
     assert "they look like µm: scale them to pixels" in warnings[0]
 
 
+def test_training_warns_of_misplaced_spots(everywhere, warnings, monkeypatch):
+    class BeforeFit(Exception):
+        """Training itself is not needed."""
+
+    def stop(*_, **__):
+        raise BeforeFit
+
+    monkeypatch.setattr("pixnet._core.train.fit.fit", stop)
+    for misplaced in (False, True):
+        if misplaced:
+            move(everywhere, lambda xy: xy[:, ::-1])
+        with pytest.raises(BeforeFit):
+            px.tl.train(everywhere, genes=list(everywhere["spots_counts"].var_names))
+        assert (
+            any("fit better" in text or "hardly follow" in text or "fit image" in text for text in warnings)
+            == misplaced
+        )
+
+
 def test_few_spots_and_normalised_tables(everywhere, warnings, caplog):
     everywhere["spots_counts"].X = everywhere["spots_counts"].X / 3
     assert px.pp.check_spots(everywhere)["correlation"].isna().all()

@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 
 import pixnet as px
-from pixnet._sdata.counts import counts_matrix, dense, element_ids, match_rows, totals
+from pixnet._sdata.counts import counts_matrix, dense, element_ids, match_rows, not_annotated, totals
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.measured import MeasuredTable
 
@@ -307,3 +307,9 @@ def test_labels_that_are_not_integers_are_refused():
         pytest.skip("this version of spatialdata refuses them itself")
     with pytest.raises(TypeError, match="labels 'cells' are float32; integers"):
         px.tl.aggregate(sdata, "cells", image_key="im")
+
+
+def test_a_table_that_annotates_nothing_is_told_how_to():
+    said = not_annotated(anndata.AnnData(np.ones((2, 2), np.float32)), "counts", "spots")
+    assert "does not annotate 'spots' or anything else" in said
+    assert "TableModel.parse(table, region='spots', region_key='region', instance_key='instance_id')" in said
