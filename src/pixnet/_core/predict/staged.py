@@ -152,14 +152,12 @@ class StagedUnits:
         Windows that no tissue is in reach of, also of other units, are left out: nothing that counts depends on them.
         """
         first, stride = next(iter(self.reach)), list(self.reach)[k]
-        # Deeper maps are smaller: their windows are larger, for the same memory and less halo. Those that are shared, and
-        # wait for others, follow the tissue more closely.
-        quarters = 4 if k == 0 else 3 if k < len(self.reach) - 1 else 5
-        largest = quarters * self.grid.window * stride // (4 * first)
+        # Deeper maps are smaller: their windows are larger, for the same memory and less halo.
+        largest = self.grid.window if k == 0 else 5 * self.grid.window * stride // (4 * first)
         largest = -(-max(largest, 8 * self._halo(k)) // self.deepest) * self.deepest
         whole, margin = self._gives(k, unit, kept), self.margins[k]
         blocks = [Window(whole)]
-        if k < len(self.reach) - 1 and self.grid.unit > 2 * margin:
+        if self._shares(k):
             blocks = [
                 Window(Box(y, x, height, width), shared_y or shared_x)
                 for y, height, shared_y in self._segments(unit[0], margin, self.grid.model_grid.shape[0])
@@ -174,12 +172,16 @@ class StagedUnits:
         cut = (Window(box, block.shared) for block in blocks for box in _windows(block.box, largest, self.deepest))
         return [window for window in cut if near(window.box)]
 
+    def _shares(self, k: int) -> bool:
+        """Whether a stage computes once what two units need: the first, whose margin is widest and halo narrowest."""
+        return k == 0 < len(self.reach) - 1 and self.grid.unit > 2 * self.margins[0]
+
     def _gives(self, k: int, unit: Unit, kept: Box) -> Box:
-        """Return the box that a stage gives for a unit: all that other stages see, or what the decoder needs."""
-        if k == len(self.reach) - 1:
-            return kept
-        side = self.grid.unit
-        return Box(unit[0] * side, unit[1] * side, side, side).grown(self.margins[k])
+        """Return the box that a stage gives for a unit: all that the next one sees of it."""
+        if self._shares(k):
+            side = self.grid.unit
+            return Box(unit[0] * side, unit[1] * side, side, side).grown(self.margins[k])
+        return kept.grown(self.margins[k] - self.deepest)
 
     def _segments(self, i: int, margin: int, extent: int) -> list[tuple[int, int, bool]]:
         """Cut a unit and its margin, along an axis, into what two units need and what is its own: start, size, shared."""
