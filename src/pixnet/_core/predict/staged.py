@@ -33,11 +33,10 @@ STRIP = 2048
 KEPT = 768e6
 """Bytes of features that a lazy map keeps for its next tiles."""
 
-Unit = tuple[int, int]
-
-
 SHARED = 384e6
 """Bytes of features between units that are kept for the next ones."""
+
+Unit = tuple[int, int]
 
 
 def margins(reach: Mapping[int, int]) -> list[int]:
@@ -211,7 +210,7 @@ class StagedUnits:
         last = k == len(self.reach) - 1
         found: dict[int, Tensor] = {}
 
-        def paste(window: Window, own: Mapping[int, Tensor], strides: Sequence[int]) -> None:
+        def paste(window: Window, own: Mapping[int, Tensor]) -> None:
             """``own`` are maps of the window, by level; the last is that which the next stage sees."""
             for level, feature in own.items():
                 if level in maps_wanted:
@@ -230,7 +229,7 @@ class StagedUnits:
                         for level, f in zip(levels, own)
                         if level in maps_wanted or level == top
                     }
-                    paste(window, one, strides)
+                    paste(window, one)
                     if window.shared:
                         self._share(k, window.box, one)
 
@@ -243,7 +242,7 @@ class StagedUnits:
                 missing.append(window)
             else:
                 with self.model.running(cost):
-                    paste(window, there, strides)
+                    paste(window, there)
         if below is None:
             for group, pixels in ahead(partial(self._read, halo, cost), _rows(missing)):
 
