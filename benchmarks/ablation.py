@@ -105,9 +105,9 @@ def run(row: dict, seed: int, net: PixNet, datasets: list[CropDataset]) -> dict:
     objective = Objective(options, row.get("loss"))
     model = build(row, net, options.tune_encoder)
     train, valid = (dataset.of_elements(row.get("shapes", ["spots"])) for dataset in datasets[:2])
-    train = replace(train, features=train.features[: options.variants])
+    train = replace(train, versions=train.versions[: options.variants])
     initialise(model, train, seed)
-    objective.prepare(train)
+    objective.prepare(train, model.head.gene_weights)
     start = time.perf_counter()
     state, _ = Trainer(model, train, valid, objective, rng=rng, device="cpu").run()
     found = {"seconds": round(time.perf_counter() - start)}
@@ -143,10 +143,7 @@ def main() -> None:
             if encoder[1]:
                 adapt_norms(net, plain[0], rng, "cpu")
             defaults = TrainingOptions()
-            datasets = [
-                with_features(dataset, net, n, defaults.stain, rng, "cpu")
-                for dataset, n in zip(plain, (defaults.variants, 1, 1))
-            ]
+            datasets = with_features(plain, net, (defaults.variants, 1, 1), defaults.stain, "cpu")
         results[name] = [run(ROWS[name], seed, net, datasets) for seed in range(args.seeds)]
         mean = {k: round(float(np.mean([r[k] for r in results[name]])), 4) for k in results[name][0]}
         print(name, json.dumps(mean), flush=True)

@@ -5,7 +5,7 @@ Features of a shape are those of the encoder as PixNet uses it, all levels broug
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,15 +47,14 @@ def pool(
     net: PixNet, sdata: SpatialData, shapes: list[str], genes: list[str], total_key: str | None
 ) -> dict[str, Pooled]:
     """Return mean features and measurement of each shapes element that has a table ``{shapes}_counts``."""
-    dataset = _dataset(net, sdata, shapes, genes, total_key)
+    (dataset,) = with_features([_dataset(net, sdata, shapes, genes, total_key)], net, [1], 0.0, "cpu")
     (section,) = dataset.sections
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in shapes}
-    for crop in dataset.crops:  # one at a time: the features of a slide need not fit
-        part = with_features(replace(dataset, crops=[crop]), net, 1, 0.0, torch.Generator(), "cpu")
+    for i, crop in enumerate(dataset.crops):
         side = dataset.size // net.stride
         columns = [
-            F.interpolate(level.float(), size=(side, side), mode="bilinear", antialias=level.shape[-1] > side)
-            for level in part.features[0]
+            F.interpolate(level[None], size=(side, side), mode="bilinear", antialias=level.shape[-1] > side)
+            for level in dataset.crop_features(i, net.levels)
         ]
         flat = torch.cat(columns, dim=1)[0].flatten(1).T.numpy()[crop.pixels]
         for name, targets in crop.targets.items():

@@ -68,7 +68,7 @@ class SpotToVector(nn.Module):
 # training ----------------------------------------------------------------------------------------------------------
 
 
-def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stain: float, seed: int) -> dict:
+def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stain: float) -> dict:
     """Return mean features, by a model's encoder, of all spots in several versions, and what was measured there.
 
     Returns
@@ -81,15 +81,15 @@ def spot_features(source: PixNet, slides: dict, shapes: str, variants: int, stai
         for slide in open_measured(slides, shapes=shapes)
     ]
     dataset = CropDataset.of(sections, crop_size(sections))
-    dataset = with_features(dataset, source, variants, stain, torch.Generator().manual_seed(seed), "cpu")
+    (dataset,) = with_features([dataset], source, [variants], stain, "cpu")
     out: dict[str, list] = {"features": [], "cp10k": [], "depth": [], "covered": [], "section": []}
     for i, crop in enumerate(dataset.crops):
         targets = crop.targets[shapes]
         weights = torch.from_numpy(targets.weights.toarray()).float()
         covered = weights.sum(dim=1, keepdim=True)
         versions = []
-        for version in dataset.features:
-            columns = _hypercolumns([level[i : i + 1].float() for level in version], source)
+        for version in range(variants):
+            columns = _hypercolumns([f[None] for f in dataset.crop_features(i, source.levels, version)], source)
             versions.append(weights @ columns[0].flatten(1)[:, torch.from_numpy(crop.pixels)].T / covered)
         out["features"].append(torch.stack(versions))
         out["cp10k"].append(targets.cp10k)
@@ -159,7 +159,7 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 
 
 def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 um grid."""
+    """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 µm grid."""
     net.eval()  # batch norms keep their statistics
     slide = Slide.open(sdata)
     grid = slide.grid(net.mpp, net.stride)
@@ -185,7 +185,7 @@ def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
 
 @torch.no_grad()
 def first_layer(source: PixNet, net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
-    """Return the first layer's values at each place of the 2 um grid, ``(width, y, x)``.
+    """Return the first layer's values at each place of the 2 µm grid, ``(width, y, x)``.
 
     The layer is linear, so it may come before the mean over a window, with fewer channels to average.
     """

@@ -12,6 +12,9 @@ first
     The first call in a process, on a small image, with an empty cache of compiled kernels: that of a fresh installation.
 predict
     Section C5 of her2st with the shipped model (needs the data; see ``PIXNET_DATA_DIR``), to a store.
+kidney, her2st, folds
+    `tl.train` with the defaults on the spots of the kidney's upper half, and on C2 to C4 of her2st; `tl.cross_validate` over
+    C2 to C5. Minutes each: name them with ``--only``. ``--passes 2`` makes that many passes in place of all.
 
 The table gives the least and the median over repeats of wall time, and the least CPU time, each with its ratio new / old.
 """
@@ -81,7 +84,47 @@ def predict(folder: Path) -> dict[str, tuple[float, float]]:
         return {"predict C5": timed(lambda: px.tl.predict(sdata, "her2st"))}
 
 
-MEASURED = {"aggregate": aggregate, "first": first, "predict": predict}
+def kidney(folder: Path) -> dict[str, tuple[float, float]]:
+    from quality import kidney, kidney_split
+
+    import pixnet as px
+
+    train, _, genes = kidney_split(Path(os.environ["PIXNET_DATA_DIR"]) / "visium_hd_kidney", False)
+    keys = {"shapes": "spots", "table_key": "spots_counts", "genes": genes, "total_key": kidney.TOTAL_KEY}
+    return {"train kidney": timed(lambda: px.tl.train(train, **keys, **passes()))}
+
+
+def her2st(folder: Path) -> dict[str, tuple[float, float]]:
+    import pixnet as px
+
+    sections = {name: px.datasets.her2st(name) for name in ("C2", "C3", "C4")}
+    found = {"train her2st": timed(lambda: px.tl.train(sections, **passes()))}
+    return found | {"train her2st again": timed(lambda: px.tl.train(sections, **passes()))}
+
+
+def folds(folder: Path) -> dict[str, tuple[float, float]]:
+    import pixnet as px
+
+    sections = {name: px.datasets.her2st(name) for name in ("C2", "C3", "C4", "C5")}
+    call = px.tl.cross_validate
+    return {"cross-validate her2st": timed(lambda: call(sections, groups=list(sections), **passes()))}
+
+
+def passes() -> dict[str, int]:
+    """Return the number of passes to make in training."""
+    n = os.environ.get("PASSES")
+    return {"max_epochs": int(n)} if n else {}
+
+
+MEASURED = {
+    "aggregate": aggregate,
+    "first": first,
+    "predict": predict,
+    "kidney": kidney,
+    "her2st": her2st,
+    "folds": folds,
+}
+LONG = {"kidney", "her2st", "folds"}
 
 
 def run(what: str, source: Path, folder: Path, threads: int) -> dict[str, tuple[float, float]]:
@@ -103,8 +146,9 @@ def run(what: str, source: Path, folder: Path, threads: int) -> dict[str, tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the src folder of the other version")
-    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=[k for k in MEASURED if k not in LONG])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--passes", type=int, help="of training; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--in-process", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -117,6 +161,8 @@ def main() -> None:
         print(json.dumps(MEASURED[arguments.in_process](arguments.folder)))
         return
 
+    if arguments.passes:
+        os.environ["PASSES"] = str(arguments.passes)
     sys.path.insert(0, str(HERE))
     sources = {"new": HERE.parent / "src", "old": arguments.other.resolve()}
     with tempfile.TemporaryDirectory() as name:

@@ -33,7 +33,8 @@ class Settings:
     cache_dir
         Folder of downloads. Environment variable ``PIXNET_CACHE_DIR``.
     scratch_dir
-        Folder of the maps of objects in memory; they are deleted at exit. Environment variable ``PIXNET_SCRATCH_DIR``.
+        Folder of the maps of objects in memory and of the features of training slides, which are deleted at exit, and of the
+        state of a training that was interrupted. Environment variable ``PIXNET_SCRATCH_DIR``.
     seed
         Seed of functions whose own ``seed`` is left at ``None``.
     verbosity

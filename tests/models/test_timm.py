@@ -35,17 +35,23 @@ def test_a_cnn_gives_its_pyramid():
 
 
 @pytest.mark.parametrize("patch", [14, 16])
-def test_a_vit_becomes_a_pyramid_whatever_its_patches(patch):
+def test_a_vit_gives_its_tokens_at_their_own_stride_whatever_its_patches(patch):
     from pixnet.models._timm import TimmEncoder
 
     encoder = TimmEncoder(
         "vit_tiny_patch16_224", pretrained=False, patch_size=patch, depth=4, embed_dim=48, num_heads=3, img_size=224
     ).eval()
-    assert encoder.strides == (4, 8, 16, 32)
+    assert encoder.strides == (16, 16, 16, 16)
     check_encoder("timm/vit", encoder)
+    image = torch.rand(1, 3, 512, 320)
     with torch.inference_mode():
-        a = encoder(torch.rand(1, 3, 512, 256))
-    assert [tuple(f.shape[2:]) for f in a] == [(128, 64), (64, 32), (32, 16), (16, 8)]
+        maps = encoder(image)
+        block = encoder(image[..., 256:512, :256])  # its blocks see nothing of each other
+        found = PixNet(["A"], encoder=encoder).eval()(image)
+    assert [tuple(f.shape[2:]) for f in maps] == [(32, 20)] * 4
+    for own, alone in zip(maps, block):
+        torch.testing.assert_close(own[..., 16:, :16], alone, rtol=1e-4, atol=1e-4)
+    assert found.shape == (1, 2, 128, 80)
 
 
 def test_families_are_told_apart_by_structure_not_by_name():
@@ -65,19 +71,31 @@ def small_uni2():
     return replace(TIMM_MODELS[UNI2_H], options={**TIMM_MODELS[UNI2_H].options, **SMALL_UNI2})
 
 
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "patch", "registers"),
+    [
+        ("MahmoodLab/UNI", 24, 1024, 16, 0),
+        ("MahmoodLab/UNI2-h", 24, 1536, 14, 8),
+        ("paige-ai/Virchow", 32, 1280, 14, 0),
+        ("paige-ai/Virchow2", 32, 1280, 14, 4),
+        ("bioptimus/H-optimus-0", 40, 1536, 14, 4),
+        ("bioptimus/H-optimus-1", 40, 1536, 14, 4),
+        ("prov-gigapath/prov-gigapath", 40, 1536, 16, 0),
+    ],
+)
+def test_architectures_are_those_of_their_cards(name, depth, width, patch, registers):
+    import timm
+
+    known = TIMM_MODELS[f"hf-hub:{name}"]
+    layers = {argument: pkgutil.resolve_name(layer) for argument, layer in known.layers.items()}
+    with torch.device("meta"):
+        net = timm.create_model(known.architecture, pretrained=False, **known.options, **layers)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(known.parameters, abs=0.1)
+    assert (len(net.blocks), net.embed_dim, net.patch_embed.patch_size) == (depth, width, (patch, patch))
+    assert (0 if net.reg_token is None else net.reg_token.shape[1]) == registers
+
+
 class TestUni2:
-    def test_the_whole_architecture_is_that_of_its_card(self):
-        import timm
-
-        uni2 = TIMM_MODELS[UNI2_H]
-        layers = {argument: pkgutil.resolve_name(layer) for argument, layer in uni2.layers.items()}
-        with torch.device("meta"):
-            net = timm.create_model(uni2.architecture, pretrained=False, **uni2.options, **layers)
-        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(681.4, abs=0.1)
-        assert (len(net.blocks), net.embed_dim, net.patch_embed.patch_size) == (24, 1536, (14, 14))
-        assert net.reg_token.shape == (1, 8, 1536)
-        assert type(net.blocks[0].mlp).__name__ == "GluMlp"
-
     def test_its_groups_two_four_and_six_of_eight_and_the_last(self):
         from pixnet.models._timm import TimmEncoder
 

@@ -59,6 +59,22 @@ def test_well_placed(sdata, warnings):
     assert warnings == []
 
 
+def test_training_checks_too(sdata, warnings, monkeypatch):
+    n = len(sdata["spots"])
+    obs = pd.DataFrame({"region": pd.Categorical(["spots"] * n), "instance_id": np.arange(n)}, index=map(str, range(n)))
+    table = ad.AnnData(np.full((n, 2), 100.0, np.float32), obs=obs, var=pd.DataFrame(index=["A", "B"]))
+    sdata["counts"] = TableModel.parse(table, region="spots", region_key="region", instance_key="instance_id")
+    monkeypatch.setattr("pixnet._core.train.fit.fit", lambda *args, **kwargs: 1 / 0)
+    options = {"genes": ["A", "B"], "mpp": 2.0, "zoom": 1}
+    with pytest.raises(ZeroDivisionError):
+        px.tl.train(sdata, **options)
+    assert warnings == []
+    move(sdata, lambda xy: np.column_stack([1000 - xy[:, 0], xy[:, 1]]))
+    with pytest.raises(ZeroDivisionError):
+        px.tl.train(sdata, **options)
+    assert "with coordinates 'x mirrored'" in warnings[0]
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

@@ -163,7 +163,7 @@ def test_chunks_hold_few_channels_and_share_them_evenly():
 
 def test_maps_of_objects_in_memory_stream_to_scratch(tmp_path, monkeypatch):
     from pixnet import settings
-    from pixnet._sdata.store import scratch
+    from pixnet._core import scratch
 
     monkeypatch.setattr(scratch, "_scratch", None)
     monkeypatch.setattr(settings, "scratch_dir", tmp_path)

@@ -190,7 +190,7 @@ class TestMap:
     @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 40))
     def test_a_table_of_programs_is_that_of_materialised_genes(self, seed, n_programs, n_genes):
         """Means over any pixels, with any loadings."""
-        from pixnet._sdata.gene_map import GeneSelection, ProgramSelection
+        from pixnet._sdata.selection import GeneSelection, ProgramSelection
 
         rng = np.random.default_rng(seed)
         loadings = rng.dirichlet(np.full(n_genes + 1, 0.1), n_programs)[:, :-1].astype(np.float32)

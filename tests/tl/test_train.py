@@ -16,6 +16,7 @@ from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import remove_transformation
 
 import pixnet as px
+from pixnet._core.train.feature_store import forget_features
 
 from .conftest import QUICK, PatchEncoder, coloured_slide, with_cells
 
@@ -249,6 +250,7 @@ class TestAdaptedNorms:
         counts = []
         for adapt in (True, False):
             calls.clear()
+            forget_features()
             train(slide, encoder=Counted(), adapt_norms=adapt)
             counts.append(len(calls))
         assert counts[0] == counts[1] > 0

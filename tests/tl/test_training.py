@@ -93,7 +93,7 @@ class TestDataset:
 
     def test_a_batch_sums_pixels_as_its_crops_do(self, dataset):
         indices = [0, 1]
-        batch = collate(dataset, indices, "cpu")
+        batch = collate(dataset, indices)
         values = torch.rand(len(indices), (320 // 4) ** 2)
         found = torch.sparse.mm(batch.targets["spots"].weights, values[batch.crop_of_pixel, batch.pixel][:, None])
         expected = [

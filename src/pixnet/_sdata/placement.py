@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -12,6 +14,8 @@ from pixnet._core.placement import UM, PointLookup, compare_placements
 from pixnet._core.slide.stain import optical_density
 from pixnet._core.slide.tissue import compute_mask
 from pixnet._logging import logger
+from pixnet._sdata.counts import match_rows
+from pixnet._sdata.shapes import pixel_shapes
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import read_coarse, read_mask
 
@@ -22,6 +26,19 @@ ENOUGH, MORE = 0.75, 0.10
 BETTER, BETTER_SHIFT = 0.10, 0.05
 FEWEST = 30
 """Of fewer shapes, correlations say nothing."""
+
+
+def check_placement(slide: Slide, pairs: Mapping[str, str], totals: Mapping[str, NDArray]) -> None:
+    """Log a warning where the measured shapes of a slide seem misplaced.
+
+    ``pairs`` has the table of each shapes element, ``totals`` the transcripts of the table's rows, by element.
+    """
+    for key, table_key in pairs.items():
+        rows = match_rows(slide.sdata, table_key, key)
+        geometries = pixel_shapes(slide.sdata, key, slide.key).take(rows[rows >= 0])
+        if len(geometries):
+            total = np.asarray(totals[key], float)[rows >= 0]
+            warn_of_placement(score_placements(slide, geometries, total), slide, key, geometries, len(total))
 
 
 def score_placements(slide: Slide, geometries: ShapeArrays, total: NDArray | None = None) -> pd.DataFrame:

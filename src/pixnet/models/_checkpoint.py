@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import AllowInfNan, Field
+from pydantic import AllowInfNan, Field, model_validator
 from torch import Tensor
 from typing_extensions import TypedDict  # that of typing serves pydantic from Python 3.12 on
 
 from pixnet._checked import checked
+from pixnet._evidence import COLUMNS, Evidence
 from pixnet._names import listed
+from pixnet._whole_file import whole_file
 from pixnet.models._config import ModelConfig
 
 FORMAT = 2
@@ -60,6 +61,16 @@ class Header:
     provenance: dict[str, Any] = Field(default_factory=dict)
     stain: list[StainStatistics] = Field(default_factory=list)
     history: list[dict[str, Annotated[float, AllowInfNan(True)] | int | None]] = Field(default_factory=list)
+    evidence: Evidence | None = None
+
+    @model_validator(mode="after")
+    def _evidence_fits(self) -> Header:
+        """Refuse evidence of another number of genes."""
+        if self.evidence is not None:
+            sizes = {len(getattr(self.evidence, name)) for name in COLUMNS}
+            if sizes != {len(self.config.genes)}:
+                raise ValueError(f"evidence is of {sorted(sizes)} genes, and the model has {len(self.config.genes)}")
+        return self
 
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
@@ -84,15 +95,11 @@ def write_checkpoint(
         name: (t.to(_DTYPES[dtype]) if t.is_floating_point() and t.ndim else t).contiguous().cpu()
         for name, t in tensors.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         partial.touch()  # with the permissions of any file; safetensors would keep others out
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={"pixnet": json.dumps({"format": FORMAT, **asdict(header)})})
         partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> tuple[Header, dict[str, Tensor]]:
@@ -173,7 +180,10 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[
         lacking = sorted({field.name for field in fields(ModelConfig)} - set(config))
         if lacking:
             raise ValueError(f"config lacks {listed(lacking)}")
-        return Header(config=ModelConfig(**config), **values), added
+        evidence = values.pop("evidence", None)
+        return Header(
+            ModelConfig(**config), evidence=None if evidence is None else Evidence(**evidence), **values
+        ), added
     except (TypeError, ValueError) as err:
         raise ValueError(f"{path} has a header that cannot be used: {err}") from err
 

@@ -77,7 +77,12 @@ class StackDecoder(nn.Module):
 
     def at(self, rows: Mapping[int, Tensor]) -> Tensor:
         """Return decoded pixels ``(pixels, width)`` of each level's features there, ``(pixels, C)``."""
-        return torch.stack([linear(project, rows[i]) for i, project in zip(self.used, self.project)]).sum(dim=0)
+        total: Tensor | None = None
+        for i, project in zip(self.used, self.project):
+            weight = cast(nn.Conv2d, project).weight.flatten(1)
+            total = linear(project, rows[i]) if total is None else torch.addmm(total, rows[i], weight.T)
+        assert total is not None
+        return total
 
 
 class PixelMixer(nn.Sequential):

@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 class Encoder(nn.Module):
     """An encoder as PixNet sees it: a pyramid of features of an RGB image. Encoders need not be derived from it.
 
-    ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64.
+    ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64, and
+    maps may share one, as those of a ViT do.
     Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It
     normalises the image itself. It must not mix pixels over the whole image (no global pooling, no batch statistics).
 
     An encoder may state its ``reach``: for each of its stages, by the stride of the last map of the stage, the number of image
     pixels that the stage sees beyond the edges of what it computes. ``stage(k, x)`` then gives the maps of stage ``k``, from
     the last map of the stage before it (the first: from the image). A slide is predicted stage by stage.
+
+    An encoder that sees its image in square blocks, each by itself, may state their side in pixels, ``block``.
     """
 
     strides: Sequence[int]
     channels: Sequence[int]
     reach: Mapping[int, int] | None = None
+    block: int | None = None
 
     def stage(self, k: int, x: Tensor) -> list[Tensor]:
         """Return the maps of a stage."""
@@ -83,7 +87,7 @@ def register_encoder(
 
     An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a list of
     feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
-    rising powers of 2 up to 64. It normalises the image itself, and a feature depends only on what lies near its pixel: there
+    powers of 2 up to 64; maps may share one. It normalises the image itself, and a feature depends only on what lies near its pixel: there
     is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
 
     A convolutional encoder may also state its ``reach`` and have a method ``stage(k, x)``: slides are then predicted stage by
@@ -216,7 +220,8 @@ class Enlarged(Encoder):
             )
         self.strides = tuple(encoder.strides[i] // zoom for i in self.kept)
         self.channels = tuple(encoder.channels[i] for i in self.kept)
-        reach = getattr(encoder, "reach", None)
+        block, reach = getattr(encoder, "block", None), getattr(encoder, "reach", None)
+        self.block = block // zoom if block else None
         if reach is not None and min(reach) >= zoom:
             # One pixel more for the first stage: the interpolation between pixels of the image.
             self.reach = {s // zoom: -(-r // zoom) + (n == 0) for n, (s, r) in enumerate(reach.items())}
@@ -244,8 +249,10 @@ def _check_protocol(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"encoder {name!r} has {len(strides)} strides for {len(channels)} channels; one of each per map"
         )
-    if any(s not in {1, 2, 4, 8, 16, 32, 64} for s in strides) or list(strides) != sorted(set(strides)):
-        raise ValueError(f"encoder {name!r} has strides {tuple(strides)}; rising powers of 2 up to 64 are needed")
+    if any(s not in {1, 2, 4, 8, 16, 32, 64} for s in strides) or list(strides) != sorted(strides):
+        raise ValueError(
+            f"encoder {name!r} has strides {tuple(strides)}; powers of 2 up to 64, finest first, are needed"
+        )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pixnet._checked import given
+from pixnet._evidence import Evidence
 from pixnet._names import check_genes
 from pixnet.models._checkpoint import Header, write_checkpoint
 from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity, Stride, Zoom, paper_levels
@@ -95,6 +96,8 @@ class PixNet(nn.Module):
     """How the model was trained."""
     stain: list[Any]
     """Statistics of the stain of the training slides."""
+    evidence: Evidence | None
+    """What held-out shapes showed of each gene."""
     training_options: dict[str, Any]
     """Settings of training that `pixnet.tl.train` takes from the model unless they are given."""
 
@@ -131,6 +134,7 @@ class PixNet(nn.Module):
         module = build_encoder(config.encoder if encoder is None else encoder, pretrained)
         check_encoder(config.encoder, module)
         self.config, self.history, self.provenance, self.stain, self.training_options = config, [], {}, [], {}
+        self.evidence = None
         self.encoder = Enlarged(module, config.zoom) if config.zoom > 1 else module
         channels, strides = self.encoder.channels, self.encoder.strides
         self.head = build_head(config)
@@ -169,8 +173,7 @@ class PixNet(nn.Module):
         genes
             Names of the genes (the paper takes the 250 of highest mean: `pixnet.pp.select_genes`).
         encoder
-            As for `PixNet`. The published one is UNI2-h: it needs ``pixnet[timm]`` and access to its weights, which Hugging
-            Face gives to whoever accepts their terms. Any other works too.
+            As for `PixNet`. The published one is UNI2-h, which needs ``pixnet[timm]`` and access to its weights.
         mpp, members, zoom, window, halo, pretrained
             As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
@@ -197,20 +200,7 @@ class PixNet(nn.Module):
 
         Notes
         -----
-        The authors' code is not public and third-party notes disagree in places. Where the paper is silent or ambiguous, this
-        was chosen:
-
-        - *Pyramid.* Tokens are reshaped, brought to their level's number of filters by a 1x1 convolution, and interpolated to
-          its size. Features are standardised by their mean and deviation over the training crops. The encoder is frozen
-          (``tune_encoder=True`` trains it). A pyramid of a CNN serves as it is, from the map nearest to the output stride.
-        - *Fusion* is ``D = U + A``, as in the paper's figure. Attention runs along image rows inside segments of 64 px, not
-          whole rows, so that a prediction does not depend on how a slide is tiled.
-        - *Sum.* A log summed over an area fits shapes of one size: the target is the same for a shape twice as large. Shapes
-          weigh their edge pixels by exact area, and values are per µm², divided by the mean area of the training shapes.
-        - *Target.* log1p of CP10k, the total being all UMI of the shape, which has a channel and a loss of its own here.
-        - *Batches* are those of the package, of one section each; 8 crops at stride 1. The published 200 passes are the most
-          that are made: validation chooses their number. The rate rises and falls as in the package. Crops are flipped and
-          turned, not restained.
+        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Examples
         --------
@@ -303,6 +293,9 @@ class PixNet(nn.Module):
             return new
         new.config = replace(self.config, genes=tuple(genes))
         new.head = build_head(new.config)
+        if self.evidence is not None:
+            known = {gene: i for i, gene in enumerate(self.genes)}
+            new.evidence = self.evidence.take([known.get(gene) for gene in genes])
         positions = new.head.taking_over(self.head)
         for member in new.members:
             member.take_over(positions)
@@ -371,6 +364,12 @@ class PixNet(nn.Module):
         for member in self.members:
             member.set_baseline(biases, total)
 
+    def balance(self, ratio: Tensor, usage: Tensor) -> None:
+        """Multiply the amount of each gene by a factor ``(genes,)``; see `Head.balance`."""
+        shift = self.head.balance(ratio, usage)
+        for member in self.members:
+            member.shift(shift)
+
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, configuration, provenance and history.
 
@@ -396,5 +395,6 @@ class PixNet(nn.Module):
             provenance=self.provenance,
             stain=self.stain,
             history=self.history,
+            evidence=self.evidence,
         )
         write_checkpoint(path, header, self.state_dict(), dtype=dtype, overwrite=overwrite)

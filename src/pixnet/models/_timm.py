@@ -14,15 +14,18 @@ from pixnet.models._timm_models import known_timm_model
 VIT_BLOCK = 256
 """A ViT sees blocks of this many pixels, anchored at its window: its attention never depends on the tiling."""
 
+TOKEN = 16
+"""Pixels that a token of a ViT stands for."""
+
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class TimmEncoder(nn.Module):
     """A timm model as a feature pyramid.
 
-    CNNs give their own feature maps. Of a ViT, the tokens after each quarter of its blocks become maps at strides 4, 8, 16 and
-    32: shallow ones are enlarged, the deepest reduced (PixNet's way). A ViT with patches of 14 sees its blocks reduced to
-    14/16, so that a token stands for 16 pixels.
+    CNNs give their own feature maps. Of a ViT, the tokens after each quarter of its blocks become four maps, all at the stride of
+    its tokens, 16: decoders enlarge them. A ViT with patches of 14 sees its blocks reduced to 14/16, so that a token stands
+    for 16 pixels.
 
     Parameters
     ----------
@@ -77,7 +80,7 @@ class TimmEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         if self.is_vit:
             self.patch = int(info.reduction()[0])
-            self.strides, self.channels = (4, 8, 16, 32), tuple(info.channels())
+            self.strides, self.channels, self.block = (TOKEN,) * 4, tuple(info.channels()), VIT_BLOCK
         else:
             self.strides, self.channels = tuple(info.reduction()), tuple(info.channels())
 
@@ -87,26 +90,20 @@ class TimmEncoder(nn.Module):
         return self._tokens(image) if self.is_vit else list(self.net(image))
 
     def _tokens(self, image: Tensor) -> list[Tensor]:
-        """Run the ViT in blocks, put their token maps together, and bring each group to its stride."""
+        """Run the ViT in blocks and put the token maps of each group together."""
         n, c, height, width = image.shape
         image = F.pad(image, (0, -width % VIT_BLOCK, 0, -height % VIT_BLOCK), mode="replicate")
         rows, cols = image.shape[2] // VIT_BLOCK, image.shape[3] // VIT_BLOCK
         blocks = image.reshape(n, c, rows, VIT_BLOCK, cols, VIT_BLOCK).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        if self.patch != 16:
-            side = VIT_BLOCK // 16 * self.patch
-            blocks = F.interpolate(blocks, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-        out = []
-        for stride, tokens in zip(self.strides, self.net(blocks)):
-            side = tokens.shape[-1]
-            x = (
-                tokens.reshape(n, rows, cols, -1, side, side)
-                .permute(0, 3, 1, 4, 2, 5)
-                .reshape(n, -1, rows * side, cols * side)
-            )
-            x = x[..., : -(-height // 16), : -(-width // 16)]
-            size = (height // stride, width // stride)
-            out.append(F.interpolate(x, size=size, mode="bilinear", align_corners=False) if x.shape[-2:] != size else x)
-        return out
+        side = VIT_BLOCK // TOKEN
+        if self.patch != TOKEN:
+            seen = (side * self.patch, side * self.patch)
+            blocks = F.interpolate(blocks, size=seen, mode="bilinear", antialias=True, align_corners=False)
+        maps = [
+            tokens.reshape(n, rows, cols, -1, side, side).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+            for tokens in self.net(blocks)
+        ]
+        return [x[..., : height // TOKEN, : width // TOKEN] for x in maps]
 
 
 def _import_timm() -> Any:
@@ -114,14 +111,19 @@ def _import_timm() -> Any:
         import timm
     except ImportError as err:
         raise ImportError(
-            f"encoders named 'timm/...' need timm: install it with pip install 'pixnet[timm]' ({err})"
+            f"encoders named 'timm/...' need timm and torchvision: install them with pip install 'pixnet[timm]'{_index()} ({err})"
         ) from err
     except RuntimeError as err:
         raise ImportError(
-            "timm does not import, because the installed torchvision was built for another version of torch: install the "
-            f"torchvision that belongs to torch {torch.__version__} (https://pytorch.org/get-started) ({err})"
+            "timm does not import, because the installed torchvision was built for another torch. Install the one that belongs to "
+            f"torch {torch.__version__}: pip install --force-reinstall --no-deps torchvision{_index()} ({err})"
         ) from err
     return timm
+
+
+def _index() -> str:
+    """Return where pip finds the torchvision of a CPU build of torch: that of PyPI is built for CUDA."""
+    return " --extra-index-url https://download.pytorch.org/whl/cpu" if torch.__version__.endswith("+cpu") else ""
 
 
 def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

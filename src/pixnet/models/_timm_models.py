@@ -44,30 +44,57 @@ class TimmModel:
     sd: tuple[float, float, float] | None = None
 
 
-TIMM_MODELS = {
-    model.name: model
-    for model in (
-        TimmModel("resnet18", "ImageNet; Hugging Face, timm/resnet18.a1_in1k", "Apache-2.0", 11.2),
-        TimmModel(
-            "hf-hub:MahmoodLab/UNI2-h",
-            "H&E and IHC; Hugging Face, gated: accept the terms and log in",
-            "CC-BY-NC-ND-4.0",
-            681.4,
-            gated=True,
-            mpp=0.5,
-            architecture="vit_giant_patch14_224",
-            # as the model card on Hugging Face gives them
-            options={
-                "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "init_values": 1e-5, "embed_dim": 1536,
-                "mlp_ratio": 2.66667 * 2, "num_classes": 0, "no_embed_class": True, "reg_tokens": 8, "dynamic_img_size": True,
-            },
-            layers={"mlp_layer": "timm.layers:SwiGLUPacked", "act_layer": "torch.nn:SiLU"},
-            mean=(0.485, 0.456, 0.406),
-            sd=(0.229, 0.224, 0.225),
-        ),
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_BIOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+_SWIGLU = {"mlp_layer": "timm.layers:SwiGLUPacked", "act_layer": "torch.nn:SiLU"}
+_VIT = {"img_size": 224, "init_values": 1e-5, "num_classes": 0}
+_BY_NC_ND = "CC-BY-NC-ND-4.0"
+
+
+def _pathology(
+    repository: str,
+    licence: str,
+    parameters: float,
+    architecture: str,
+    norm: tuple[tuple[float, float, float], tuple[float, float, float]] = _IMAGENET,
+    layers: Mapping[str, str] | None = None,
+    **options: Any,
+) -> TimmModel:
+    """Return a vision transformer for pathology: gated on Hugging Face, trained at 0.5 µm/px among others."""
+    return TimmModel(
+        f"hf-hub:{repository}",
+        "H&E; Hugging Face, gated: accept the terms and log in",
+        licence,
+        parameters,
+        gated=True,
+        mpp=0.5,
+        architecture=architecture,
+        options={**_VIT, **options},
+        layers=layers or {},
+        mean=norm[0],
+        sd=norm[1],
     )
-}  # fmt: skip
-"""Two of the many that timm builds: a small CNN, and the encoder of the paper."""
+
+
+_MODELS = (
+    TimmModel("resnet18", "ImageNet; Hugging Face, timm/resnet18.a1_in1k", "Apache-2.0", 11.2),
+    # as the model cards on Hugging Face give them
+    _pathology("MahmoodLab/UNI", _BY_NC_ND, 303.4, "vit_large_patch16_224"),
+    _pathology(
+        "MahmoodLab/UNI2-h", _BY_NC_ND, 681.4, "vit_giant_patch14_224", layers=_SWIGLU, patch_size=14, depth=24,
+        num_heads=24, embed_dim=1536, mlp_ratio=2.66667 * 2, no_embed_class=True, reg_tokens=8, dynamic_img_size=True,
+    ),
+    _pathology("paige-ai/Virchow", "Apache-2.0", 631.2, "vit_huge_patch14_224", layers=_SWIGLU, mlp_ratio=5.3375),
+    _pathology(
+        "paige-ai/Virchow2", _BY_NC_ND, 631.2, "vit_huge_patch14_224", layers=_SWIGLU, mlp_ratio=5.3375, reg_tokens=4
+    ),
+    _pathology("bioptimus/H-optimus-0", "Apache-2.0", 1134.8, "vit_giant_patch14_reg4_dinov2", _BIOPTIMUS),
+    _pathology("bioptimus/H-optimus-1", _BY_NC_ND, 1134.8, "vit_giant_patch14_reg4_dinov2", _BIOPTIMUS),
+    _pathology("prov-gigapath/prov-gigapath", "Apache-2.0", 1135.0, "vit_giant_patch14_dinov2", patch_size=16),
+)  # fmt: skip
+
+TIMM_MODELS = {model.name: model for model in _MODELS}
+"""A small CNN, the encoder of the paper, and others for pathology, of the many that timm builds."""
 
 
 def known_timm_model(name: str) -> TimmModel | None:

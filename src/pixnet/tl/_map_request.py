@@ -13,7 +13,8 @@ from spatialdata.transformations import Sequence as Chain
 from pixnet._core.coverage import ShapeArrays
 from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._logging import logger
-from pixnet._names import check_genes
+from pixnet._names import MOST_CHANNELS, check_genes
+from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.region import read_region
 from pixnet._sdata.slide import Slide
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from pixnet.models import PixNet
 
 Store = Literal["genes", "programs"]
-
-MOST_CHANNELS = 1000
-"""Genes up to which a map has a channel for each, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,13 @@ class MapRequest:
         found = self.model.loadings if self.store == "programs" else None
         if found is None:
             return {}
-        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name)}
+        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name, self.evidence)}
+
+    @property
+    def evidence(self) -> GeneEvidence | None:
+        """What held-out shapes showed of the genes."""
+        found = self.model.evidence
+        return None if found is None else GeneEvidence.of(found, self.model.genes).take(self.genes)
 
     @property
     def transformations(self) -> dict[str, Any]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
 
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.region import RegionMask
-from pixnet._core.slide.stain import differences, sample, statistics
-from pixnet._logging import logger
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
+from pixnet._core.slide.stain import sample, statistics
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
-from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import fingerprint
 from pixnet._sdata.store.write_map import write_map
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
+from pixnet.tl._foreign import warn_if_foreign
 from pixnet.tl._map_arguments import check_map_arguments
 from pixnet.tl._map_request import MapRequest, Store, resolve_request
 
@@ -145,7 +143,12 @@ def predict(
     If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
     difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
     size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
-    training slides without a mask.
+    training slides without a mask. The log names the tissue that the model was trained on, where its
+    ``provenance["tissue"]`` says it; set it before you save a model.
+
+    napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
+    with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})``,
+    then ``.pl.render_images("map", channel="ERBB2").pl.show("global")``.
 
     Examples
     --------
@@ -156,21 +159,20 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
     check_map_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
     request = resolve_request(slide, model, genes, store, region, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
     loadings = request.loadings(key, slide.key if key_added is None else key)
     if inplace:
-        _check_target(slide, key, "images", overwrite)
+        check_target(sdata, key, "images", overwrite=overwrite, source=slide.key)
         for name in loadings:
-            _check_target(slide, name, "tables", overwrite)
+            check_target(sdata, name, "tables", overwrite=overwrite)
     mask = open_mask(slide, request.grid.model_grid.out_px, request.grid.model_grid.out_margin)
     wanted = _wanted(request, mask)
     runner = _make_runner(request, wanted)
     samples = sample(runner.reader, mask)  # also of a region: the stain is that of the slide
-    _warn_if_foreign(request, statistics(samples, mask.masked))
+    warn_if_foreign(slide, request.model, request.model_name, statistics(samples, mask.masked))
     if not inplace:
         lazy = _lazy_element(request, runner)
         return {key: lazy, **loadings} if loadings else lazy
@@ -184,6 +186,8 @@ def predict(
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
+    if request.evidence is not None and not loadings:
+        entry["evidence"] = request.evidence.as_entry()
     write_map(sdata, key, runner, request.spec, job, entry, tables=loadings, resume=resume, overwrite=overwrite)
     return None
 
@@ -211,8 +215,8 @@ def _wanted(request: MapRequest, mask: TissueMask) -> TissueMask:
             f"no tissue of image {slide.key!r} lies in region=; check where it is, or pass mask_key=False to predict all of it"
         )
     raise ValueError(
-        f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
-        "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
+        f"no map pixel of image {slide.key!r} would have a value: at least half of a pixel must be tissue, and none of "
+        f"{grid.mpp:.3g} µm is. Check the mask, or ask for smaller map pixels (out_mpp=)"
     )
 
 
@@ -241,18 +245,6 @@ def _make_runner(request: MapRequest, mask: TissueMask) -> TileRunner:
     )
 
 
-def _warn_if_foreign(request: MapRequest, found: dict[str, Any] | None) -> None:
-    """Warn if the slide looks unlike those that the model was trained on."""
-    differs = differences(found, request.model.stain)
-    if differs:
-        logger.warning(
-            "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
-            "without checking it against measured genes; pixnet.pp.normalize_stain may help",
-            request.slide.key,
-            "; ".join(differs),
-        )
-
-
 def _lazy_element(request: MapRequest, runner: TileRunner) -> DataArray:
     """Return the map as a lazy image element."""
     from pixnet._core.predict.tile_runner import lazy_map
@@ -263,12 +255,3 @@ def _lazy_element(request: MapRequest, runner: TileRunner) -> DataArray:
         c_coords=request.names,
         transformations=request.transformations,
     )
-
-
-def _check_target(slide: Slide, key: str, kind: str, overwrite: bool) -> None:
-    """Check that the map, or its loadings, can be stored under a name."""
-    check_key_free(slide.sdata, key, overwrite)
-    check_replaces(slide.sdata, key, kind)
-    if key == slide.key:
-        raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
-    local_store(slide.sdata)

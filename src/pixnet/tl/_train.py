@@ -14,9 +14,10 @@ from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_di
 from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.placement import check_placement
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
-from pixnet.tl._training_genes import Tables, check_panels, check_programs, choose_genes
+from pixnet.tl._training_genes import Tables, check_panels, choose_genes, resolve_programs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,7 @@ def train(
     max_epochs: int | None = None,
     seed: int | None = None,
     device: str | None = None,
+    resume: bool = False,
     options: TrainingOptions | Mapping[str, Any] | None = None,
     patience: int | None = None,
     lr: float | None = None,
@@ -78,8 +80,11 @@ def train(
 
     The map is summed over each shape, with exact pixel areas, and compared with the shape's counts: mean squared error
     plus ``0.5 (1 - PCC)`` on log1p of CP10k, and the log of the depth per area relative to the section's mean. So spots,
-    bins and cells can train together, and the map answers at any scale. The encoder is frozen; features of the shapes'
-    surroundings are computed once, in several turned and restained versions, and the decoder learns on them.
+    bins and cells can train together, and the map answers at any scale. The encoder is frozen. Its features are computed
+    once, in several turned and restained versions, and the decoder learns on them. They are kept on disk
+    (``settings.scratch_dir``) until Python exits: the next training on the same slides with the same encoder finds them.
+
+    Shapes are compared with their slides as in `pixnet.pp.check_spots`, and a warning is logged where they seem misplaced.
 
     Parameters
     ----------
@@ -91,8 +96,8 @@ def train(
         The measured shapes and their tables of raw counts; ``shapes[i]`` pairs with ``table_key[i]``, in every object
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
-        Gene or genes to predict. None: the 250 of highest mean that all training tables have (see
-        `pixnet.pp.select_genes`); with ``n_programs``, all that are detected in at least 1 % of the shapes.
+        Gene or genes to predict. None: all that are detected in at least 1 % of the shapes, in every training table (with
+        ``quantity="log_sum"`` the 250 of highest mean). `pixnet.pp.select_genes` chooses a panel.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -127,6 +132,9 @@ def train(
         given starts from its own weights). None: ``settings.seed``.
     device
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
+    resume
+        Go on with the same call that was interrupted, after its last whole pass: the weights are those of a run that was not.
+        The state of training is kept in ``settings.scratch_dir`` after each pass. Without such a run, start from the beginning.
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
@@ -137,7 +145,8 @@ def train(
     n_programs
         Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
         to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
-        measured shapes. None: a channel for each gene.
+        measured shapes. None: 64, or a third of the shapes, where there are more than 1,000 genes; else, and with 0, a
+        channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
         Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
 
@@ -159,6 +168,8 @@ def train(
         If the loss becomes NaN; the pass, the batch and its sections are named.
     FileNotFoundError
         If the encoder's weights cannot be had; the message says how to supply them.
+    OSError
+        If the disk of ``settings.scratch_dir`` cannot hold the features; nothing is computed then.
 
     References
     ----------
@@ -191,9 +202,11 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    chosen, tables = choose_genes(genes, model, tables, held_out, n_programs is not None)
+    densities = quantity != "log_sum"
+    chosen, tables = choose_genes(genes, model, tables, held_out, all_genes=densities)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
-    check_programs(n_programs, n_shapes)
+    if model is None:
+        build = {**build, "n_programs": resolve_programs(n_programs, len(chosen), n_shapes, densities)}
     check_panels(tables, quantity if model is None else model.quantity)
 
     import torch
@@ -212,7 +225,10 @@ def train(
         if not valid:
             near, far = split_block(training[0])
             training, valid = [near], [replace(far, name=f"{far.name} (held-out block)")]
-        net = fit(net, training, valid, resolved, seed=seed, device=device, fresh=model is None or not model.history)
+        for m in slides:
+            check_placement(m.slide, m.pairs, {key: t.total for key, t in tables[m.name].items()})
+        fresh = model is None or not model.history
+        net = fit(net, training, valid, resolved, seed=seed, device=device, fresh=fresh, resume=resume)
     keys = {"image_key": image_key, "shapes": shapes, "table_key": table_key, "total_key": total_key}
     net.provenance |= _provenance(training, valid, keys, resolved, seed)
     net.stain = _stain(training)

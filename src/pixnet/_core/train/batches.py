@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from torch.utils.data import Sampler
 from pixnet._core.train.crops import to_cp10k
 from pixnet._core.train.dataset import Crop, CropDataset
 
-ENOUGH_PX = 200
-"""Pixels sampled per shape in a training step; more change its mean little."""
+TRAINED_PX, VALIDATED_PX = 24, 96
+"""Pixels of each shape that a step of training looks at, and that validation looks at, about: more change the mean little."""
 
 
 class SectionBatchSampler(Sampler[list[int]]):
@@ -72,6 +73,10 @@ class BatchTargets:
     depth: Tensor
     umi: Tensor
 
+    def to(self, device: str) -> BatchTargets:
+        """Return the same on a device."""
+        return BatchTargets(*(t.to(device) for t in (self.weights, self.cp10k, self.depth, self.umi)))
+
     @property
     def covered(self) -> Tensor:
         """Number of map pixels that each shape covers, ``(shapes,)``."""
@@ -100,11 +105,19 @@ class Batch:
     pixel: Tensor
     targets: dict[str, BatchTargets]
 
+    def to(self, device: str) -> Batch:
+        """Return the same on a device."""
+        moved = {name: targets.to(device) for name, targets in self.targets.items()}
+        return Batch(self.crops, self.section, self.crop_of_pixel.to(device), self.pixel.to(device), moved)
 
-def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch.Generator | None = None) -> Batch:
-    """Put crops together on a device; with ``sample``, of large shapes only some of the pixels, drawn from it."""
-    pixels, weights = zip(*(_sampled(dataset[i], sample) for i in indices))
+
+def collate(
+    dataset: CropDataset, indices: list[int], enough: int | None = None, rng: torch.Generator | None = None
+) -> Batch:
+    """Put crops together, with about ``enough`` pixels of each shape (None: all), which ``rng`` draws."""
     crops = [dataset[i] for i in indices]
+    side = dataset.size // dataset.sections[crops[0].section].grid.stride
+    pixels, weights = zip(*(_sampled(crop, side, enough, rng) for crop in crops))
     targets = {}
     for name in sorted({name for crop in crops for name in crop.targets}):
         parts = [crop.targets[name] for crop in crops if name in crop.targets]
@@ -114,21 +127,31 @@ def collate(dataset: CropDataset, indices: list[int], device: str, sample: torch
         values = torch.from_numpy(matrix.data.astype(np.float32))
         tensor = torch.sparse_coo_tensor(positions, values, matrix.shape, check_invariants=False)
         targets[name] = BatchTargets(
-            tensor.coalesce().to(device),
-            torch.from_numpy(np.concatenate([to_cp10k(t.counts, t.umi) for t in parts])).to(device),
-            torch.from_numpy(np.concatenate([t.depth for t in parts]).astype(np.float32)).to(device),
-            torch.from_numpy(np.concatenate([t.umi for t in parts]).astype(np.float32)).to(device),
+            tensor.coalesce(),
+            torch.from_numpy(np.concatenate([to_cp10k(t.counts, t.umi) for t in parts])),
+            torch.from_numpy(np.concatenate([t.depth for t in parts]).astype(np.float32)),
+            torch.from_numpy(np.concatenate([t.umi for t in parts]).astype(np.float32)),
         )
     crop_of_pixel = torch.from_numpy(np.repeat(np.arange(len(crops)), [len(p) for p in pixels]))
-    pixel = torch.from_numpy(np.concatenate(pixels))
-    return Batch(indices, crops[0].section, crop_of_pixel.to(device), pixel.to(device), targets)
+    pixel = torch.from_numpy(np.concatenate(pixels).astype(np.int64))
+    return Batch(indices, crops[0].section, crop_of_pixel, pixel, targets)
 
 
-def _sampled(crop: Crop, sample: torch.Generator | None) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
-    """Return a crop's pixels and weights, of its pixels about as many that its smallest shape keeps `ENOUGH_PX`."""
+def _sampled(
+    crop: Crop, side: int, enough: int | None, rng: torch.Generator | None
+) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
+    """Return a crop's pixels and weights, of its pixels those on a lattice: the smallest shape keeps ``enough``, about.
+
+    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. ``rng`` shifts it; ``side`` is that
+    of the crop in pixels.
+    """
     weights = {name: targets.weights for name, targets in crop.targets.items()}
     fewest = min(int(np.diff(w.indptr).min()) for w in weights.values())
-    if sample is None or fewest <= ENOUGH_PX:
+    n = 1 if enough is None else fewest // enough
+    if n < 2:
         return crop.pixels, weights
-    kept = np.flatnonzero(torch.rand(len(crop.pixels), generator=sample).numpy() < ENOUGH_PX / fewest)
+    # The n-th pixels of each row, shifted from row to row by the golden section: their neighbours lie all around.
+    step = next(s for s in range(round(n * 0.618), n + 2) if math.gcd(s, n) == 1)
+    shift = 0 if rng is None else int(torch.randint(n, (1,), generator=rng))
+    kept = np.flatnonzero((crop.pixels % side + step * (crop.pixels // side)) % n == shift)
     return crop.pixels[kept], {name: w[:, kept] for name, w in weights.items()}

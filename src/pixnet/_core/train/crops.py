@@ -175,12 +175,12 @@ def cover(crop: Placed, section: Section, size: int) -> Covered:
             continue
         shapes = targets.shapes.take(crop.rows[targets.name])
         found = sparse.csr_array(coverage(shapes, (y0, x0, n, n)))
-        found = sparse.csr_array(found.multiply(tissue[None, :]))
+        found = sparse.csr_array(found.multiply(tissue[None, :]), dtype=np.float32)
         found.eliminate_zeros()
         on_tissue = np.asarray(found.sum(axis=1)).ravel()
         keep = np.flatnonzero((on_tissue >= 0.5 * shapes.area) & (on_tissue > 0))
         if keep.size:
             rows[targets.name], weights[targets.name] = crop.rows[targets.name][keep], found[keep]
             covered[weights[targets.name].indices] = True
-    pixels = np.flatnonzero(covered)
+    pixels = np.flatnonzero(covered).astype(np.int32)
     return Covered(crop.origin, rows, pixels, {name: w[:, pixels] for name, w in weights.items()})

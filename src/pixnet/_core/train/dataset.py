@@ -12,14 +12,15 @@ from scipy import sparse
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pixnet._core.predict.map_grid import Box
+from pixnet._core.train.augment import Version
 from pixnet._core.train.crops import Covered, Section, cover, place_crops
+from pixnet._core.train.feature_maps import FeatureMaps
+from pixnet._core.train.slide_features import SlideFeatures
 from pixnet.models._heads import MeasuredShapes
 
 FILLED_SHAPES = 4000
 """Shapes at most that a head starts from where tables are of panels: what they lack is filled in, and takes memory."""
-
-Features = Sequence[Sequence[Tensor]]
-"""Features of crops, ``(crops, C, h, w)``, for each variant and each of the encoder's levels in use."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,16 @@ class CropDataset(Dataset[Crop]):
         The crops; each has a shape at least.
     left_out
         Number of shapes that cannot be used, by section and element.
-    features
-        Features of the crops; empty until they are computed.
+    features, versions
+        Features of the sections, on disk, and their versions; empty until they are computed.
     """
 
     sections: Sequence[Section]
     size: int
     crops: Sequence[Crop]
     left_out: dict[str, int] = field(default_factory=dict)
-    features: Features = ()
+    features: Sequence[SlideFeatures] = ()
+    versions: Sequence[Version] = ()
 
     @classmethod
     def of(cls, sections: Sequence[Section], size: int) -> CropDataset:
@@ -114,9 +116,13 @@ class CropDataset(Dataset[Crop]):
     def join(self, other: CropDataset) -> CropDataset:
         """Return the crops of both, with their features."""
         moved = [replace(crop, section=crop.section + len(self.sections)) for crop in other.crops]
-        features = [[torch.cat(level) for level in zip(*variants)] for variants in zip(self.features, other.features)]
-        sections, left_out = [*self.sections, *other.sections], self.left_out | other.left_out
-        return CropDataset(sections, self.size, [*self.crops, *moved], left_out, features)
+        return replace(
+            self,
+            sections=[*self.sections, *other.sections],
+            crops=[*self.crops, *moved],
+            left_out=self.left_out | other.left_out,
+            features=[*self.features, *other.features],
+        )
 
     def of_elements(self, names: Collection[str]) -> CropDataset:
         """Return the crops that have shapes of some elements, with these alone."""
@@ -124,7 +130,22 @@ class CropDataset(Dataset[Crop]):
         crops = [
             replace(self.crops[i], targets={n: t for n, t in self.crops[i].targets.items() if n in names}) for i in kept
         ]
-        return replace(self, crops=crops, features=[[level[kept] for level in variant] for variant in self.features])
+        return replace(self, crops=crops)
+
+    def box(self, index: int) -> Box:
+        """Return where a crop lies on its slide, in model pixels."""
+        return Box(*self.crops[index].origin, self.size, self.size)
+
+    def maps(self, index: int, version: int = 0) -> FeatureMaps:
+        """Return the features of the slide that a crop lies on, in one of the versions."""
+        return self.features[self.crops[index].section].maps[self.versions[version]]
+
+    def crop_features(self, index: int, levels: Sequence[int], version: int = 0) -> list[Tensor]:
+        """Return the features of a crop, ``(C, h, w)`` float32, for some levels."""
+        maps = self.maps(index, version)
+        return [
+            torch.from_numpy(maps.read(level, self.box(index)).astype(np.float32)).permute(2, 0, 1) for level in levels
+        ]
 
     def image(self, index: int, halo: int) -> Tensor:
         """Return the image of a crop with a halo, ``(3, h, w)`` uint8."""

@@ -1,20 +1,21 @@
-"""Features of crops: computed once in several versions, or anew at every step."""
+"""Features of crops: computed once for a slide in several versions, or anew at every step."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm.auto import tqdm
 
 from pixnet._core.predict.device import resolve_precision
-from pixnet._core.train.augment import jitter
+from pixnet._core.predict.malloc import memory_kept
+from pixnet._core.predict.map_grid import Box
+from pixnet._core.train.augment import Version, jitter, turn, turn_back
 from pixnet._core.train.dataset import CropDataset
-from pixnet._settings import settings
+from pixnet._core.train.feature_store import Wanted, slide_features
 from pixnet.models._pixnet import PixNet
 
 CROP_HALO = 192
@@ -27,19 +28,6 @@ ADAPTED_CROPS = 512
 def crop_halo(model: PixNet) -> int:
     """Return the number of model pixels to see around a crop."""
     return min(model.halo, CROP_HALO // model.config.zoom)
-
-
-def turn(x: Tensor, symmetry: int) -> Tensor:
-    """Apply one of the eight symmetries of the square to ``(..., H, W)``."""
-    if symmetry >= 4:
-        x = x.flip(-1)
-    return torch.rot90(x, symmetry % 4, (-2, -1))
-
-
-def turn_back(x: Tensor, symmetry: int) -> Tensor:
-    """Undo `turn`."""
-    x = torch.rot90(x, -(symmetry % 4), (-2, -1))
-    return x.flip(-1) if symmetry >= 4 else x
 
 
 def encode_crops(
@@ -65,6 +53,7 @@ def encode_crops(
     return features
 
 
+@memory_kept()
 @torch.no_grad()
 def adapt_norms(model: PixNet, dataset: CropDataset, rng: torch.Generator, device: str) -> None:
     """Give the encoder's batch norms the statistics of the training tissue, in place; an encoder without any stays as it is.
@@ -91,46 +80,46 @@ def adapt_norms(model: PixNet, dataset: CropDataset, rng: torch.Generator, devic
         norm.eval()
 
 
-@torch.no_grad()
 def with_features(
-    dataset: CropDataset,
-    model: PixNet,
-    variants: int,
-    stain: float,
-    rng: torch.Generator,
-    device: str,
-    label: str = "features",
-) -> CropDataset:
-    """Return the data set with the features of its crops in each variant; the first is the crop as it is."""
+    datasets: Sequence[CropDataset], model: PixNet, versions: Sequence[int], stain: float, device: str
+) -> list[CropDataset]:
+    """Return data sets with the features of their crops on disk, each in a number of versions; the first is the slide as is.
+
+    Raises
+    ------
+    OSError
+        If the disk does not hold them.
+    """
     model.eval()
-    halo = crop_halo(model)
-    found: list[list[Tensor]] = []
-    symmetries = [0, *torch.randperm(7, generator=rng).add(1).tolist()]
-    bar = tqdm(total=variants * len(dataset), desc=label, unit="crop", file=sys.stderr, disable=not settings.progress)
-    with bar:
-        for variant in range(variants):
-            parts: list[list[Tensor]] = []
-            for start in range(0, len(dataset), 4):
-                images = dataset.images(range(start, min(start + 4, len(dataset))), halo)
-                strength = stain if variant else 0.0
-                features = encode_crops(model, images.to(device), halo, symmetries[variant % 8], strength, rng)
-                parts.append([f.to("cpu", torch.float16) for f in features])
-                bar.update(len(images))
-            found.append([torch.cat(level).contiguous(memory_format=torch.channels_last) for level in zip(*parts)])
-    return replace(dataset, features=found)
+    wanted, out = [], []
+    for dataset, n in zip(datasets, versions):
+        numbered = Version.numbered(n, stain)
+        out.append(replace(dataset, versions=numbered))
+        for index, section in enumerate(dataset.sections):
+            boxes = [dataset.box(i) for i, crop in enumerate(dataset.crops) if crop.section == index]
+            wanted.append(Wanted(section.reader, boxes, numbered))
+    window, block = model.window, getattr(model.encoder, "block", None)
+    # Blocks that an encoder sees by themselves need no halo where windows are made of whole ones.
+    halo = 0 if block and window % block == 0 else crop_halo(model)
+    found = iter(slide_features(wanted, model.encoder, model.levels, window=window, halo=halo, device=device))
+    return [replace(dataset, features=[next(found) for _ in dataset.sections]) for dataset in out]
 
 
 def set_feature_statistics(model: PixNet, dataset: CropDataset) -> None:
     """Give the model mean and standard deviation of each feature over the crops."""
-    for i, level in zip(model.levels, dataset.features[0]):
-        flat = level.float().transpose(0, 1).flatten(1)
-        getattr(model, f"feature_mean_{i}").copy_(flat.mean(dim=1))
-        getattr(model, f"feature_sd_{i}").copy_(flat.std(dim=1).clamp(min=1e-3))
-
-
-def standardised(model: PixNet, features: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return features of the levels in use, standardised, by level."""
-    return model.standardise({level: feature.float() for level, feature in zip(model.levels, features)})
+    for level in model.levels:
+        n, total, squares = 0, np.zeros(1), np.zeros(1)
+        for i, crop in enumerate(dataset.crops):
+            slide = Box(0, 0, *dataset.sections[crop.section].grid.shape)
+            flat = dataset.maps(i).read(level, dataset.box(i).clipped(slide)).astype(np.float32)
+            flat = flat.reshape(-1, flat.shape[-1])
+            n, total = n + len(flat), total + flat.sum(axis=0, dtype=np.float64)
+            squares = squares + np.einsum("nc,nc->c", flat, flat, dtype=np.float64)
+            dataset.maps(i).forget()
+        mean = total / n
+        sd = np.sqrt(np.maximum(squares / n - mean**2, 0)).clip(1e-3)
+        getattr(model, f"feature_mean_{level}").copy_(torch.from_numpy(mean))
+        getattr(model, f"feature_sd_{level}").copy_(torch.from_numpy(sd))
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
+from pixnet._core.train.checkpoints import Checkpoints, job_hash
 from pixnet._core.train.crops import Section, crop_size
 from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.evidence import assess, balance, predict_shapes, ratio_of
 from pixnet._core.train.features import adapt_norms, set_feature_statistics, with_features
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.options import TrainingOptions
@@ -25,6 +30,7 @@ def fit(
     seed: int,
     device: str,
     fresh: bool = True,
+    resume: bool = False,
     objective: Objective | None = None,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> PixNet:
@@ -44,6 +50,8 @@ def fit(
         Torch device.
     fresh
         Whether the decoder is new: batch norms, feature statistics and baseline are then set from the training sections.
+    resume
+        Go on with a run of the same model, settings and sections that was interrupted, after the last of its passes.
     objective
         The losses; None: those that the options name.
     on_epoch
@@ -58,6 +66,10 @@ def fit(
 
     Notes
     -----
+    A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings their
+    sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has none to be
+    compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to held-out shapes.
+
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
     (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells how many passes the
     weights have seen. Rows of one call have the same ``run``.
@@ -66,27 +78,82 @@ def fit(
     size = crop_size([*training, *validation])
     train, valid = CropDataset.of(training, size), CropDataset.of(validation, size)
     _report(train, valid)
+    checkpoints = Checkpoints(job_hash(model, training, validation, options, seed, device))
+    saved = checkpoints.load() if resume else None
+    if resume and saved is None:
+        logger.info(
+            "there is no interrupted run of these settings and slides to go on with; training starts from the beginning"
+        )
+    try:
+        epochs = _fit(
+            model, train, valid, options, objective, seed, device, fresh, on_epoch, checkpoints.save, saved or {}
+        )
+    except KeyboardInterrupt:
+        logger.warning(
+            "training was interrupted; the same call with resume=True goes on after its last whole pass, and in this process "
+            "finds the features that are there"
+        )
+        raise
+    except FloatingPointError:
+        checkpoints.remove()
+        raise
+    checkpoints.remove()
+    model.provenance["epochs"] = epochs
+    model.encoder.requires_grad_(True)
+    return model.eval().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _fit(
+    model: PixNet,
+    train: CropDataset,
+    valid: CropDataset,
+    options: TrainingOptions,
+    objective: Objective,
+    seed: int,
+    device: str,
+    fresh: bool,
+    on_epoch: Callable[[Row], None] | None,
+    save: Callable[[dict[str, Any]], None],
+    saved: Mapping[str, Any],
+) -> int:
+    """Compute features and make both runs; return the number of passes. ``saved`` is what ``save`` was given last."""
     rng = torch.Generator().manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.encoder.requires_grad_(options.tune_encoder)
     if fresh and (model.config.zoom > 1 if options.adapt_norms is None else options.adapt_norms):
         adapt_norms(model, train, rng, device)
     variants = 1 if options.tune_encoder else options.variants
-    train = with_features(train, model, variants, options.stain, rng, device)
-    kept = variants if options.refit else 1
-    valid = with_features(valid, model, kept, options.stain, rng, device, "features (validation)")
+    versions = (variants, variants if options.refit else 1)
+    train, valid = with_features((train, valid), model, versions, options.stain, device)
     start = snapshot(model)
-    objective.prepare(train)
-    run = 1 + max((row.get("run", 1) for row in model.history), default=0)
+    objective.prepare(train, model.head.gene_weights)
+    before = list(model.history)
+    number = 1 + max((row.get("run", 1) for row in before), default=0)
 
     def validated(row: Row) -> None:
-        model.history.append({"run": run, **row})
+        model.history.append({"run": number, **row})
         if on_epoch is not None:
             on_epoch(row)
 
+    if saved:
+        model.history = [*before, *saved["history"]]
+        run, state = ("on everything", saved["again"]) if "again" in saved else ("with held-out shapes", saved["first"])
+        logger.info("going on after pass %d of the run %s", state["epoch"], run)
     if fresh:
         initialise(model, train, seed)
-    state, epochs = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated).run()
+    first = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated)
+    first.keep = lambda state: save({"first": state, "history": model.history[len(before) :]})
+    if saved:
+        first.restore(saved["first"])
+    state, epochs = first.run()
+    whole = copy.deepcopy(first.state())
+    model.load_state_dict(state)
+    drawn = np.random.default_rng(seed)
+    seen, held_out = (predict_shapes(model, dataset, device, drawn) for dataset in (train, valid))
+    ratio = ratio_of(held_out)
+    balance(model, ratio, held_out)
+    model.evidence = assess(predict_shapes(model, valid, device, drawn), ratio, seed)
+    generalised = ratio / ratio_of(seen)
     if options.refit:
         logger.info("training again on all sections, %d passes", epochs)
         both = train.join(valid)
@@ -95,11 +162,14 @@ def fit(
         if fresh:
             initialise(model, both, seed)
         again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
+        again.keep = lambda state: save({"first": whole, "again": state, "history": model.history[len(before) :]})
+        if "again" in saved:
+            again.restore(saved["again"])
         state, _ = again.run()
-    model.load_state_dict(state)
-    model.provenance["epochs"] = epochs
-    model.encoder.requires_grad_(True)
-    return model.eval().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.load_state_dict(state)
+        seen = predict_shapes(model, both, device, drawn)
+        balance(model, ratio_of(seen) * generalised, seen)
+    return epochs
 
 
 def initialise(model: PixNet, dataset: CropDataset, seed: int) -> None:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
-from pixnet._core.train.covered import Features, covered_features
+from pixnet._core.train.batches import VALIDATED_PX, Batch, SectionBatchSampler, collate
+from pixnet._core.train.covered import Features, batch_features
 from pixnet._core.train.dataset import CropDataset
-from pixnet._core.train.features import autocast, crop_halo, encode_crops
+from pixnet._core.train.features import autocast
 from pixnet._core.train.options import TrainingOptions
 from pixnet.models._losses import LOSSES, ExpressionLoss, shape_loss
 from pixnet.models._pixnet import PixNet
@@ -33,7 +33,7 @@ class ShapeSums(NamedTuple):
 
 
 def shape_sums(model: PixNet, batch: Batch, features: Features, member: int | None = None) -> dict[str, ShapeSums]:
-    """Sum the map of a model, or of one of its members, over the shapes of each element, from `covered_features`."""
+    """Sum the map of a model, or of one of its members, over the shapes of each element, from `standardised`."""
     members = list(model.members) if member is None else [model.members[member]]
     densities = []
     for m in members:
@@ -58,9 +58,9 @@ class Objective:
         self._weights: dict[str, Tensor] = {}
         self._dispersion: dict[str, Tensor] = {}
 
-    def prepare(self, dataset: CropDataset) -> None:
-        """Take from the training shapes what the losses need to know of each gene."""
-        if self.options.gene_weights == "signal":
+    def prepare(self, dataset: CropDataset, default_weights: str) -> None:
+        """Take from the training shapes what the losses need to know of each gene; ``default_weights`` is the head's choice."""
+        if (self.options.gene_weights or default_weights) == "signal":
             self._weights = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
         if self.options.loss == "nb+pcc":
             self._dispersion = dataset.dispersion()
@@ -81,13 +81,9 @@ class Objective:
         model.eval()
         found: dict[tuple[int, str], list[ShapeSums]] = {}
         for indices in SectionBatchSampler(dataset, 10**9, min(self.options.batch_crops, EVALUATED_CROPS)):
-            batch = collate(dataset, indices, device)
-            if self.options.tune_encoder:
-                halo = crop_halo(model)
-                raw = encode_crops(model, dataset.images(indices, halo).to(device), halo)
-            else:
-                raw = [f[indices].to(device) for f in dataset.features[0]]
-            for name, shapes in shape_sums(model, batch, covered_features(model, batch, raw)).items():
+            batch = collate(dataset, indices, VALIDATED_PX).to(device)
+            features = batch_features(model, dataset, batch, self.options.tune_encoder)
+            for name, shapes in shape_sums(model, batch, features).items():
                 found.setdefault((batch.section, name), []).append(shapes)
         losses = [
             self._of_element(model, dataset, section, name, ShapeSums(*map(torch.cat, zip(*found[section, name]))))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pixnet._core.train.batches import Batch, SectionBatchSampler, collate
-from pixnet._core.train.covered import Features, covered_features
+from pixnet._core.parallel import in_threads
+from pixnet._core.predict.malloc import memory_kept
+from pixnet._core.train.batches import TRAINED_PX, Batch, SectionBatchSampler, collate
+from pixnet._core.train.covered import Features, at_covered, read_features, standardised
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import crop_halo, encode_crops
 from pixnet._core.train.objective import Objective, shape_sums
@@ -23,6 +25,12 @@ from pixnet.models._pixnet import PixNet
 
 State = dict[str, Tensor]
 Row = dict[str, float]
+
+LOADINGS_RATE = 30.0
+"""Learning rate of loadings over that of the rest."""
+
+READERS = 2
+"""Threads that read features ahead of a GPU."""
 
 LEAST_PROGRESS = 1e-4
 """A pass validates better than those before by at least this much."""
@@ -74,6 +82,18 @@ class WeightAverage:
             self.model.load_state_dict(current)
 
 
+class Drawn(NamedTuple):
+    """A batch with what was drawn for it: version of each crop, and the factor of each channel in each crop, by level.
+
+    ``raw`` are its features, once they were read.
+    """
+
+    batch: Batch
+    versions: list[int]
+    keep: dict[int, Tensor] | None
+    raw: dict[int, Tensor]
+
+
 class Trainer:
     """One run of training.
 
@@ -93,6 +113,11 @@ class Trainer:
         Number of passes; None: the most that the options allow.
     on_epoch
         Called after each pass with its row: ``epoch``, ``lr``, ``train_*`` and, where it was validated, ``val_*``.
+
+    Attributes
+    ----------
+    keep
+        Called after each pass with `state`, from which `restore` goes on.
     """
 
     def __init__(
@@ -110,18 +135,30 @@ class Trainer:
         self.model, self.train, self.valid, self.objective = model, train, valid, objective
         self.options = options = objective.options
         self.rng, self.device, self.on_epoch = rng, device, on_epoch
+        self.keep: Callable[[dict[str, Any]], None] | None = None
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        # Loadings are logits: decay would pull all genes to one share.
+        # Loadings are logits: decay would pull all genes to one share, and at the rate of the rest they would hardly move.
         loadings = [p for p in model.head.parameters() if p.requires_grad]
         others = [p for p in self.trained if not any(p is other for other in loadings)]
-        groups: list[dict[str, Any]] = [{"params": others}, {"params": loadings, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": loadings, "weight_decay": 0.0, "lr": options.lr * LOADINGS_RATE},
+        ]
         self.optimiser = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
         steps = len(self.sampler) * self.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: learning_rate(step, steps))
         self.average = WeightAverage(model, options.ema)
+        self.epoch, self.least, self.chosen, self.best = 0, math.inf, 0, self.average.state
 
+    @property
+    def done(self) -> bool:
+        """Whether all passes were made, or validation stopped improving."""
+        waited = self.epoch - self.chosen if self.valid is not None and self.chosen else 0
+        return self.epoch >= self.epochs or waited >= self.options.patience
+
+    @memory_kept()
     def run(self) -> tuple[State, int]:
         """Train; return the averaged weights of the pass that validated best, or of the last, and that pass's number.
 
@@ -130,38 +167,76 @@ class Trainer:
         FloatingPointError
             If a loss is NaN or infinite; the pass and the batch are named.
         """
-        best, least, chosen = self.average.state, math.inf, 0
         label = "training on all" if self.valid is None else "training"
-        bar = tqdm(range(1, self.epochs + 1), desc=label, unit="epoch", file=sys.stderr, disable=not settings.progress)
-        for epoch in bar:
-            row = self._epoch(epoch)
-            shown = {"loss": f"{row['train_expression']:.3f}"}
-            if self.valid is not None:
-                shown |= {"val": f"{row['val_expression']:.3f}", "pcc": f"{row['val_pcc']:.3f}"}
-            bar.set_postfix(shown)
-            if self.on_epoch is not None:
-                self.on_epoch(row)
-            if self.valid is None:
-                best, chosen = self.average.state, epoch
-                continue
-            criterion = row["val_expression"] + self.options.total_weight * row["val_total"]
-            if not math.isfinite(criterion):
-                raise FloatingPointError(
-                    f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate "
-                    "(lr=) or look for shapes with extreme counts in the validation sections"
-                )
-            if criterion < least - LEAST_PROGRESS or not chosen:
-                best, least, chosen = self.average.copy(), criterion, epoch
-            elif epoch - chosen >= self.options.patience:
-                break
-        return best, chosen
+        shown_on = {"file": sys.stderr, "disable": not settings.progress}
+        with tqdm(total=self.epochs, initial=self.epoch, desc=label, unit="epoch", **shown_on) as bar:
+            while not self.done:
+                row = self._epoch(self.epoch + 1)
+                self._judge(row)
+                shown = {"loss": f"{row['train_expression']:.3f}"}
+                if self.valid is not None:
+                    shown |= {"val": f"{row['val_expression']:.3f}", "pcc": f"{row['val_pcc']:.3f}"}
+                    shown["best"] = str(self.chosen)
+                bar.set_postfix(shown)
+                bar.update()
+                if self.on_epoch is not None:
+                    self.on_epoch(row)
+                if self.keep is not None:
+                    self.keep(self.state())
+        return self.best, self.chosen
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next passes depend on."""
+        names = list(changing(self.model))
+        return {
+            "epoch": self.epoch,
+            "least": self.least,
+            "chosen": self.chosen,
+            "model": changing(self.model),
+            "average": {name: self.average.state[name] for name in names},
+            "steps": self.average.steps,
+            "best": {name: self.best[name] for name in names},
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": self.rng.get_state(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.epoch, self.least, self.chosen = state["epoch"], state["least"], state["chosen"]
+        for name, tensor in changing(self.model).items():
+            tensor.copy_(state["model"][name])
+            self.average.state[name].copy_(state["average"][name])
+        self.average.steps = state["steps"]
+        if self.valid is not None:
+            self.best = self.average.state | {k: v.to(self.device) for k, v in state["best"].items()}
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.rng.set_state(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+
+    def _judge(self, row: Row) -> None:
+        """Count a pass, and take its weights if it validated best."""
+        epoch = int(row["epoch"])
+        if self.valid is None:
+            self.epoch = self.chosen = epoch
+            return
+        criterion = row["val_expression"] + self.options.total_weight * row["val_total"]
+        if not math.isfinite(criterion):
+            raise FloatingPointError(
+                f"the validation loss is {criterion} after epoch {epoch}; training stopped. Lower the learning rate "
+                "(lr=) or look for shapes with extreme counts in the validation sections"
+            )
+        self.epoch = epoch
+        if criterion < self.least - LEAST_PROGRESS or not self.chosen:
+            self.best, self.least, self.chosen = self.average.copy(), criterion, epoch
 
     def _epoch(self, epoch: int) -> Row:
         """Make one pass and return its row."""
         losses = []
-        for number, indices in enumerate(self.sampler, start=1):
-            batch = collate(self.train, indices, self.device, self.rng)
-            losses.append(self._step(batch, f"epoch {epoch}, batch {number}"))
+        for number, drawn in enumerate(self._drawn(), start=1):
+            losses.append(self._step(drawn, f"epoch {epoch}, batch {number}"))
             self.schedule.step()
             self.average.update()
         row: Row = {"epoch": epoch, "lr": self.optimiser.param_groups[0]["lr"]}
@@ -172,12 +247,42 @@ class Trainer:
             row |= {f"val_{key}": value for key, value in scores.items()}
         return row
 
-    def _step(self, batch: Batch, where: str) -> dict[str, float]:
+    def _drawn(self) -> Iterator[Drawn]:
+        """Yield the batches of a pass; for a GPU they are read ahead. What is random is drawn in their order either way."""
+        drawn = (self._draw(indices) for indices in self.sampler)
+        if torch.device(self.device).type != "cuda" or self.options.tune_encoder:
+            yield from map(self._read, drawn)
+            return
+        with closing(in_threads(self._read, drawn, READERS)) as read:
+            yield from read
+
+    def _draw(self, indices: list[int]) -> Drawn:
+        """Draw pixels, a version of each crop, and channels to drop."""
+        model, options, rng = self.model, self.options, self.rng
+        batch = collate(self.train, indices, TRAINED_PX, rng)
+        versions = torch.randint(len(self.train.versions), (len(indices),), generator=rng).tolist()
+        if options.dropout == 0:
+            return Drawn(batch, versions, None, {})
+        shapes = {level: (len(indices), model.encoder.channels[level]) for level in model.levels}
+        kept = {level: torch.rand(shape, generator=rng) >= options.dropout for level, shape in shapes.items()}
+        return Drawn(batch, versions, {level: k / (1 - options.dropout) for level, k in kept.items()}, {})
+
+    def _read(self, drawn: Drawn) -> Drawn:
+        """Read the features of a batch, unless the encoder is tuned."""
+        if self.options.tune_encoder:
+            return drawn
+        raw = read_features(self.model, self.train, drawn.batch, drawn.versions)
+        if torch.device(self.device).type == "cuda":
+            raw = {level: f.pin_memory() for level, f in raw.items()}
+        return drawn._replace(raw=raw)
+
+    def _step(self, drawn: Drawn, where: str) -> dict[str, float]:
         """Take one step on one batch and return its losses."""
         model = self.model
         model.train()
         model.encoder.eval()  # batch norm keeps its statistics, tuned or not
-        features = self._features(batch)
+        batch = drawn.batch.to(self.device)
+        features = self._features(batch, drawn)
         # Each member learns by itself: their mean then gains from their differences.
         members = [
             self.objective.losses(model, self.train, batch.section, shape_sums(model, batch, features, member))
@@ -195,24 +300,13 @@ class Trainer:
         self.optimiser.step()
         return {key: float(sum(found[key].detach() for found in members)) / len(members) for key in members[0]}
 
-    def _features(self, batch: Batch) -> Features:
-        """Return the features of a batch in randomly drawn versions, with channels dropped."""
-        model, options, rng = self.model, self.options, self.rng
-        if options.tune_encoder:
-            halo = crop_halo(model)
+    def _features(self, batch: Batch, drawn: Drawn) -> Features:
+        """Return the features of a batch with channels dropped; where the encoder is tuned, of a version drawn now."""
+        keep = None if drawn.keep is None else {level: k.to(self.device) for level, k in drawn.keep.items()}
+        if self.options.tune_encoder:
+            model, rng, halo = self.model, self.rng, crop_halo(self.model)
             images = self.train.images(batch.crops, halo).to(self.device)
-            raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), options.stain, rng)
-        else:
-            variants = self.train.features
-            drawn = torch.randint(len(variants), (len(batch.crops),), generator=rng).tolist()
-            raw = [
-                torch.stack([variants[v][level][i] for v, i in zip(drawn, batch.crops)]).to(self.device)
-                for level in range(len(variants[0]))
-            ]
-        keep = None
-        if options.dropout > 0:
-            keep = {}
-            for level, feature in zip(model.levels, raw):
-                kept = torch.rand(feature.shape[:2], generator=rng) >= options.dropout
-                keep[level] = kept.to(self.device) / (1 - options.dropout)
-        return covered_features(model, batch, raw, keep)
+            raw = encode_crops(model, images, halo, int(torch.randint(8, (1,), generator=rng)), self.options.stain, rng)
+            return standardised(model, batch, at_covered(model, batch, raw), keep)
+        there = {level: f.to(self.device, non_blocking=True) for level, f in drawn.raw.items()}
+        return standardised(self.model, batch, there, keep)

@@ -18,21 +18,22 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from zarr.codecs import BloscCodec
 
+from pixnet._core.scratch import scratch_root
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
 from pixnet._sdata.record import Entries
 from pixnet._sdata.store.commit import CommittedError, check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
     heal,
-    local_store,
     prepare,
     read_element,
     set_element,
     write_earlier,
 )
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
-from pixnet._sdata.store.scratch import bind_scratch, scratch_root
+from pixnet._sdata.store.scratch import bind_scratch
 from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
+from pixnet._sdata.target import local_store
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""

@@ -1,11 +1,7 @@
-"""The folder to which maps of objects in memory stream. It goes at exit, and does not read as NaN then."""
+"""Maps of objects in memory, in the scratch folder: they do not read as NaN once it is gone."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +11,6 @@ from xarray import DataArray, DataTree
 
 from pixnet._core.stored import stored_array
 from pixnet._sdata.rasters import levels
-from pixnet._settings import settings
-
-_scratch: Path | None = None
-
-
-def scratch_root() -> Path:
-    """Return this process's folder under ``settings.scratch_dir``, made when it is first asked for.
-
-    Raises
-    ------
-    OSError
-        If it cannot be made.
-    """
-    global _scratch
-    if _scratch is None or not _scratch.exists():
-        path = Path(settings.scratch_dir) / f"pixnet-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        try:
-            path.mkdir(parents=True)
-        except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"no folder can be made in settings.scratch_dir, {str(settings.scratch_dir)!r} ({error.strerror}): set it "
-                "to a folder with room for maps (or PIXNET_SCRATCH_DIR)",
-            ) from error
-        _scratch = path
-        atexit.register(_clear_scratch, path, os.getpid())
-    return _scratch
-
-
-def _clear_scratch(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not clear its parent's
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class ScratchStore(zarr.storage.LocalStore):
