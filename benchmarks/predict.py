@@ -59,7 +59,9 @@ DEFAULT = {
 NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
 KEPT = {"MALLOC_TRIM_THRESHOLD_": 2_000_000_000, "MALLOC_MMAP_THRESHOLD_": 1_000_000_000, "MALLOC_ARENA_MAX": 1}
 """With ``keep=1``: workers keep the memory that they free, as docs/clusters.md advises."""
-COLUMNS = "how; slide, px; genes; precision; workers; keep; wall, s; model, s; CPU, s; peak, GB; map, GB; load".split(
+COLUMNS = (
+    "how", "slide, px", "genes", "precision", "workers", "keep", "wall, s", "model, s", "CPU, s", "peak, GB", "map, GB", "load",
+)  # fmt: skip
     "; "
 )
 
