@@ -62,8 +62,6 @@ KEPT = {"MALLOC_TRIM_THRESHOLD_": 2_000_000_000, "MALLOC_MMAP_THRESHOLD_": 1_000
 COLUMNS = (
     "how", "slide, px", "genes", "precision", "workers", "keep", "wall, s", "model, s", "CPU, s", "peak, GB", "map, GB", "load",
 )  # fmt: skip
-    "; "
-)
 
 
 class Peak:
