@@ -60,19 +60,8 @@ NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
 KEPT = {"MALLOC_TRIM_THRESHOLD_": 2_000_000_000, "MALLOC_MMAP_THRESHOLD_": 1_000_000_000, "MALLOC_ARENA_MAX": 1}
 """With ``keep=1``: workers keep the memory that they free, as docs/clusters.md advises."""
 COLUMNS = (
-    "how",
-    "slide, px",
-    "genes",
-    "precision",
-    "workers",
-    "keep",
-    "wall, s",
-    "model, s",
-    "CPU, s",
-    "peak, GB",
-    "map, GB",
-    "load",
-)
+    "how", "slide, px", "genes", "precision", "workers", "keep", "wall, s", "model, s", "CPU, s", "peak, GB", "map, GB", "load",
+)  # fmt: skip
 
 
 class Peak:
@@ -212,15 +201,21 @@ def spots(sdata, model, precision, n: int = 64) -> float:
     return (time.perf_counter() - start) / n * 0.4 * (side / model.stride) ** 2
 
 
+def messages() -> list[str]:
+    """A list that receives what pixnet logs from now on."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pixnet").addHandler(handler)
+    return said
+
+
 def run(case: dict) -> dict:
     """Run one case in this process."""
     import pixnet as px
 
     px.settings.progress = False
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pixnet").addHandler(handler)
+    said = messages()
     found: dict = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR"))))
@@ -288,17 +283,17 @@ def encoder_throughput(model, precision) -> tuple[float, int]:
 
 def limit(size: int) -> None:
     """Print the time of a whole slide as a multiple of what the encoder alone would take for its tissue, in one process."""
+    import spatialdata
+
     import pixnet as px
 
     px.settings.progress = False
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pixnet").addHandler(handler)
-    sdata, model = make_slide(size), make_model(DEFAULT)
+    said = messages()
+    model = make_model(DEFAULT)
     before = encoder_throughput(model, None)
     with tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR")) as folder, Peak() as peak:
-        px.settings.scratch_dir = Path(folder)
+        make_slide(size).write(Path(folder) / "slide.zarr")  # painting it takes as long as the model
+        sdata = spatialdata.read_zarr(Path(folder) / "slide.zarr")
         start, busy = time.perf_counter(), time.process_time()
         px.tl.predict(sdata, model)
         wall, cpu = time.perf_counter() - start, time.process_time() - busy

@@ -73,7 +73,7 @@ class _Block(nn.Module):
             for layer in list(self.depthwise)[1:]:
                 y = layer(y)
         y = self.project(y)
-        return x + y if self.residual else y
+        return y.add_(x) if self.residual else y
 
 
 def _clear_margin(x: Tensor, pad: nn.ZeroPad2d) -> Tensor:
@@ -124,7 +124,7 @@ class EfficientNetLite0(nn.Module):
     def stage(self, k: int, x: Tensor) -> list[Tensor]:
         """Return the features of a stage, of the last ones of the stage before it (of the image for the first)."""
         if k == 0:
-            x = self.stem(x * (255 / 128) - 127 / 128)  # Lite0 was trained on (pixel - 127) / 128
+            x = self.stem(x.mul(255 / 128).sub_(127 / 128))  # Lite0 was trained on (pixel - 127) / 128
         features = []
         for i in _BLOCKS_OF_STAGE[k]:
             x = self.blocks[i](x)

@@ -33,11 +33,10 @@ STRIP = 2048
 KEPT = 768e6
 """Bytes of features that a lazy map keeps for its next tiles."""
 
-Unit = tuple[int, int]
-
-
 SHARED = 384e6
 """Bytes of features between units that are kept for the next ones."""
+
+Unit = tuple[int, int]
 
 
 def margins(reach: Mapping[int, int]) -> list[int]:
@@ -152,14 +151,12 @@ class StagedUnits:
         Windows that no tissue is in reach of, also of other units, are left out: nothing that counts depends on them.
         """
         first, stride = next(iter(self.reach)), list(self.reach)[k]
-        # Deeper maps are smaller: their windows are larger, for the same memory and less halo. Those that are shared, and
-        # wait for others, follow the tissue more closely.
-        quarters = 4 if k == 0 else 3 if k < len(self.reach) - 1 else 5
-        largest = quarters * self.grid.window * stride // (4 * first)
+        # Deeper maps are smaller: their windows are larger, for the same memory and less halo.
+        largest = self.grid.window if k == 0 else 5 * self.grid.window * stride // (4 * first)
         largest = -(-max(largest, 8 * self._halo(k)) // self.deepest) * self.deepest
         whole, margin = self._gives(k, unit, kept), self.margins[k]
         blocks = [Window(whole)]
-        if k < len(self.reach) - 1 and self.grid.unit > 2 * margin:
+        if self._shares(k):
             blocks = [
                 Window(Box(y, x, height, width), shared_y or shared_x)
                 for y, height, shared_y in self._segments(unit[0], margin, self.grid.model_grid.shape[0])
@@ -174,12 +171,16 @@ class StagedUnits:
         cut = (Window(box, block.shared) for block in blocks for box in _windows(block.box, largest, self.deepest))
         return [window for window in cut if near(window.box)]
 
+    def _shares(self, k: int) -> bool:
+        """Whether a stage computes once what two units need: the first, whose margin is widest and halo narrowest."""
+        return k == 0 < len(self.reach) - 1 and self.grid.unit > 2 * self.margins[0]
+
     def _gives(self, k: int, unit: Unit, kept: Box) -> Box:
-        """Return the box that a stage gives for a unit: all that other stages see, or what the decoder needs."""
-        if k == len(self.reach) - 1:
-            return kept
-        side = self.grid.unit
-        return Box(unit[0] * side, unit[1] * side, side, side).grown(self.margins[k])
+        """Return the box that a stage gives for a unit: all that the next one sees of it."""
+        if self._shares(k):
+            side = self.grid.unit
+            return Box(unit[0] * side, unit[1] * side, side, side).grown(self.margins[k])
+        return kept.grown(self.margins[k] - self.deepest)
 
     def _segments(self, i: int, margin: int, extent: int) -> list[tuple[int, int, bool]]:
         """Cut a unit and its margin, along an axis, into what two units need and what is its own: start, size, shared."""
@@ -209,7 +210,7 @@ class StagedUnits:
         last = k == len(self.reach) - 1
         found: dict[int, Tensor] = {}
 
-        def paste(window: Window, own: Mapping[int, Tensor], strides: Sequence[int]) -> None:
+        def paste(window: Window, own: Mapping[int, Tensor]) -> None:
             """``own`` are maps of the window, by level; the last is that which the next stage sees."""
             for level, feature in own.items():
                 if level in maps_wanted:
@@ -228,7 +229,7 @@ class StagedUnits:
                         for level, f in zip(levels, own)
                         if level in maps_wanted or level == top
                     }
-                    paste(window, one, strides)
+                    paste(window, one)
                     if window.shared:
                         self._share(k, window.box, one)
 
@@ -241,7 +242,7 @@ class StagedUnits:
                 missing.append(window)
             else:
                 with self.model.running(cost):
-                    paste(window, there, strides)
+                    paste(window, there)
         if below is None:
             for group, pixels in ahead(partial(self._read, halo, cost), _rows(missing)):
 
