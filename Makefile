@@ -11,7 +11,7 @@ TESTS ?= tests tutorials
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-timm lint format docs clean
+.PHONY: help demo test test-slow test-timm test-lowest lint format docs clean
 
 help:  ## Say what the targets do.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,6 +27,9 @@ test-slow: $(STAMPS)/test  ## Run the tests that fail a write at every single st
 
 test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
 	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS) tests
+
+test-lowest:  ## Run the tests with the lowest versions that pyproject.toml allows, installed in .venv-lowest.
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt TESTS="$(TESTS)"
 
 lint: $(STAMPS)/lint  ## Check style, formatting and types.
 	$(BIN)/ruff check .

@@ -107,7 +107,7 @@ def run(row: dict, seed: int, net: PixNet, datasets: list[CropDataset]) -> dict:
     train, valid = (dataset.of_elements(row.get("shapes", ["spots"])) for dataset in datasets[:2])
     train = replace(train, versions=train.versions[: options.variants])
     initialise(model, train, seed)
-    objective.prepare(train)
+    objective.prepare(train, model.head.gene_weights)
     start = time.perf_counter()
     state, _ = Trainer(model, train, valid, objective, rng=rng, device="cpu").run()
     found = {"seconds": round(time.perf_counter() - start)}

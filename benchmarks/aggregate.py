@@ -320,7 +320,7 @@ def large(shapes: str, n_genes: int = 250, side: int = 4096) -> None:
         images={"map": Image2DModel.parse(lazy, dims=("c", "y", "x"), c_coords=names)},
         shapes={shapes: ShapesModel.parse(gpd.GeoDataFrame(geometry=geometry))},
     )
-    px.tl.aggregate  # noqa: B018  what is imported late is no part of the call
+    px.tl.aggregate  # noqa: B018  late imports are not part of the call
     before, start, start_work = memory(now=True), time.perf_counter(), time.process_time()
     table = px.tl.aggregate(sdata, shapes, inplace=False)
     figures = {

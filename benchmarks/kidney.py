@@ -1,4 +1,4 @@
-"""The Visium HD kidney as a SpatialData object: H&E, 55 um spots, and bins of 8, 16, 32 and 56 um.
+"""The Visium HD kidney as a SpatialData object: H&E, 55 µm spots, and bins of 8, 16, 32 and 56 µm.
 
 The data are 10x Genomics' public human kidney (FFPE, Visium HD), left half of one section.
 """
@@ -25,7 +25,7 @@ SCALES = {"bins_008um": 1, "bins_016um": 2, "bins_032um": 4, "bins_056um": 7}
 
 
 def load(folder: Path, scales: dict[str, int] | None = None) -> SpatialData:
-    """Read the folder; coarser bins are sums of whole blocks of 8 um bins."""
+    """Read the folder; coarser bins are sums of whole blocks of 8 µm bins."""
     meta = json.loads((folder / "meta.json").read_text())
     image = np.asarray(Image.open(folder / "he.jpg").convert("RGB")).transpose(2, 0, 1)
     spots = ad.read_h5ad(folder / "spots_055um.h5ad")

@@ -339,7 +339,7 @@ def seams() -> None:
     near = (
         np.abs((np.arange(truth.shape[1]) + core / 2) % core - core / 2 + 0.5) < 4
     )  # on both sides of the edge of each unit
-    near[:4] = near[-4:] = False  # the square's own edge is no seam
+    near[:4] = near[-4:] = False  # the square's own edge is not a seam
     seam = near[:, None] | near[None, :]
 
     def predict(tile: int):

@@ -1,6 +1,6 @@
 """How good the predictions are, on real tissue, beside reference methods on the same features and splits.
 
-    python benchmarks/quality.py kidney DATA/visium_hd_kidney          # spots -> bins of 8 to 56 um, another part of the section
+    python benchmarks/quality.py kidney DATA/visium_hd_kidney          # spots -> bins of 8 to 56 µm, another part of the section
     python benchmarks/quality.py kidney DATA/visium_hd_kidney --methods dense mixed --seeds 3
     python benchmarks/quality.py her2st DATA/her2st                    # leave one section out, and across patients
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1] / "docs"
 BINS = list(kidney.SCALES)
 SPOT_UM = 55
 UPPER, LOWER = (0.0, 0.5), (0.55, 1.0)
-"""Parts of the kidney's height; a twentieth of it (about 330 um) lies between them."""
+"""Parts of the kidney's height; a twentieth of it (about 330 µm) lies between them."""
 
 
 # kidney ------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def run_kidney(args) -> dict:
 
 
 def draw_kidney(test: SpatialData, path: Path, gene: str = "NPHS2") -> None:
-    """Draw a gene measured in 32 um bins beside its prediction."""
+    """Draw a gene measured in 32 µm bins beside its prediction."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")

@@ -1,15 +1,15 @@
-"""The claim of the paper where the truth is exact: trained on 100 um spots, asked at 2 to 55 um and cell by cell.
+"""The claim of the paper where the truth is exact: trained on 100 µm spots, asked at 2 to 55 µm and cell by cell.
 
     python benchmarks/scales.py OUT                              # everything: slides, models and scores in the folder OUT
     python benchmarks/scales.py OUT --seeds 0 --only dense       # a part of it, for long runs in turns
 
-Trained on legacy spots (100 um across, 200 um apart) of synthetic tissues, tested on another tissue in another stain, against the
+Trained on legacy spots (100 µm across, 200 µm apart) of synthetic tissues, tested on another tissue in another stain, against the
 noise-free map that the counts of a synthetic tissue are drawn from. Two networks have the same features of the same frozen
 encoder, the same spots and the same loss:
 
 - ``dense``: `pixnet.tl.train` as it is: a perceptron on each pixel's features, a map, its sum over the spot;
 - ``slid``: the perceptron on the mean of the features inside the spot (`spot_to_vector.py`), which is what spot-to-vector
-  methods do. It answers finer by moving over the slide, 2 um a step, with the 100 um window it was trained with
+  methods do. It answers finer by moving over the slide, 2 µm a step, with the 100 µm window it was trained with
   (``slid, 100 um``) or with a window of the area of what is asked for (``slid, shrunk``).
 
 Parts that OUT already holds are not done again. The table goes to docs/_generated/scales.md, the figure to docs/_static/scales.png.
@@ -60,7 +60,7 @@ SHOWN, CORNER, EDGE_UM = "EPI1", (700, 700), 500  # of the figure: gene, upper l
 
 
 def legacy_slide(seed: int) -> SpatialData:
-    """Return a slide with 100 um spots, its tissue marked."""
+    """Return a slide with 100 µm spots, its tissue marked."""
     sdata = px.datasets.synthetic_tissue(
         SIZE_UM, mpp=MPP, n_genes=N_GENES, seed=seed, stain_seed=seed, shapes="spots_legacy"
     )
@@ -75,7 +75,7 @@ def unseen_slide(seed: int) -> SpatialData:
     sdata = px.datasets.synthetic_tissue(SIZE_UM, mpp=MPP, n_genes=N_GENES, seed=seed, stain_seed=seed, shapes=shapes)
     px.pp.tissue_mask(sdata)
     px.pp.make_grid(sdata, 16, key_added="squares_16um")
-    # 40,000 of the squares of 2 um that are tissue, since a million take long to score.
+    # 40,000 of the squares of 2 µm that are tissue, since a million take long to score.
     tissue = np.argwhere(np.isfinite(sdata["truth"].data[-1].compute()))
     row, col = np.random.default_rng(0).permutation(tissue)[:40_000].T
     edge = MAP_UM / MPP

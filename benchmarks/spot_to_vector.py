@@ -159,7 +159,7 @@ def _loss(density: Tensor, spots: dict, rows: Tensor) -> dict[str, Tensor]:
 
 
 def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 um grid."""
+    """Return the maps of a model's encoder of a whole slide, float16, and its tissue mask on the 2 µm grid."""
     net.eval()  # batch norms keep their statistics
     slide = Slide.open(sdata)
     grid = slide.grid(net.mpp, net.stride)
@@ -185,7 +185,7 @@ def encode_slide(net: PixNet, sdata) -> tuple[list[np.ndarray], np.ndarray]:
 
 @torch.no_grad()
 def first_layer(source: PixNet, net: SpotToVector, maps: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
-    """Return the first layer's values at each place of the 2 um grid, ``(width, y, x)``.
+    """Return the first layer's values at each place of the 2 µm grid, ``(width, y, x)``.
 
     The layer is linear, so it may come before the mean over a window, with fewer channels to average.
     """

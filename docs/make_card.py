@@ -34,6 +34,7 @@ def main() -> None:
         "|---|---|",
         "| data | [her2st](https://github.com/almaan/her2st): HER2-positive breast tumours, legacy Spatial Transcriptomics, 100 µm spots (Andersson et al., *Nat Commun* 2021) |",
         "| licence of the data | the article is under CC BY 4.0, and the repository has no licence file; the weights have the licence of the package, BSD-3-Clause |",
+        f"| tissue | {provenance['tissue']}; no other tissue was seen |",
         f"| trained on | {training} |",
         f"| validation | {validation} decided when to stop; the final model was then trained on {everything} for the same number of epochs |",
         f"| never seen | section C5, from the same patient as {everything}; section B4, from another patient |",

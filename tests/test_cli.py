@@ -75,6 +75,12 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert record["versions"]["spatialdata"]
     assert record["model"]["sha256"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.txt", "out.run.json", "out.zarr"]
+    # a part of it, drawn in QuPath
+    shutil.copy(source / "cells.geojson", tmp_path / "part.geojson")
+    part = ["--region", tmp_path / "part.geojson", "--key-added", "part", "--genes", "FIB1", "--model", options[3]]
+    assert pixnet("predict", out, *part) == 0
+    part = spatialdata.read_zarr(out)["part"]["scale0"]["image"].values[0]
+    assert 0 < np.isfinite(part).mean() < np.isfinite(sdata["he_genes"]["scale0"]["image"].values[0]).mean()
     # again: refused, replaced, or completed
     assert pixnet("predict", source / "slide.png", *options) == 1
     assert "pass --overwrite to replace it, or --resume" in log[-1]

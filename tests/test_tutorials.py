@@ -29,7 +29,7 @@ pytestmark = [
 
 
 def platforms():
-    # tests are no package (importmode importlib), so the helper beside the tests of io is loaded by its path
+    # tests are not a package (importmode importlib), so the helper beside the tests of io is loaded by its path
     spec = importlib.util.spec_from_file_location("platforms", Path(__file__).parent / "io" / "platforms.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

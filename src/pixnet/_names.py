@@ -12,6 +12,9 @@ TOTAL = "__total__"
 TOTALS = {"density": TOTAL, "log_sum": "__total_log_sum__"}
 """Name of that channel by quantity: it tells whether the genes beside it are densities or the published sums of logs."""
 
+MOST_CHANNELS = 1000
+"""Genes up to which a model and its map have a channel for each, unless told otherwise."""
+
 
 def is_total(channel: str) -> bool:
     """Return whether a channel is the total of a gene map, of a known quantity or another."""

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pixnet._core.parallel import in_threads
-from pixnet._core.predict.map_grid import Box, choose_map_grid
+from pixnet._core.predict.map_grid import choose_map_grid
 from pixnet._core.predict.portable_model import PortableModel
-from pixnet._core.predict.staged import UnitPlan
+from pixnet._core.predict.staged import margins
 from pixnet._core.predict.tile_runner import TileRunner, lazy_map
 from pixnet._core.slide.grid import choose_grid
 from pixnet._core.slide.mask import TissueMask
@@ -202,14 +202,34 @@ def test_glass_out_of_reach_does_not_run(model, pixels):
     seen, read = [], runner.reader.read
     runner.reader.read = lambda *box: seen.append(box) or read(*box)
     whole(runner)
-    sees = UnitPlan.around(Box(40, 40, 110, 190), model.reach).sees[1]
-    assert 0 < len(seen) < (-(-sees.height // 64)) * (-(-sees.width // 64))
+    height, width = (n + 2 * margins(model.reach)[0] for n in SHAPE)
+    assert 0 < sum(box[2] * box[3] for box in seen) < 0.6 * height * width
 
 
-def test_stages_see_what_they_reach():
-    plan = UnitPlan.around(Box(4096, 8192, 4096, 4000), {8: 33, 16: 136, 32: 256})
-    assert plan.kept == Box(4064, 8160, 4160, 4064)
-    assert [box.y - plan.kept.y for box in plan.sees] == [-440, -400, -256]
+def test_margins_add_up():
+    assert margins({8: 33, 16: 136, 32: 256}) == [448, 288, 32]
+    assert margins({4: 5}) == [4]
+
+
+def test_what_two_units_need_is_computed_once(model, pixels):
+    runner = make_runner(model, pixels)
+    source, ran = runner.source, []
+    encoder = runner.placed.model.ready(torch.device("cpu")).encoder
+    stage = encoder.stage
+    encoder.stage = lambda k, x: ran.append((k, x.shape[2] * x.shape[3])) or stage(k, x)
+    whole(runner)
+    wanted = {0: [], 1: []}
+    for unit in {unit for place in runner.tiles() for unit in runner.units(*place)}:
+        for k in wanted:
+            wanted[k] += [window.box for window in source.windows(k, unit, source.grid.unit_box(*unit))]
+    encoder.stage = stage
+    for k, boxes in wanted.items():
+        assert sum(n == k for n, _ in ran) == len(set(boxes)) < len(boxes)
+        # each place once
+        cells = [
+            (y, x) for b in set(boxes) for y in range(b.y, b.y + b.height, 16) for x in range(b.x, b.x + b.width, 16)
+        ]
+        assert len(cells) == len(set(cells))
 
 
 def test_a_wrong_reach_is_refused(pixels):

@@ -59,7 +59,7 @@ def visium(folder: Path, sdata: SpatialData) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     table, spots = sdata["spots_counts"], sdata["spots"]
     barcodes = [f"{'ACGT'[i % 4]}{i:015d}-1" for i in range(len(spots))]
-    # Space Ranger reports spots of 55 um a little larger than the pitch suggests
+    # Space Ranger reports spots of 55 µm a little larger than the pitch suggests
     _spatial(folder / "spatial", sdata, 2 * spots["radius"].iloc[0] * 1.18)
     positions = pd.DataFrame(
         {
@@ -78,7 +78,7 @@ def visium(folder: Path, sdata: SpatialData) -> Path:
 
 
 def visium_hd(folder: Path, sdata: SpatialData) -> Path:
-    """What Space Ranger 3 writes for Visium HD: 8 um bins."""
+    """What Space Ranger 3 writes for Visium HD: 8 µm bins."""
     folder.mkdir(parents=True, exist_ok=True)
     table, bins = sdata["bins_counts"], sdata["bins"]
     edge = 8 / 0.5

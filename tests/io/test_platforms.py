@@ -23,7 +23,7 @@ pytest.importorskip("tifffile")
 
 
 def _load(name: str):
-    # tests are no package (importmode importlib), so a helper beside this file is loaded by its path
+    # tests are not a package (importmode importlib), so a helper beside this file is loaded by its path
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -305,3 +305,11 @@ class TestRealFiles:
     def test_multi_channel(self, shared_data):
         with pytest.raises(ValueError, match="5 z planes, 3 separate channels"):
             slide(shared_data / "wsi" / "multi-channel-z-series.ome.tif")
+
+
+def test_a_dicom_that_is_no_slide_is_not_called_damaged(tmp_path):
+    path = tmp_path / "scan.dcm"
+    path.write_bytes(bytes(128) + b"DICM" + bytes(2000))
+    with pytest.raises(ValueError, match="DICOM file that OpenSlide does not read .*tiled pyramidal TIFF") as error:
+        slide(path, mpp=0.5)
+    assert "damaged" not in str(error.value)

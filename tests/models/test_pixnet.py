@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -278,3 +279,13 @@ class TestZoom:
         assert again.config.zoom == 2
         assert again.config.hidden == 24
         torch.testing.assert_close(again(image), model(image))
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("2.13.0+cpu", "download.pytorch.org/whl/cpu"), ("2.13.0", r"'pixnet\[timm\]' \(")]
+)
+def test_without_timm_the_call_that_installs_it_for_this_torch_is_named(monkeypatch, version, said):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=said):
+        PixNet(["A"], encoder="timm/resnet18", pretrained=False)

@@ -21,7 +21,7 @@ from pixnet._sdata.record import identity_of, note
 from pixnet._sdata.store.element_store import write_mpp
 
 GENES = ["EPCAM", "COL1A1", "CD3E"]
-MPP = 0.5  # H&E: 240 x 320 px = 120 x 160 um; map: 60 x 80 px of 2 um
+MPP = 0.5  # H&E: 240 x 320 px = 120 x 160 µm; map: 60 x 80 px of 2 um
 CENTRES = np.array([[60.0, 60.0], [160.0, 60.0], [260.0, 60.0], [60.0, 180.0], [160.0, 180.0], [260.0, 180.0]])
 
 

@@ -104,7 +104,7 @@ def test_evaluation_ranks_genes_and_names_the_ends():
     ax = px.pl.evaluation(scores([0.1, np.nan, 0.5, -0.2, 0.3]), n_named=1)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.5, 0.3, 0.1, -0.2])
     np.testing.assert_allclose(ax.lines[0].get_xdata(), [0, 100 / 3, 200 / 3, 100])
-    assert {text.get_text() for text in ax.texts} == {"G2", "G3"}
+    assert [text.get_text() for text in ax.texts] == ["best  G2", "worst  G3"]
     assert "mean 0.17" in ax.get_legend().get_texts()[0].get_text()
 
 
@@ -134,11 +134,28 @@ def test_evaluation_wrong_arguments(df, kwargs, error, says):
 
 def test_evaluation_names_genes_of_each_curve_apart():
     ax = px.pl.evaluation({"spots": scores([0.50, 0.4, 0.1, 0.0]), "cells": scores([0.49, 0.3, 0.1, 0.01])}, n_named=1)
-    best = [text for text in ax.texts if text.get_gid() == "best"]
-    assert [text.get_text() for text in best] == ["G0", "G0"]
-    assert abs(best[0].xy[1] - best[1].xy[1]) >= 0.05 * np.ptp(ax.get_ylim())
-    assert [text.get_color() for text in best] == [line.get_color() for line in ax.lines[:2]]
-    assert len([text for text in ax.texts if text.get_gid() == "worst"]) == 2
+    assert [text.get_text() for text in ax.texts] == ["best  G0   worst  G3"] * 2
+    assert [text.get_color() for text in ax.texts] == [line.get_color() for line in ax.lines[:2]]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_names_of_genes_lie_in_the_axes_and_off_the_curves(given, several):
+    ids = scores(np.linspace(0.9, 0.7, 60)).rename(index=lambda name: f"ENSG{int(name[1:]):011d}")
+    ax = plt.subplots(figsize=(3.5, 2.5))[1] if given else None
+    ax = px.pl.evaluation({"spots": ids, "cells": ids} if several else ids, ax=ax)
+    ax.set_title("a title")
+    sizes = []
+    for _ in range(2):
+        ax.figure.canvas.draw()
+        frame, picture = ax.get_window_extent(), ax.figure.bbox
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert all(box.y1 <= frame.y1 + 1 and box.x0 >= picture.x0 and box.x1 <= picture.x1 for box in boxes)
+        highest = ax.transData.transform([(0, max(line.get_ydata().max() for line in ax.lines[:-1]))])[0, 1]
+        assert all(box.y0 >= highest for box in boxes)
+        assert given or ax.title.get_window_extent().y1 <= picture.y1
+        sizes.append(frame.bounds)
+    assert sizes[0] == pytest.approx(sizes[1], abs=1)
 
 
 def test_evaluation_takes_a_cross_validation():

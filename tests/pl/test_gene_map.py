@@ -8,6 +8,7 @@ import pytest
 import shapely
 import xarray as xr
 from geopandas import GeoDataFrame
+from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import (
     Affine,
@@ -72,7 +73,7 @@ def test_shared_scale(slide):
 def test_default_box_is_where_there_are_predictions(slide):
     _, ax = px.pl.gene_map(slide, "EPCAM")
     x0, x1 = ax.get_xlim()
-    assert 8 * 2 - 0.05 * 160 < x0 < 8 * 2  # glass is the first 8 map pixels of 2 um
+    assert 8 * 2 - 0.05 * 160 < x0 < 8 * 2  # glass is the first 8 map pixels of 2 µm
     assert x1 == 160
 
 
@@ -134,7 +135,7 @@ def test_axes_given_for_each_panel_or_divided(slide):
 def test_scale_bar_has_a_round_length_in_um(slide):
     axes = px.pl.gene_map(slide, "EPCAM", box="slide")
     bar = next(line for line in axes[0].lines if line.get_gid() == "scale-bar")
-    assert np.ptp(bar.get_xdata()) == 20  # a quarter of 160 um is 40: the round length below
+    assert np.ptp(bar.get_xdata()) == 20  # a quarter of 160 µm is 40: the round length below
     assert any(text.get_text() == "20 µm" for text in axes[0].texts)
     axes = px.pl.gene_map(slide, "EPCAM", scalebar=False)
     assert not axes[0].lines
@@ -327,3 +328,19 @@ def test_a_backend_that_starts_inside_stays_interactive(slide):
         assert mpl.is_interactive()
     finally:
         mpl.interactive(False)
+
+
+def test_spatialdata_plot_shows_a_map_as_the_docs_of_predict_say(slide):
+    pytest.importorskip("spatialdata_plot")
+    pixels = Image2DModel.parse(
+        gene_map_array(), dims=("c", "y", "x"), c_coords=[*GENES, "__total__"], scale_factors=(2,)
+    )
+    assert np.isnan(pixels["scale0"]["image"]).any()
+    sdata = SpatialData(images={"he_genes": pixels})
+    with pytest.raises(ValueError, match="NaN"):  # else the docs can leave it out
+        sdata.pl.render_images("he_genes", channel=GENES[0]).pl.show("global")
+    shown = SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})
+    shown.pl.render_images("map", channel=GENES[0]).pl.show("global")
+    values = images(plt.gcf().axes[0])[0].get_array()
+    assert values.min() == 0
+    assert values.max() == pytest.approx(np.nanmax(gene_map_array()[0]))

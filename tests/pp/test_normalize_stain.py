@@ -9,10 +9,13 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
 import pixnet as px
-from pixnet._core.slide.stain import apply_table, matching_table, optical_density
+from pixnet._core.slide.stain import apply_table, matching_table, optical_density, slide_statistics
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import levels
 from pixnet._sdata.record import find_entry
+from pixnet._sdata.slide import Slide
+from pixnet._sdata.tissue import open_mask
+from pixnet.tl import _predict
 
 
 def density(sdata, key):
@@ -108,10 +111,30 @@ def test_a_backed_object_keeps_it(slide, model, tmp_path):
     assert find_mpp(again, "he_normalized") == 0.5
 
 
+def test_a_slide_that_was_foreign_before_is_still_named(slide, model, monkeypatch):
+    said = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(_predict.logger, level, lambda text, *args, level=level: said.append((level, text % args)))
+    model.provenance["tissue"] = "breast tumour"
+    opened, grid = Slide.open(slide), Slide.open(slide).grid(0.5, 4)
+    own = slide_statistics(opened.reader(grid), open_mask(opened, grid.out_px))
+    near, far = (own | {"od_mean": [x + more for x in own["od_mean"]]} for more in (0.02, 0.5))
+    for training, foreign in (([near], False), ([far], True)):
+        model.stain = training
+        px.pp.normalize_stain(slide, model, overwrite=True)
+        said.clear()
+        px.tl.predict(slide, model, image_key="he_normalized", overwrite=True)
+        assert any(level == "info" and "was trained on breast tumour" in text for level, text in said)
+        warned = [text for level, text in said if level == "warning" and "lay far outside it" in text]
+        assert len(warned) == foreign
+    assert "mean optical density in" in warned[0]
+    assert "another than breast tumour" in warned[0]
+
+
 def test_bad_input(slide, model):
     with pytest.raises(KeyError, match="no image 'x'"):
         px.pp.normalize_stain(slide, model, image_key="x")
-    with pytest.raises(ValueError, match="the image itself"):
+    with pytest.raises(ValueError, match="made from"):
         px.pp.normalize_stain(slide, model, key_added="he", overwrite=True)
     with pytest.raises(ValueError, match="overwrite=True"):
         px.pp.normalize_stain(slide, model, key_added="he")

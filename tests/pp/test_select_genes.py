@@ -13,6 +13,8 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 
 import pixnet as px
+from pixnet._sdata.measured import MeasuredTable
+from pixnet.tl._training_genes import choose_genes
 
 
 def make(counts, genes, total=None, layer=None, kind=np.asarray):
@@ -124,12 +126,20 @@ def test_mitochondrial_genes_are_known_by_symbols_in_var_and_by_ensembl_id():
     sdata["spots_counts"].var["gene_name"] = pd.Categorical(["MT-CO1", "A", "RPL3", "B", "C"])
     assert sorted(px.pp.select_genes(sdata)) == sorted(ids[1:3])
     assert ids[2] not in px.pp.select_genes(sdata, exclude_prefixes=["RPL"])
+    assert sorted(in_training(sdata)) == sorted(ids[1:3])
+
+
+def in_training(sdata):
+    """Return the genes that `tl.train` chooses by default."""
+    table = MeasuredTable.read(sdata["spots_counts"], "spots_counts", None, None)
+    return choose_genes(None, None, {"0": {"spots": table}}, {}, all_genes=False)[0]
 
 
 def test_only_a_number_that_was_asked_for_warns(caplog, monkeypatch):
     monkeypatch.setattr("pixnet._logging.logger.propagate", True)
     sdata = make(COUNTS, GENES)
     px.pp.select_genes(sdata)
+    assert in_training(sdata) == px.pp.select_genes(sdata)
     assert caplog.text == ""
     px.pp.select_genes(sdata, n_top=10)
     assert "only 4 genes qualify, fewer than n_top=10" in caplog.text

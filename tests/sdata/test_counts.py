@@ -193,24 +193,24 @@ def by_id(tissue):
     return sdata
 
 
-MENDS = r"names are Ensembl ids, the genes asked for are symbols.*var\['feature_name'\] holds \d of them.*var_names ="
+FIXES = r"names are Ensembl ids, the genes asked for are symbols.*var\['feature_name'\] holds \d of them.*var_names ="
 
 
 def test_ids_against_symbols(by_id):
-    with pytest.raises(KeyError, match=MENDS):
+    with pytest.raises(KeyError, match=FIXES):
         px.tl.evaluate(by_id, table_key="p", reference_key="measured")
-    with pytest.raises(KeyError, match=MENDS):
+    with pytest.raises(KeyError, match=FIXES):
         px.tl.train(by_id, shapes="bins", table_key="measured", genes=SYMBOLS[:2])
     model = px.models.PixNet(SYMBOLS, pretrained=False)
-    with pytest.raises(KeyError, match=MENDS):
+    with pytest.raises(KeyError, match=FIXES):
         px.tl.train(by_id, shapes="bins", table_key="measured", model=model)
     named = by_id.tables["measured"].copy()
     named.var_names = SYMBOLS
     by_id.tables["named"] = named
-    with pytest.raises(ValueError, match=f"no gene is in all 2 tables.*{MENDS}"):
+    with pytest.raises(ValueError, match=f"no gene is in all 2 tables.*{FIXES}"):
         px.pp.select_genes(by_id, table_key=["named", "measured"])
     del by_id.tables["named"]
-    # What the message says mends it.
+    # What the message says fixes it.
     table = by_id.tables["measured"]
     table.var_names = table.var["feature_name"].astype(str)
     assert len(px.tl.evaluate(by_id, table_key="p", reference_key="measured")) == 4

@@ -32,13 +32,13 @@ from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import (
     heal,
-    local_store,
     put,
     record_entries,
     update_element_attrs,
     write_mpp,
 )
 from pixnet._sdata.store.workspace import WORK, write_json
+from pixnet._sdata.target import local_store
 
 
 def labels(value=1, n=16):
@@ -291,7 +291,7 @@ def found(path):
 
 def test_it_is_completed_by_whoever_looks_first(interrupted):
     assert (interrupted["mask"].values == 1).all()
-    check_sdata(interrupted, "pl.gene_map")
+    check_sdata(interrupted)
     assert (interrupted["mask"].values == 2).all()
     stored = sd.read_zarr(interrupted.path).attrs["pixnet"]
     assert {k: v for k, v in interrupted.attrs["pixnet"].items() if v} == {k: v for k, v in stored.items() if v}
@@ -337,10 +337,10 @@ def test_what_must_be_completed_and_cannot_be_is_refused(interrupted, monkeypatc
 
     monkeypatch.setattr(work, "_open_lock", refuse)
     with pytest.raises(PermissionError, match="interrupted and has to be completed first.*read-only"):
-        check_sdata(interrupted, "tl.aggregate")
+        check_sdata(interrupted)
     for folder in work.work_folders(interrupted.path):
         (folder / "commit.json").unlink()
-    check_sdata(interrupted, "tl.aggregate")  # only debris: a store that is read is left as it is
+    check_sdata(interrupted)  # only debris: a store that is read is left as it is
 
 
 def test_an_element_is_bound_before_another_process_can_replace_it(backed, monkeypatch):

@@ -271,7 +271,7 @@ class Trial:
 
     def check(self, path, sdata):
         """Ask whether the new element is there, and that it or the old one is whole, on record, and nothing besides."""
-        check_sdata(sdata, "test")  # what any pixnet function does first
+        check_sdata(sdata)  # what any pixnet function does first
         found = stored_state(path, self.key)
         assert found in (self.old, self.new)
         if self.key is not None:

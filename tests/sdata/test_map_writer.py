@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from spatialdata.models import Image2DModel, get_channel_names
 from spatialdata.transformations import Identity, Scale, get_transformation
 
 from pixnet._core.parallel import run
+from pixnet._core.predict.map_grid import Box
+from pixnet._core.predict.tile import TileCost
+from pixnet._core.predict.tile_runner import _write
 from pixnet._sdata.store import commit as commits
 from pixnet._sdata.store import map_writer
 from pixnet._sdata.store.commit import CommittedError
@@ -77,6 +81,28 @@ def test_levels_are_means_without_nan(sdata, shape, factors):
     np.testing.assert_array_equal(arrays[0], values)
     for factor, below, level in zip(factors, arrays, arrays[1:]):
         np.testing.assert_allclose(level, nan_mean(below, factor), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "factors", "with_tiles"), [((150, 206), (2, 2), 2), ((1, 140), (2, 2), 2), ((128, 190), (2, 3), 1)]
+)
+def test_levels_written_with_their_tiles(sdata, shape, factors, with_tiles):
+    rng = np.random.default_rng(0)
+    values = rng.random((3, *shape)).astype(np.float32)
+    values[:, rng.random(shape) < 0.3] = np.nan
+    stream = MapWriter.open(sdata, "map", spec_of(shape, chunk=64, factors=factors), {"n": 1})
+    assert stream.levels_of_tiles(64) == with_tiles
+    coarser = list(zip(stream.arrays[1:], factors))[:with_tiles]
+    for i, j in np.ndindex(*(-(-n // 64) for n in shape)):
+        part = values[:, i * 64 : (i + 1) * 64, j * 64 : (j + 1) * 64]
+        box = Box(i * 64, j * 64, *part.shape[1:])
+        _write(stream.arrays[0], coarser, SimpleNamespace(values=part, box=box, i=i, j=j, cost=TileCost()))
+    arrays = [array[:] for array in stream.arrays]
+    stream.discard()
+    np.testing.assert_array_equal(arrays[0], values)
+    for factor, below, level in list(zip(factors, arrays, arrays[1:]))[:with_tiles]:
+        rows = below.repeat(factor, axis=1) if shape[0] == 1 else below  # an axis shorter than a block is one pixel
+        np.testing.assert_allclose(level, nan_mean(rows, factor), rtol=1e-5)
 
 
 def test_the_element_is_what_spatialdata_reads(sdata):

@@ -168,7 +168,7 @@ def old(**images):
 
 def use(sdata):
     """Do what every public function does first."""
-    check_sdata(sdata, "pp.set_mpp")
+    check_sdata(sdata)
 
 
 def test_an_old_object_is_brought_over(capsys):

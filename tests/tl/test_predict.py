@@ -15,13 +15,15 @@ import time
 from pathlib import Path
 
 import dask.array as da
+import geopandas as gpd
 import numpy as np
 import pytest
+import shapely
 import spatialdata as sd
 import torch
 import zarr
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, Labels2DModel
+from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
 from spatialdata.transformations import (
     Affine,
     Identity,
@@ -230,6 +232,84 @@ def test_coarser_maps(sdata, model):
     assert find_mpp(sdata, "coarse") == pytest.approx(10)
 
 
+def as_element(sdata, polygon, scale=2.0):
+    """The polygon as an element of other units than pixels."""
+    frame = gpd.GeoDataFrame(geometry=[shapely.transform(polygon, lambda xy: xy / scale)])
+    return ShapesModel.parse(frame, transformations={"global": Scale([scale, scale], axes=("x", "y"))})
+
+
+@pytest.mark.parametrize("how", ["box", "polygon", "frame", "element"])
+@pytest.mark.parametrize("out_mpp", [None, 5.3])
+def test_a_region_has_the_values_of_the_whole_map(sdata, model, how, out_mpp):
+    polygon = shapely.Polygon([(101, 90), (330, 141), (333, 260), (180, 207)])
+    if how == "box":
+        region = polygon.bounds
+        polygon = shapely.box(*region)
+    elif how == "polygon":
+        region = polygon
+    else:
+        sdata["part"] = as_element(sdata, polygon)
+        region = "part" if how == "element" else sdata["part"]
+    given = {"precision": "float32", "out_mpp": out_mpp}
+    px.tl.predict(sdata, model, **given)
+    px.tl.predict(sdata, model, region=region, key_added="of_part", **given)
+    whole, found = full(sdata).values, full(sdata, "of_part").values
+    pixel = (out_mpp or 2) / 0.5
+    y, x = np.indices(whole.shape[1:]) * pixel
+    touched = shapely.area(shapely.intersection(polygon, shapely.box(x, y, x + pixel, y + pixel))) > 1e-9
+    np.testing.assert_array_equal(~np.isnan(found), ~np.isnan(whole) & touched)
+    np.testing.assert_allclose(found[:, touched], whole[:, touched], rtol=1e-4)
+    if how == "element":  # all that the shapes need is there
+        one, other = (px.tl.aggregate(sdata, "part", image_key=k, inplace=False) for k in ("he_genes", "of_part"))
+        np.testing.assert_allclose(one.X, other.X, rtol=1e-5)
+
+
+def test_regions_are_lazy_too_and_resume_only_the_same(sdata, model):
+    box = (100, 90, 330, 260)
+    px.tl.predict(sdata, model, region=box)
+    lazy = px.tl.predict(sdata, model, region=box, inplace=False)
+    np.testing.assert_array_equal(lazy.compute(scheduler="synchronous").values, full(sdata).values)
+    with pytest.raises(ValueError, match="no tissue of image 'he' lies in region="):
+        px.tl.predict(sdata, model, region=(600, 480, 620, 500), overwrite=True)
+    assert sdata.attrs["pixnet"]["images"]["he_genes"]["region"]["box"] == list(box)
+
+
+class Near(torch.nn.Module):
+    """An encoder that sees blocks of 16 px."""
+
+    strides, channels = (4, 16), (4, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.deep = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.Conv2d(4, 6, 4, stride=4)
+
+    def forward(self, image):
+        fine = self.fine(image)
+        return [fine, self.deep(fine)]
+
+
+@pytest.mark.parametrize(("y", "x"), [(37, 53), (64, 128)])
+def test_a_crop_has_the_values_of_the_slide_that_it_was_cut_from(y, x):
+    torch.manual_seed(0)
+    net = px.models.PixNet(GENES, mpp=0.5, encoder=Near(), window=64, halo=64).eval()
+    torch.nn.init.normal_(net.members[0].last.weight, std=0.5)
+    sdata = slide()
+    px.tl.predict(sdata, net, mask_key=False, precision="float32")
+    box = {"min_coordinate": [y, x], "max_coordinate": [y + 300, x + 401], "target_coordinate_system": "global"}
+    crop = sd.bounding_box_query(sdata, axes=("y", "x"), **box)
+    px.tl.predict(crop, net, mask_key=False, precision="float32", key_added="again")
+    found, matrix = full(crop, "again").values, get_transformation(crop["again"], "global")
+    matrix = matrix.to_affine_matrix(("y", "x"), ("y", "x"))
+    np.testing.assert_array_equal(np.diag(matrix), [4, 4, 1])
+    assert ((matrix[:2, 2] % 64 == 0) & (matrix[:2, 2] <= [y, x])).all()
+    i, j = (matrix[:2, 2] // 4).astype(int)
+    whole = full(sdata).values[:, i : i + found.shape[1], j : j + found.shape[2]]
+    inner = np.s_[:, 28 : 28 + 36, 28 : 28 + 60]  # what lies near the edge of a crop sees white beyond it
+    np.testing.assert_allclose(found[inner], whole[inner], rtol=1e-4)
+    outside = np.add.outer(np.arange(found.shape[1]) * 4 + matrix[0, 2] < y - 2, np.zeros(found.shape[2], bool))
+    assert np.isnan(found[:, outside]).all()
+
+
 def test_masks_of_any_affine(sdata, model):
     turned = Affine([[0, 10, 0], [10, 0, 0], [0, 0, 1]], input_axes=("x", "y"), output_axes=("x", "y"))
     mask = sdata["he_tissue"].values.T.copy()
@@ -366,6 +446,15 @@ def test_a_huge_slide_is_a_graph_in_no_time(model):
         ({"key_added": "he_tissue", "overwrite": True}, ValueError, "he_tissue"),
         ({"key_added": "he", "overwrite": True}, ValueError, "predicted from"),
         ({"resume": True, "inplace": False}, ValueError, "resume"),
+        ({"region": "no"}, KeyError, "region="),
+        ({"region": 3}, TypeError, "name of a shapes or labels element"),
+        ({"region": (1, 2, 3)}, TypeError, "x0, y0, x1, y1"),
+        ({"region": (5, 5, 5, 9)}, ValueError, "x0 < x1"),
+        ({"region": shapely.Polygon()}, ValueError, "empty"),
+        ({"region": shapely.LineString([(0, 0), (5, 5)])}, TypeError, "LineString"),
+        ({"region": shapely.Polygon([(0, 0), (9, 9), (9, 0), (0, 9)])}, ValueError, "invalid"),
+        ({"region": (700, 0, 900, 90)}, ValueError, "outside image 'he'.*x 0 to 620"),
+        ({"region": gpd.GeoDataFrame(geometry=[])}, ValueError, "empty"),
         ({"model": 3}, TypeError, "PixNet"),
         ({"model": "nowhere.safetensors"}, FileNotFoundError, "nowhere"),
     ],

@@ -167,7 +167,7 @@ class TestMap:
         sdata = coloured_slide(size=384)
         px.tl.predict(sdata, model, mask_key=False)
         assert "he_genes" in sdata
-        monkeypatch.setattr("pixnet.tl._predict.MOST_CHANNELS", 5)
+        monkeypatch.setattr("pixnet.tl._map_request.MOST_CHANNELS", 5)
         px.tl.predict(sdata, model, mask_key=False)
         assert {"he_programs", "he_loadings"} <= {name for _, name, _ in sdata.gen_elements()}
         px.tl.predict(sdata, model, genes=GENES[:3], mask_key=False, key_added="some")
@@ -190,7 +190,7 @@ class TestMap:
     @given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 40))
     def test_a_table_of_programs_is_that_of_materialised_genes(self, seed, n_programs, n_genes):
         """Means over any pixels, with any loadings."""
-        from pixnet._sdata.gene_map import GeneSelection, ProgramSelection
+        from pixnet._sdata.selection import GeneSelection, ProgramSelection
 
         rng = np.random.default_rng(seed)
         loadings = rng.dirichlet(np.full(n_genes + 1, 0.1), n_programs)[:, :-1].astype(np.float32)

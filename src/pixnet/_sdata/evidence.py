@@ -10,11 +10,9 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from spatialdata import SpatialData
 
 from pixnet._core.uncertainty import GammaInterval, at_area
 from pixnet._evidence import COLUMNS, DISPERSION, LOW, Evidence
-from pixnet._sdata.record import find_entry
 
 INTERVAL_ROWS = 4096
 """Rows whose intervals are computed at once."""
@@ -47,9 +45,9 @@ class GeneEvidence:
         return _read(table.var, table.uns.get("pixnet"))
 
     @staticmethod
-    def of_record(sdata: SpatialData, image_key: str) -> GeneEvidence | None:
-        """Return what is recorded about a map of genes: losing it loses no number of the map."""
-        found = (find_entry(sdata, "images", image_key) or {}).get("evidence")
+    def of_record(made: Mapping[str, Any]) -> GeneEvidence | None:
+        """Return what the record of a map knows of its genes: losing it loses no number of the map."""
+        found = made.get("evidence")
         if not isinstance(found, Mapping):
             return None
         try:

@@ -1,140 +1,34 @@
 """A map opened once, of genes or of programs: it answers for genes, whatever is stored.
 
-What a map holds is told by the names of its channels, which travel with the image. `Selection` says which channels some
-genes need, and turns what was read into values of the genes. All of it is linear, so sums over shapes are turned as
-pixels are.
+What a map holds is told by the names of its channels, which travel with the image.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from anndata import AnnData
 from spatialdata import SpatialData
 from xarray import DataArray
 
-from pixnet._core.zonal import Mean, Statistic, Sum
 from pixnet._names import TOTAL, TOTALS, check_genes, is_total, listed
 from pixnet._programs import fingerprint, fingerprint_in, is_program
 from pixnet._sdata.counts import dense
 from pixnet._sdata.evidence import GeneEvidence
+from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image
 from pixnet._sdata.loadings import is_loadings, lift
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
+from pixnet._sdata.record import find_entry
+from pixnet._sdata.selection import GeneSelection, LogSumSelection, ProgramSelection, Selection
 
 TRUSTED = "trusted"
 """In place of names: the genes that held-out shapes showed to be predicted."""
-
-
-@dataclass(frozen=True)
-class Selection(ABC):
-    """Some genes of a map.
-
-    Attributes
-    ----------
-    genes
-        Names of the genes.
-    channels
-        Channels to read, by position. The last of them is NaN where there is no prediction.
-    """
-
-    genes: list[str]
-    channels: list[int]
-    unit: ClassVar[str] = "density"
-    label: ClassVar[str] = "density of transcripts"
-    needs: ClassVar[tuple[Statistic, ...]] = (Mean(),)
-    """Statistics of the channels that CP10k is made of."""
-    pixels_have_cp10k: ClassVar[bool] = True
-    mixed: ClassVar[bool] = False
-    """Whether a gene is a sum of several channels."""
-
-    @abstractmethod
-    def values(self, read: np.ndarray) -> np.ndarray:
-        """Return the values of the genes ``(..., genes)`` from those of the channels ``(..., channels)``."""
-
-    @abstractmethod
-    def total(self, read: np.ndarray) -> np.ndarray:
-        """Return the density of all transcripts ``(...)``."""
-
-    def cp10k(self, found: dict[str, np.ndarray], pixel_um2: float) -> np.ndarray:
-        """Return CP10k ``(shapes, genes)`` from statistics of the channels ``(shapes, channels)``, those of ``needs``."""
-        return self.pixel_cp10k(found[Mean.name])
-
-    def pixel_cp10k(self, read: np.ndarray) -> np.ndarray:
-        """Return densities as parts of 10,000 of all transcripts; NaN where there are none."""
-        total = self.total(read)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return self.values(read) / np.where(total > 0, total / 1e4, np.nan)[..., None].astype(np.float32)
-
-    def check_pixels(self) -> None:
-        """Refuse CP10k of pixels where a pixel by itself has none."""
-        if not self.pixels_have_cp10k:
-            raise ValueError(
-                "the map holds 'log_sum' (log1p CP10k per µm²), which is CP10k only when summed over shapes: draw the map as it "
-                "is (show='density'), or a table (pixnet.pl.scales(..., image_key=False))"
-            )
-
-    def check_statistic(self, statistic: Statistic) -> None:
-        """Refuse a statistic that cannot be had from what is stored."""
-        if self.mixed and not statistic.linear:
-            raise ValueError(
-                f"{statistic.name!r} of a gene cannot be had from that of programs: write the genes as channels first, with "
-                "pixnet.tl.gene_channels(sdata, genes), and aggregate that map"
-            )
-
-
-@dataclass(frozen=True)
-class GeneSelection(Selection):
-    """Genes that have a channel each; the total is the last channel."""
-
-    def values(self, read: np.ndarray) -> np.ndarray:
-        """Return all channels but the last."""
-        return read[..., :-1]
-
-    def total(self, read: np.ndarray) -> np.ndarray:
-        """Return the last channel."""
-        return read[..., -1]
-
-
-@dataclass(frozen=True)
-class LogSumSelection(GeneSelection):
-    """Genes whose sum over a shape is its log1p CP10k (the published quantity)."""
-
-    unit: ClassVar[str] = "log1p CP10k / um^2"
-    label: ClassVar[str] = "log1p CP10k / µm²"
-    needs: ClassVar[tuple[Statistic, ...]] = (Mean(), Sum())
-    pixels_have_cp10k: ClassVar[bool] = False
-
-    def cp10k(self, found: dict[str, np.ndarray], pixel_um2: float) -> np.ndarray:
-        """Undo the logarithm of sums."""
-        return np.expm1(self.values(found[Sum.name]) * np.float32(pixel_um2))
-
-
-@dataclass(frozen=True)
-class ProgramSelection(Selection):
-    """Genes of a program map: all programs are read. ``loadings`` is ``(channels, genes)``."""
-
-    loadings: np.ndarray
-    mixed: ClassVar[bool] = True
-
-    def programs(self, read: np.ndarray) -> np.ndarray:
-        """Return programs as parts of 10,000 of all transcripts."""
-        total = self.total(read)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (read / np.where(total > 0, total / 1e4, np.nan)[..., None]).astype(np.float32)
-
-    def values(self, read: np.ndarray) -> np.ndarray:
-        """Multiply by the loadings."""
-        return np.matmul(read, self.loadings, dtype=np.float32)
-
-    def total(self, read: np.ndarray) -> np.ndarray:
-        """Add the programs up."""
-        return read.sum(axis=-1, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -151,6 +45,8 @@ class GeneMap(ABC):
         Names of the genes that it answers for.
     mpp
         Pixel size (µm/px); None if it is unknown.
+    made
+        What is recorded of how it was made: its model, the image that it was predicted from; empty if nothing is.
     evidence
         What held-out shapes showed of the genes; None if it is unknown.
     """
@@ -159,21 +55,27 @@ class GeneMap(ABC):
     data: DataArray
     genes: list[str]
     mpp: float | None
+    made: Mapping[str, Any]
     evidence: GeneEvidence | None
     total_name: ClassVar[str] = TOTAL
     quantity: ClassVar[str] = "density"
 
     @staticmethod
-    def open(sdata: SpatialData, image_key: str) -> GeneMap:
-        """Read what a map says of itself; reads no pixel.
+    def open(sdata: SpatialData, image_key: str | None = None) -> GeneMap:
+        """Check an object, resolve a map, and read what it says of itself; reads no pixel.
 
         Raises
         ------
-        ValueError
-            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made with.
         KeyError
-            If the loadings of a program map are missing.
+            If there is no such image, or the loadings of a program map are missing.
+        TypeError
+            If it is not a SpatialData object.
+        ValueError
+            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made with;
+            or if none is named and none or several could be meant.
         """
+        check_sdata(sdata)
+        image_key = resolve_any_image(sdata, image_key)
         image = sdata.images[image_key]
         if not is_gene_map(image):
             raise ValueError(
@@ -181,8 +83,9 @@ class GeneMap(ABC):
                 "make one with pixnet.tl.predict"
             )
         names, mpp, data = channel_names(image), find_mpp(sdata, image_key), full_resolution(image)
+        made = find_entry(sdata, "images", image_key) or {}
         if any(map(is_program, names)):
-            return _open_programs(sdata, image_key, data, names, mpp)
+            return _open_programs(sdata, image_key, data, names, mpp, made)
         totals = [name for name in names if is_total(name)]
         if len(totals) > 1:
             raise ValueError(
@@ -196,8 +99,8 @@ class GeneMap(ABC):
                 f"it knows {listed(TOTALS.values())}"
             )
         genes = [name for name in names if name != totals[0]]
-        evidence = GeneEvidence.of_record(sdata, image_key)
-        return kinds[totals[0]](image_key, data, genes, mpp, evidence, names)
+        evidence = GeneEvidence.of_record(made)
+        return kinds[totals[0]](image_key, data, genes, mpp, made, evidence, names)
 
     def select(self, genes: str | Sequence[str] | None = None) -> Selection:
         """Choose genes; None: all, ``"trusted"``: those that held-out shapes showed to be predicted.
@@ -227,6 +130,11 @@ class GeneMap(ABC):
                 f"{self._where} has no gene that held-out shapes showed to be predicted; name genes instead"
             )
         return found
+
+    @property
+    def source(self) -> str | None:
+        """The image that the map was predicted from, if it is recorded."""
+        return self.made.get("image_key")
 
     @property
     def _where(self) -> str:
@@ -315,6 +223,11 @@ class ProgramMap(GeneMap):
         return " ".join(self.lift(i, n)[0])
 
 
+def all_maps(sdata: SpatialData) -> list[GeneMap]:
+    """Open every map of an object."""
+    return [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
+
+
 def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     """Return the program map that a call means: the one named, or the only one.
 
@@ -325,12 +238,13 @@ def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     ValueError
         If it is not a program map, or if none is named and none or several could be meant.
     """
+    check_sdata(sdata)
     if image_key is not None:
-        found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+        found = GeneMap.open(sdata, image_key)
         if not isinstance(found, ProgramMap):
             raise ValueError(f"gene map {image_key!r} has a channel for each gene already; a program map is needed")
         return found
-    opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata.images[key])]
+    opened = all_maps(sdata)
     maps = [one for one in opened if isinstance(one, ProgramMap)]
     if len(maps) == 1:
         return maps[0]
@@ -340,7 +254,9 @@ def program_map(sdata: SpatialData, image_key: str | None = None) -> ProgramMap:
     raise ValueError(f"this object has no program map{have}; make one with pixnet.tl.predict(..., store='programs')")
 
 
-def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[str], mpp: float | None) -> GeneMap:
+def _open_programs(
+    sdata: SpatialData, key: str, data: DataArray, names: list[str], mpp: float | None, made: Mapping[str, Any]
+) -> GeneMap:
     """Find the loadings of a program map among the tables, by their names: they may have been renamed or reordered."""
     others = [name for name in names if not is_program(name)]
     if others:
@@ -373,7 +289,7 @@ def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[st
             "that the programs' names stand for. Copy the table again, or predict again"
         )
     loadings = matrix[[programs.index(name) for name in names]]
-    return ProgramMap(key, data, genes, mpp, GeneEvidence.of_table(table), names, table_key, loadings)
+    return ProgramMap(key, data, genes, mpp, made, GeneEvidence.of_table(table), names, table_key, loadings)
 
 
 def _programs_of(table: AnnData) -> list[str]:

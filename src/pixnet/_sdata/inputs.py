@@ -53,10 +53,10 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
     return objects
 
 
-def check_sdata(sdata: Any, function: str) -> None:
+def check_sdata(sdata: Any) -> None:
     """Refuse anything but a SpatialData object; complete what a crash left undone, bring over earlier versions."""
     if not isinstance(sdata, SpatialData):
-        raise TypeError(f"pixnet.{function} takes a SpatialData object, got {type(sdata).__name__}{_hint(sdata)}")
+        raise TypeError(f"sdata is {type(sdata).__name__}; a SpatialData object is needed{_hint(sdata)}")
     heal(sdata)
     bring_over(sdata)
 

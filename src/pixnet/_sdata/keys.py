@@ -1,4 +1,4 @@
-"""Names of elements: which one a call means, and which one is free."""
+"""Names of elements: which one a call means."""
 
 from __future__ import annotations
 
@@ -148,28 +148,6 @@ def resolve_table(sdata: SpatialData, table_key: str | None = None, shapes: str 
             return f"{shapes_default}_counts"
     what = "table of measured counts" + (f" that annotates {shapes!r}" if shapes is not None else "")
     return _only(measured, what, "table_key", f"the object's tables: {listed(sdata.tables)}")
-
-
-def check_key_free(sdata: SpatialData, key: str, overwrite: bool = False) -> None:
-    """Refuse a key that is taken (names are unique across element types), unless it may be replaced."""
-    if not isinstance(key, str) or not key:
-        raise TypeError(f"key_added is {key!r}; a name (str) is needed")
-    if not all(c.isalnum() or c in "_-." for c in key) or key.startswith("__") or key in {".", ".."}:
-        raise ValueError(
-            f"key_added is {key!r}; SpatialData takes letters, digits, '_', '-' and '.', not starting with '__'"
-        )
-    taken = [name for _, name, _ in sdata.gen_elements()]
-    if key in taken and not overwrite:
-        raise ValueError(f"{key!r} exists in this object; pass overwrite=True to replace it, or another key_added=")
-
-
-def check_replaces(sdata: SpatialData, key: str, kind: str) -> None:
-    """Refuse to replace an element by one of another type (a table by an image, say)."""
-    for element_type, name, _ in sdata.gen_elements():
-        if name == key and element_type != kind:
-            raise ValueError(
-                f"{key!r} exists as one of the object's {element_type}, not {kind}; choose another key_added="
-            )
 
 
 def tissue_key(sdata: SpatialData, image_key: str, mask_key: str | bool | None) -> str | Literal[False] | None:

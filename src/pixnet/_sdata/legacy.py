@@ -46,7 +46,7 @@ def bring_over(sdata: SpatialData) -> None:
     new: dict[str, Any] = {"format": FORMAT, **{role: part for role, part in roles.items() if part}}
     if told:
         logger.info(
-            "an earlier version of pixnet recorded the pixel sizes and quantities of %s: the images tell them now",
+            "an earlier version of pixnet recorded the pixel sizes and quantities of %s: the images carry them now",
             listed(sorted(told)),
         )
         if sdata.is_backed():

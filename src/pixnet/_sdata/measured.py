@@ -14,7 +14,10 @@ from scipy import sparse
 from pixnet._logging import logger
 from pixnet._names import TOTAL, listed
 from pixnet._sdata.counts import counts_matrix, totals
-from pixnet._sdata.genes import check_names_unique, gene_positions, other_names
+from pixnet._sdata.genes import beginning_with, check_names_unique, gene_positions, other_names
+
+N_TOP = 250
+"""Genes that are chosen unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class MeasuredTable:
 def rank_genes(
     tables: Sequence[MeasuredTable],
     *,
-    n_top: int | None = 250,
+    n_top: int | None = N_TOP,
     exclude_prefixes: Sequence[str] = ("MT-", "mt-"),
     min_fraction: float = 0.0,
 ) -> list[str]:
@@ -97,12 +100,13 @@ def rank_genes(
 
     If tables are of panels, they are the genes that any of them has.
     """
-    prefixes = tuple(exclude_prefixes)
     genes = _all_genes(tables) if any(table.within_panel for table in tables) else _common_genes(tables)
-    genes = genes[[not name.startswith(prefixes) for name in genes]] if prefixes else genes
-    genes = genes[genes != TOTAL]
+    excluded = set().union(*(beginning_with(table.table, exclude_prefixes) for table in tables))
+    genes = genes[~genes.isin([*excluded, TOTAL])]
     if len(genes) == 0:
-        raise ValueError(f"every gene that all tables have begins with one of exclude_prefixes={prefixes!r}")
+        raise ValueError(
+            f"every gene that all tables have begins with one of exclude_prefixes={tuple(exclude_prefixes)!r}"
+        )
     total, detected, n = np.zeros(len(genes)), np.zeros(len(genes)), np.zeros(len(genes))
     for table in tables:
         usable = table.total > 0
@@ -121,8 +125,6 @@ def rank_genes(
     genes, mean = genes[enough], (total / n)[enough]
     if len(genes) == 0:
         raise ValueError(f"no gene is detected in at least {min_fraction:g} of the spots (min_fraction)")
-    if n_top is not None and len(genes) < n_top:
-        logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
     order = np.lexsort([genes.to_numpy(dtype=str), -mean])
     return [str(name) for name in genes[order[:n_top]]]
 

@@ -107,6 +107,20 @@ def find_mpp(sdata: SpatialData, key: str) -> float | None:
     return next(iter(found.values()))
 
 
+def find_origin(sdata: SpatialData, key: str) -> tuple[float, float]:
+    """Return where an image begins on the one that it was cut from, in its pixels ``(y, x)``: a crop keeps that origin.
+
+    One that was turned, or that states several, counts as uncut.
+    """
+    found = [value for system, value in get_transformation(sdata[key], get_all=True).items() if is_pixel_size(system)]
+    if len(found) != 1:
+        return 0.0, 0.0
+    matrix = found[0].to_affine_matrix(input_axes=("x", "y"), output_axes=("x", "y"))
+    if matrix[0, 1] != 0 or matrix[1, 0] != 0 or matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+        return 0.0, 0.0
+    return float(matrix[1, 2] / matrix[1, 1]), float(matrix[0, 2] / matrix[0, 0])
+
+
 def _matrices(sdata: SpatialData, key: str) -> dict[str, NDArray[np.float64]]:
     """Return the ``(2, 2)`` matrix from pixels to µm of each coordinate system that tells a pixel size."""
     found = {}

@@ -104,9 +104,7 @@ def pack_element(element: GeoDataFrame, key: str) -> ShapeArrays:
     if not (pd.api.types.is_integer_dtype(ids.dtype) or pd.api.types.is_string_dtype(ids.dtype)):
         raise TypeError(f"the index of {key!r} is {ids.dtype}; ids of shapes must be integers or text")
     if ids.dtype.kind == "u" and len(ids) and ids.max() > _MAX_ID:
-        raise ValueError(
-            f"the index of {key!r} goes up to {ids.max()}, beyond int64; number the shapes anew, from 1 on"
-        )
+        raise ValueError(f"the index of {key!r} goes up to {ids.max()}, beyond int64; renumber the shapes from 1")
     if not ids.is_unique:
         raise ValueError(
             f"the index of {key!r} has duplicate ids: {_some(ids, ids.duplicated())}; make them unique, for instance "
@@ -159,7 +157,7 @@ def check_labels(element: DataArray | DataTree, key: str) -> None:
 def label_ids(labels: NDArray, key: str) -> NDArray[np.int64]:
     """Return label numbers as int64, which tables hold as ids."""
     if labels.dtype.kind == "u" and labels.size and labels.max() > _MAX_ID:
-        raise ValueError(f"labels {key!r} go up to {labels.max()}, beyond int64; number the objects anew, from 1 on")
+        raise ValueError(f"labels {key!r} go up to {labels.max()}, beyond int64; renumber the objects from 1")
     return labels.astype(np.int64)
 
 

@@ -20,7 +20,8 @@ from pixnet._core.coverage import Weights
 from pixnet._core.zonal import Mean, Statistic, ZonalStatistics
 from pixnet._logging import logger
 from pixnet._sdata.evidence import GeneEvidence
-from pixnet._sdata.gene_map import GeneMap, ProgramSelection, Selection
+from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.selection import ProgramSelection, Selection
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
 

@@ -82,7 +82,12 @@ def on_tissue(slide: Slide, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return PointLookup(*read_mask(slide)).at(x, y)
 
 
-def open_mask(slide: Slide, out_px: tuple[float, float]) -> TissueMask:
-    """Return the tissue mask of a slide, to be asked per output pixel of ``out_px`` level-0 pixels ``(y, x)``."""
+def open_mask(slide: Slide, out_px: tuple[float, float], out_margin: tuple[float, float] = (0.0, 0.0)) -> TissueMask:
+    """Return the tissue mask of a slide, to be asked per output pixel of ``out_px`` level-0 pixels ``(y, x)``.
+
+    ``out_margin`` are the output pixels above and to the left of the slide.
+    """
     mask, to_mask = read_mask(slide)
-    return TissueMask(mask, to_mask @ np.diag([out_px[1], out_px[0], 1.0]), masked=slide.mask_key is not False)
+    to_slide = np.diag([out_px[1], out_px[0], 1.0])
+    to_slide[:2, 2] = -out_px[1] * out_margin[1], -out_px[0] * out_margin[0]
+    return TissueMask(mask, to_mask @ to_slide, masked=slide.mask_key is not False)

@@ -64,6 +64,7 @@ def predict(
     mpp: float | None = None,
     shapes: Annotated[list[str] | None, _Several] = None,
     grid: Annotated[list[float] | None, _Several] = None,
+    region: str | None = None,
     resume: Annotated[bool, _Flag] = False,
     overwrite: Annotated[bool, _Flag] = False,
     scheduler: str | None = None,
@@ -90,6 +91,8 @@ def predict(
         GeoJSON files (of QuPath, say), or elements of the store, to sum over.
     grid
         Edges of square grids to sum over (µm).
+    region
+        Predict only this part of the slide: a GeoJSON file (of QuPath, say), or an element of the store.
     resume
         Go on where an earlier run ended.
     overwrite
@@ -97,7 +100,7 @@ def predict(
     scheduler
         Address of a Dask scheduler; its workers compute the tiles.
     """
-    request = Request(model, grid or [], resume, overwrite, given(options))
+    request = Request(model, grid or [], resume, overwrite, given({**options, "region": region}))
     with _client(scheduler):
         if samples is not None:
             if slide is not None or mpp is not None or shapes:

@@ -184,17 +184,10 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
     if "mask_key" not in request.options and tissue_key(sdata, image, None) is None:
         px.pp.tissue_mask(sdata, image)  # once for all steps
     replace = request.overwrite or request.resume
-    names = []
-    for given in sample.shapes:
-        if given in sdata:
-            names.append(given)
-            continue
-        path = Path(given)
-        if not path.exists():
-            raise FileNotFoundError(f"{given!r} is neither a file nor an element of {sample.store}")
-        key = path.name.split(".")[0]
-        px.io.read_geojson(sdata, path, key_added=key, overwrite=replace)
-        names.append(key)
+    names = [_element(sdata, given, sample, replace) for given in sample.shapes]
+    options = dict(request.options)
+    if "region" in options:
+        options["region"] = _element(sdata, options["region"], sample, replace)
     there = [f"{name}_genes" for name in [*names, *map(_grid_key, request.grids)] if f"{name}_genes" in sdata.tables]
     if there and not replace:
         raise ValueError(f"{sample.store} has the tables {listed(there)}; pass --overwrite to replace them")
@@ -204,7 +197,7 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
         _check_made_by(sdata, made, model, sample)
         logger.info("the map %r is there and is kept", made)
     else:
-        px.tl.predict(sdata, request.model, overwrite=request.overwrite, resume=request.resume, **request.options)
+        px.tl.predict(sdata, request.model, overwrite=request.overwrite, resume=request.resume, **options)
         made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
     for size in request.grids:
         key = _grid_key(size)
@@ -213,6 +206,18 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
     if names:
         px.tl.aggregate(sdata, names, image_key=made, overwrite=replace)
     record["made"] = {"map": made, "tables": sorted(sdata.tables)}
+
+
+def _element(sdata: Any, given: str, sample: Sample, replace: bool) -> str:
+    """Return the name of an element of the store; a GeoJSON file becomes one."""
+    if given in sdata:
+        return given
+    path = Path(given)
+    if not path.exists():
+        raise FileNotFoundError(f"{given!r} is neither a file nor an element of {sample.store}")
+    key = path.name.split(".")[0]
+    px.io.read_geojson(sdata, path, key_added=key, overwrite=replace)
+    return key
 
 
 def _grid_key(size_um: float) -> str:

@@ -102,8 +102,7 @@ def synthetic_tissue(
     from spatialdata.transformations import Identity, Scale
     from spatialdata.transformations import Sequence as TransformSequence
 
-    from pixnet._sdata.record import note
-    from pixnet._sdata.store.element_store import write_mpp
+    from pixnet._sdata.describe import describe
 
     _check(size_um, mpp, n_genes, seed=seed, stain_seed=stain_seed, panel_seed=panel_seed)
     if isinstance(shapes, str):
@@ -127,11 +126,8 @@ def synthetic_tissue(
         channels=[*made.panel.names, TOTAL],
     )
     sdata = SpatialData(images={"he": raster_element(levels, scales, transformations=transformations), "truth": truth})
-    write_mpp(sdata, "he", float(mpp))
-    write_mpp(sdata, "truth", TRUTH_UM)
-    note(sdata, "defaults", "image_key", "he")
-    if "spots" in shapes:
-        note(sdata, "defaults", "shapes", "spots")
+    defaults = {"image_key": "he", **({"shapes": "spots"} if "spots" in shapes else {})}
+    describe(sdata, {"he": mpp, "truth": TRUTH_UM}, **defaults)
 
     places = {name: _places(name, made) for name in dict.fromkeys(shapes)}
     for name, (keep, sums) in _aggregate(made, places).items():

@@ -105,10 +105,9 @@ def from_anndata(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.describe import describe
     from pixnet._sdata.pixel_size import check_mpp
     from pixnet._sdata.raster_element import raster_element
-    from pixnet._sdata.record import note
-    from pixnet._sdata.store.element_store import write_mpp
 
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata is {type(adata).__name__}; an AnnData object is needed")
@@ -151,7 +150,7 @@ def from_anndata(
         images={image_key: raster_element(levels, scales, transformations=transformations)},
         shapes={shapes_key: ShapesModel.parse(circles, transformations=dict(transformations))},
     )
-    write_mpp(sdata, image_key, float(mpp))
+    describe(sdata, {image_key: mpp}, image_key=image_key, shapes=shapes_key)
     if adata.n_vars:
         obs = adata.obs.copy()
         obs["region"] = pd.Categorical([shapes_key] * len(ids))
@@ -166,8 +165,6 @@ def from_anndata(
         )
         table_key = f"{shapes_key}_counts" if table_key is None else table_key
         sdata[table_key] = TableModel.parse(table, region=shapes_key, region_key="region", instance_key="instance_id")
-    note(sdata, "defaults", "image_key", image_key)
-    note(sdata, "defaults", "shapes", shapes_key)
     return sdata
 
 

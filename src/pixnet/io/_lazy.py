@@ -53,7 +53,7 @@ class FileLevel:
         except Exception as error:
             raise OSError(
                 f"{self.path} cannot be read at rows {y.start} to {y.stop}, columns {x.start} to {x.stop} of level "
-                f"{self.level}: {type(error).__name__}: {error}. The file is damaged"
+                f"{self.level}: {type(error).__name__}: {error}. The file is damaged, or compressed in a way that its reader does not know"
             ) from error
 
     def lazy(self, tile: tuple[int, int]) -> da.Array:

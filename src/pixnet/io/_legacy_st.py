@@ -83,8 +83,7 @@ def legacy_st(
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    from pixnet._sdata.record import note
-    from pixnet._sdata.store.element_store import write_mpp
+    from pixnet._sdata.describe import describe
 
     table_key = f"{shapes_key}_counts" if table_key is None else table_key
     places = _read_spots(spots)
@@ -143,9 +142,7 @@ def legacy_st(
         shapes={shapes_key: ShapesModel.parse(circles, transformations=dict(transformations))},
         tables={table_key: TableModel.parse(adata, region=shapes_key, region_key="region", instance_key="instance_id")},
     )
-    write_mpp(sdata, image_key, float(mpp))
-    note(sdata, "defaults", "image_key", image_key)
-    note(sdata, "defaults", "shapes", shapes_key)
+    describe(sdata, {image_key: mpp}, image_key=image_key, shapes=shapes_key)
     return sdata
 
 

@@ -96,13 +96,10 @@ def read_geojson(
     import geopandas
     from spatialdata.models import ShapesModel
 
-    from pixnet._sdata.inputs import check_sdata
-    from pixnet._sdata.keys import check_key_free, check_replaces
-    from pixnet._sdata.pixel_size import get_mpp, is_pixel_size
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.store.element_store import put
+    from pixnet._sdata.target import check_target
 
-    check_sdata(sdata, "io.read_geojson")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -111,8 +108,7 @@ def read_geojson(
     slide = Slide.open(sdata, image_key)
     key_added = path.name.split(".")[0] if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "shapes")
+        check_target(sdata, key_added, "shapes", overwrite=overwrite)
 
     features = read_features(path)
     kept = np.flatnonzero(~shapely.is_missing(features.geometries))
@@ -121,7 +117,7 @@ def read_geojson(
         raise ValueError(f"{path} holds nothing with an area: pixnet works on polygons and multipolygons")
     geometries = features.geometries[kept]
     if unit == "um":
-        geometries = shapely.transform(geometries, lambda xy: xy / get_mpp(sdata, slide.key))
+        geometries = shapely.transform(geometries, lambda xy: xy / slide.mpp)
     _check_place(slide, geometries, path, unit)
 
     columns: dict[str, object] = {}
@@ -133,8 +129,7 @@ def read_geojson(
         columns[f"measured {name}" if name in RESERVED else name] = numbers[kept]
     frame = geopandas.GeoDataFrame(columns, geometry=geometries)
     frame.index = _index([features.ids[i] for i in kept])
-    systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
-    element = ShapesModel.parse(frame, transformations=systems)
+    element = ShapesModel.parse(frame, transformations=slide.systems)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)

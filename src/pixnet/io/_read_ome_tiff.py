@@ -76,22 +76,19 @@ def read_ome_tiff(
     from spatialdata.transformations import Scale
     from spatialdata.transformations import Sequence as Chain
 
-    from pixnet._sdata.inputs import check_sdata
-    from pixnet._sdata.keys import check_key_free, check_replaces
-    from pixnet._sdata.pixel_size import is_pixel_size, set_pixel_size
+    from pixnet._sdata.pixel_size import set_pixel_size
     from pixnet._sdata.raster_element import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.store.element_store import put
+    from pixnet._sdata.target import check_target
 
-    check_sdata(sdata, "io.read_ome_tiff")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     slide = Slide.open(sdata, image_key)
     key_added = path.name.split(".")[0] if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "images")
+        check_target(sdata, key_added, "images", overwrite=overwrite)
 
     with _tiff.open_tiff(path) as tiff:
         series = tiff.series[0]
@@ -119,11 +116,8 @@ def read_ome_tiff(
             array = array.astype(np.float32) * factors[:, None, None]
         arrays.append(array.rechunk({0: -1}))
     whole = [(float(round(sizes[0][-2] / size[-2])), float(round(sizes[0][-1] / size[-1]))) for size in sizes]
-    systems = {
-        name: Chain([Scale([scale, scale], axes=("x", "y")), value])
-        for name, value in slide.transformations.items()
-        if not is_pixel_size(name)
-    }
+    to_slide = Scale([scale, scale], axes=("x", "y"))
+    systems = {name: Chain([to_slide, value]) for name, value in slide.systems.items()}
     element = raster_element(arrays, whole, transformations=systems, channels=names)
     set_pixel_size(element, scale * slide.mpp)
     if not inplace:

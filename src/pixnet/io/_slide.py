@@ -76,9 +76,8 @@ def slide(
     from spatialdata import SpatialData
     from spatialdata.transformations import Identity, Scale
 
+    from pixnet._sdata.describe import describe
     from pixnet._sdata.pixel_size import check_mpp
-    from pixnet._sdata.record import note
-    from pixnet._sdata.store.element_store import write_mpp
 
     path = Path(path).expanduser()
     if mpp is not None and mpp is not False:
@@ -90,9 +89,7 @@ def slide(
     if value is not None:
         transformations["um"] = Scale([value, value], axes=("x", "y"))
     sdata = SpatialData(images={image_key: raster_element(levels, scales, transformations=transformations)})
-    note(sdata, "defaults", "image_key", image_key)
-    if value is not None:
-        write_mpp(sdata, image_key, value)
+    describe(sdata, {} if value is None else {image_key: value}, image_key=image_key)
     return sdata
 
 
@@ -141,7 +138,23 @@ def read_levels(path: Path) -> Levels:
         _need("openslide")
     if find_spec("openslide") and _vendor(path) is not None:
         return _read_openslide(path)
+    if _is_dicom(path):
+        _need("openslide")
+        raise ValueError(_not_a_slide(path, "it is not a whole-slide image"))
     return _read_picture(path)
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _not_a_slide(path: Path, why: object) -> str:
+    return (
+        f"{path} is a DICOM file that OpenSlide does not read ({why}). It reads whole-slide microscopy images in tiles (JPEG, "
+        "JPEG 2000 or uncompressed) with all files of their series in one folder. Convert others to a tiled pyramidal TIFF: "
+        "other readers may decode them"
+    )
 
 
 def _need(*modules: str) -> None:
@@ -170,6 +183,8 @@ def _read_openslide(path: Path) -> Levels:
             dimensions, downsamples = file.level_dimensions, file.level_downsamples
             properties = dict(file.properties)
     except openslide.OpenSlideError as error:
+        if _is_dicom(path):
+            raise ValueError(_not_a_slide(path, error)) from error
         raise ValueError(f"{path} is damaged, or lacks the files that belong to it: {error}") from error
     levels: list[Array] = []
     scales = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from pixnet._core.geojson import BATCH, RESERVED, encoded, measured, write_features
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
+from pixnet._whole_file import whole_file
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -106,7 +105,7 @@ def write_geojson(
     from pixnet._sdata.shapes import pack_element
     from pixnet._sdata.transforms import affine_to_pixels
 
-    check_sdata(sdata, "io.write_geojson")
+    check_sdata(sdata)
     (shapes,) = resolve_shapes(sdata, [shapes] if isinstance(shapes, str) else shapes)
     if shapes not in sdata.shapes:
         raise ValueError(f"{shapes!r} is a labels element; write_geojson takes shapes: {listed(sdata.shapes)}")
@@ -137,13 +136,8 @@ def write_geojson(
         raise ValueError(f"genes and layer belong to a table: name one with table_key= ({listed(sdata.tables)})")
     columns = _Columns(element, table, rows, table_key, genes, layer, classification, object_type)
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with _opened(partial, path) as file:
-            n = write_features(file, _batches(element, matrix, columns))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, _opened(partial, path) as file:
+        n = write_features(file, _batches(element, matrix, columns))
     logger.info("%d shapes of %r written to %s", n, shapes, path)
 
 

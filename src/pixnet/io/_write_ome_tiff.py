@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from pixnet._core.parallel import run
 from pixnet._logging import logger
 from pixnet._names import check_genes
+from pixnet._whole_file import whole_file
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -93,7 +92,7 @@ def write_ome_tiff(
     from pixnet._sdata.rasters import channel_names, full_resolution, levels
     from pixnet._sdata.store.bound import check_bound
 
-    check_sdata(sdata, "io.write_ome_tiff")
+    check_sdata(sdata)
     if image_key not in sdata.images:
         raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
     image = sdata.images[image_key]
@@ -131,8 +130,7 @@ def write_ome_tiff(
     if factors is not None:
         metadata["Description"] = json.dumps({"value of 1": dict(zip(names, factors.tolist()))})
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with whole_file(path) as partial:
         with tifffile.TiffWriter(partial, bigtiff=True, ome=True) as tiff:
             for i, array in enumerate(pyramid):
                 with tempfile.TemporaryFile(dir=path.parent) as spool:
@@ -148,9 +146,6 @@ def write_ome_tiff(
                         **({"subifds": len(pyramid) - 1, "metadata": metadata} if i == 0 else {"subfiletype": 1}),
                     )
         check_bound(image, f"image {image_key!r}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     logger.info("%d channels of %r written to %s", len(at), image_key, path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -18,6 +17,7 @@ from typing_extensions import TypedDict  # that of typing serves pydantic from P
 from pixnet._checked import checked
 from pixnet._evidence import COLUMNS, Evidence
 from pixnet._names import listed
+from pixnet._whole_file import whole_file
 from pixnet.models._config import ModelConfig
 
 FORMAT = 2
@@ -95,15 +95,11 @@ def write_checkpoint(
         name: (t.to(_DTYPES[dtype]) if t.is_floating_point() and t.ndim else t).contiguous().cpu()
         for name, t in tensors.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as partial:
         partial.touch()  # with the permissions of any file; safetensors would keep others out
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata={"pixnet": json.dumps({"format": FORMAT, **asdict(header)})})
         partial.chmod(mode)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> tuple[Header, dict[str, Tensor]]:

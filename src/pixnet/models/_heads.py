@@ -67,10 +67,13 @@ class Head(nn.Module):
         Unit of the map, in words.
     total_name
         Name of the channel that holds the density of all transcripts, beside channels of genes.
+    gene_weights
+        How genes weigh in training, unless it is told (see `TrainingOptions`).
     """
 
     unit: str
     total_name: str
+    gene_weights: str = "equal"
 
     def __init__(self, genes: Sequence[str], n_logits: int) -> None:
         super().__init__()
@@ -232,6 +235,7 @@ class ProgramHead(Head):
     """
 
     total_name = TOTALS["density"]
+    gene_weights = "signal"  # thousands of genes, most of them with more noise than signal
     unit = "density of transcripts (the programs add up to a total that averages 1e4 over the training shapes)"
 
     def __init__(self, genes: Sequence[str], n_programs: int) -> None:

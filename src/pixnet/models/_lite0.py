@@ -63,9 +63,24 @@ class _Block(nn.Module):
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else self.expand(x)
-        y = self.project(self.depthwise(y))
+        pad = self.depthwise[0]
+        if self.expand is None:
+            y = self.depthwise(x)
+        elif not isinstance(pad, nn.ZeroPad2d) or self.training or torch.is_grad_enabled():
+            y = self.depthwise(self.expand(x))
+        else:  # the same, with the margin made before there are many channels: a sixth of the copying
+            y = _clear_margin(self.expand(pad(x)), pad)
+            for layer in list(self.depthwise)[1:]:
+                y = layer(y)
+        y = self.project(y)
         return x + y if self.residual else y
+
+
+def _clear_margin(x: Tensor, pad: nn.ZeroPad2d) -> Tensor:
+    """Set the margin of a padded map to zero, in place."""
+    left, right, top, bottom = pad.padding
+    x[..., :left] = x[..., x.shape[3] - right :] = x[..., :top, :] = x[..., x.shape[2] - bottom :, :] = 0
+    return x
 
 
 class EfficientNetLite0(nn.Module):

@@ -173,8 +173,7 @@ class PixNet(nn.Module):
         genes
             Names of the genes (the paper takes the 250 of highest mean: `pixnet.pp.select_genes`).
         encoder
-            As for `PixNet`. The published one is UNI2-h: it needs ``pixnet[timm]`` and access to its weights, which Hugging
-            Face gives to whoever accepts their terms. Any other works too.
+            As for `PixNet`. The published one is UNI2-h, which needs ``pixnet[timm]`` and access to its weights.
         mpp, members, zoom, window, halo, pretrained
             As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
@@ -201,20 +200,7 @@ class PixNet(nn.Module):
 
         Notes
         -----
-        The authors' code is not public and third-party notes disagree in places. Where the paper is silent or ambiguous, this
-        was chosen:
-
-        - *Pyramid.* Tokens are reshaped, brought to their level's number of filters by a 1x1 convolution, and interpolated to
-          its size. Features are standardised by their mean and deviation over the training crops. The encoder is frozen
-          (``tune_encoder=True`` trains it). A pyramid of a CNN serves as it is, from the map nearest to the output stride.
-        - *Fusion* is ``D = U + A``, as in the paper's figure. Attention runs along image rows inside segments of 64 px, not
-          whole rows, so that a prediction does not depend on how a slide is tiled.
-        - *Sum.* A log summed over an area fits shapes of one size: the target is the same for a shape twice as large. Shapes
-          weigh their edge pixels by exact area, and values are per µm², divided by the mean area of the training shapes.
-        - *Target.* log1p of CP10k, the total being all UMI of the shape, which has a channel and a loss of its own here.
-        - *Batches* are those of the package, of one section each; 8 crops at stride 1. The published 200 passes are the most
-          that are made: validation chooses their number. The rate rises and falls as in the package. Crops are flipped and
-          turned, not restained.
+        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Examples
         --------

@@ -111,14 +111,19 @@ def _import_timm() -> Any:
         import timm
     except ImportError as err:
         raise ImportError(
-            f"encoders named 'timm/...' need timm: install it with pip install 'pixnet[timm]' ({err})"
+            f"encoders named 'timm/...' need timm and torchvision: install them with pip install 'pixnet[timm]'{_index()} ({err})"
         ) from err
     except RuntimeError as err:
         raise ImportError(
-            "timm does not import, because the installed torchvision was built for another version of torch: install the "
-            f"torchvision that belongs to torch {torch.__version__} (https://pytorch.org/get-started) ({err})"
+            "timm does not import, because the installed torchvision was built for another torch. Install the one that belongs to "
+            f"torch {torch.__version__}: pip install --force-reinstall --no-deps torchvision{_index()} ({err})"
         ) from err
     return timm
+
+
+def _index() -> str:
+    """Return where pip finds the torchvision of a CPU build of torch: that of PyPI is built for CUDA."""
+    return " --extra-index-url https://download.pytorch.org/whl/cpu" if torch.__version__.endswith("+cpu") else ""
 
 
 def _create(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

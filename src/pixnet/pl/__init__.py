@@ -1,4 +1,4 @@
-"""Figures of gene maps, of programs, of tables at several scales, of training and of evaluation."""
+"""Figures of gene maps, of programs, of tables at several scales, of training, of evaluation and of trust."""
 
 from pixnet.pl._compare import compare
 from pixnet.pl._evaluation import evaluation
@@ -6,5 +6,6 @@ from pixnet.pl._gene_map import gene_map
 from pixnet.pl._programs import programs
 from pixnet.pl._scales import scales
 from pixnet.pl._training import training
+from pixnet.pl._trust import trust
 
-__all__ = ["compare", "evaluation", "gene_map", "programs", "scales", "training"]
+__all__ = ["compare", "evaluation", "gene_map", "programs", "scales", "training", "trust"]

@@ -91,7 +91,7 @@ def compare(
     >>> gene = sdata["spots_counts"].var_names[0]
     >>> axes = px.pl.compare(sdata, gene, table_key="spots_genes", reference_key="spots_counts")
     """
-    check_sdata(sdata, "pl.compare")
+    check_sdata(sdata)
     shapes, predicted = table_values(sdata, table_key, gene, log=log)
     reference_shapes, measured = table_values(sdata, reference_key, gene, layer=layer, total_key=total_key, log=log)
     if shapes != reference_shapes:

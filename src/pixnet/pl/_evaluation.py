@@ -11,6 +11,12 @@ from matplotlib.axes import Axes
 
 from pixnet.pl._style import GROUPS, INK, MUTED, style
 
+LINE_PT = 10.5
+"""Height of a line of gene names, in points."""
+
+LETTER_PT = 3.9
+"""Width of a letter of them, about, in points."""
+
 
 def evaluation(
     df: pd.DataFrame | Mapping[str, pd.DataFrame],
@@ -27,8 +33,8 @@ def evaluation(
         column ``section`` gives a curve for each of its sections, the result of :func:`pixnet.tl.cross_validate` one for
         each held-out group.
     n_named
-        Number of the best and of the worst genes to name on each curve; ``None``: 5 on a single one, 2 on each of
-        several.
+        Number of the best and of the worst genes to name of each curve; ``None``: 5 of a single one, 2 of each of up to
+        four, none of more.
     ax
         Axes to draw in; ``None``: a new figure.
 
@@ -87,8 +93,8 @@ def evaluation(
         ax.grid(axis="y", color="#e6e6ea", linewidth=0.7, zorder=0)
         ax.tick_params(length=0, labelsize=8.5)
         ax.spines[["left", "top", "right"]].set_visible(False)
-        n_named = (5 if len(curves) == 1 else 2) if n_named is None else int(n_named)
-        _name_genes(ax, curves, n_named)
+        default = 5 if len(curves) == 1 else 2 if len(curves) <= 4 else 0
+        _name_genes(ax, curves, default if n_named is None else int(n_named))
         ax.legend(loc="lower left", handlelength=1.2)  # curves fall, so that corner is free
     return ax
 
@@ -131,35 +137,37 @@ def _positions(n: int) -> np.ndarray:
 
 
 def _name_genes(ax: Axes, curves: dict[str, pd.Series], n_named: int) -> None:
-    """Name the best genes at each curve's start and the worst at its end, in its colour where there are several."""
-    # Curves fall: there is room to the right of their starts and to the left of their ends.
-    named = [(i, scores, min(n_named, len(scores) // 2)) for i, scores in enumerate(curves.values())]
-    named = [(i, scores, n) for i, scores, n in named if n > 0]
-    for best, offset, align in ((True, (8, 0), "left"), (False, (-8, 0), "right")):
-        ends = [scores.iloc[0] if best else scores.iloc[-1] for _, scores, _ in named]
-        heights = _apart(ends, 0.055 * np.ptp(ax.get_ylim()))
-        for (i, scores, n), height in zip(named, heights, strict=True):
-            genes = scores.index[:n] if best else scores.index[-n:]
-            x = _positions(len(scores))
-            ax.annotate(
-                ", ".join(map(str, genes)),
-                (x[0] if best else x[-n], height),
-                xytext=offset,
-                textcoords="offset points",
-                ha=align,
-                va="center",
-                fontsize=8 if len(curves) == 1 else 7,
-                style="italic",
-                color=INK if len(curves) == 1 else GROUPS[i % len(GROUPS)],
-                zorder=4,
-                gid="best" if best else "worst",
-            )
+    """Name the best and the worst genes of each curve above all curves, in the upper right: room is made for it."""
+    width, height = (length / ax.figure.dpi * 72 for length in (ax.bbox.width, ax.bbox.height))
+    letters = width / LETTER_PT
+    lines: list[tuple[str, str]] = []
+    for i, scores in enumerate(curves.values()):
+        n = min(n_named, len(scores) // 2)
+        if n == 0:
+            continue
+        ends = {"best": scores.index[:n], "worst": scores.index[-n:]}
+        if len(curves) == 1:
+            lines = [(f"{end}  {_fitting(genes, letters - 7)}", INK) for end, genes in ends.items()]
+        else:
+            best, worst = (_fitting(genes, letters / 2 - 8) for genes in ends.values())
+            text = f"best  {best}   worst  {worst}"
+            lines.append((text if len(text) <= letters else f"best  {best}", GROUPS[i % len(GROUPS)]))
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, low + (high - low) / (1 - min(LINE_PT * len(lines) / height, 0.6)))
+    ax.set_yticks([tick for tick in ax.get_yticks() if low <= tick <= 1.001])
+    for i, (text, colour) in enumerate(lines):
+        written = ax.annotate(
+            text, (1, 1), xycoords="axes fraction", xytext=(0, -LINE_PT * (i + 0.5)), textcoords="offset points",
+            ha="right", va="center", fontsize=7, color=colour, zorder=4,
+        )  # fmt: skip
+        written.set_in_layout(False)  # a long name must not squeeze the axes
 
 
-def _apart(heights: list[float], gap: float) -> list[float]:
-    """Return heights moved upwards as little as it takes for each to stand clear of the one below."""
-    out = list(heights)
-    order = np.argsort(heights, kind="stable")
-    for below, above in zip(order[:-1], order[1:], strict=True):
-        out[above] = max(out[above], out[below] + gap)
+def _fitting(genes: pd.Index, letters: float) -> str:
+    """Return the names of genes, as many as fit into some letters."""
+    out = str(genes[0])
+    for i, gene in enumerate(genes[1:], 1):
+        if len(out) + len(str(gene)) + 10 > letters:
+            return f"{out}, {len(genes) - i} more"
+        out = f"{out}, {gene}"
     return out

@@ -9,18 +9,16 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from pixnet._sdata.keys import resolve_image
-from pixnet._sdata.record import find_entry
 from pixnet.pl._frame import Frame, draw_image, panel_pixels, read_pixels
 from pixnet.pl._style import bare
 
 
-def shown_he(sdata: SpatialData, map_key: str | None, he_key: str | Literal[False] | None) -> str | None:
-    """Return the H&E image to show: the one named, the one a map was made from, the only one; else None."""
+def shown_he(sdata: SpatialData, source: str | None, he_key: str | Literal[False] | None) -> str | None:
+    """Return the H&E image to show: the one named, the source of a map, the only one; else None."""
     if he_key is False:
         return None
     if he_key is not None:
         return resolve_image(sdata, he_key)
-    source = (find_entry(sdata, "images", map_key) or {}).get("image_key") if map_key else None
     if source in sdata.images:
         return source
     try:

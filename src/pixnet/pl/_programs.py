@@ -13,7 +13,6 @@ from spatialdata import SpatialData
 
 from pixnet._names import listed
 from pixnet._sdata.gene_map import ProgramMap, program_map
-from pixnet._sdata.inputs import check_sdata
 from pixnet.pl._frame import draw_image, make_frame, panel_pixels, predicted_box, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._style import ACCENT, bare, colour_bar, colour_map, limits, panels, returned, scale_bar, style
@@ -93,7 +92,6 @@ def programs(
     >>> len(axes)  # the H&E and two programs
     3
     """
-    check_sdata(sdata, "pl.programs")
     opened = program_map(sdata, image_key)
     if kind not in ("maps", "genes"):
         raise ValueError(f"kind is {kind!r}; valid: 'maps', 'genes'")
@@ -105,7 +103,7 @@ def programs(
             opened, list(range(min(SHOWN, len(opened.programs)))) if chosen is None else chosen, n_genes, ncols, ax
         )
     limits(np.zeros(1), percentiles)  # checks the numbers before any pixel is read
-    he_key = shown_he(sdata, opened.key, he_key)
+    he_key = shown_he(sdata, opened.source, he_key)
     frame = make_frame(sdata, he_key or opened.key, None if isinstance(box, str) else box)
     if box is None:
         frame = replace(frame, box=predicted_box(frame, opened.key))

@@ -11,11 +11,9 @@ from matplotlib.colors import Colormap
 from spatialdata import SpatialData
 
 from pixnet._names import listed
-from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.gene_map import GeneMap, all_maps
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import resolve_any_image, resolve_shapes
-from pixnet._sdata.rasters import is_gene_map
-from pixnet._sdata.record import find_entry
+from pixnet._sdata.keys import resolve_shapes
 from pixnet.pl._frame import draw_image, panel_pixels, read_pixels
 from pixnet.pl._he import draw_he, shown_he
 from pixnet.pl._panels import shapes_frame, table_panel, unit
@@ -104,7 +102,7 @@ def scales(
     >>> len(axes)  # the H&E, the map, cells, spots
     4
     """
-    check_sdata(sdata, "pl.scales")
+    check_sdata(sdata)
     names = resolve_shapes(sdata, shapes)
     tables = _tables(sdata, names, table_key)
     columns = []
@@ -113,22 +111,22 @@ def scales(
         if region != name:
             raise ValueError(f"table {table!r} annotates {region!r}, not {name!r}")
         columns.append(values)
-    map_key = _map(sdata, image_key, gene)
-    he_key = shown_he(sdata, map_key, he_key)
+    gene_map = _map(sdata, image_key, gene)
+    map_key = None if gene_map is None else gene_map.key
+    he_key = shown_he(sdata, None if gene_map is None else gene_map.source, he_key)
     frame = shapes_frame(sdata, names[0], he_key or map_key, box)
     chosen = colour_map(cmap, "magma")
 
     with style():
-        first = (he_key is not None) + (map_key is not None)  # panel of the first shapes
+        first = (he_key is not None) + (gene_map is not None)  # panel of the first shapes
         axes = panels(first + len(names), ax, ncols=ncols, aspect=frame.aspect)
         if he_key is not None:
             draw_he(axes[0], frame, he_key)
             axes[0].set_title("H&E")
         everything = [values.to_numpy() for values in columns]
-        if map_key is not None:
-            gene_map = GeneMap.open(sdata, map_key)
+        if gene_map is not None:
             selection = gene_map.select([gene])
-            pixels = read_pixels(frame, map_key, panel_pixels(axes[0]), selection.channels)
+            pixels = read_pixels(frame, gene_map.key, panel_pixels(axes[0]), selection.channels)
             picture = selection.pixel_cp10k(np.moveaxis(pixels.values, 0, -1))[..., 0]
             picture = np.log1p(picture) if log else picture
             everything.append(picture.ravel())
@@ -138,7 +136,7 @@ def scales(
         if shared_scale:
             shared = limits(np.array([[norm.vmin, norm.vmax] for norm in own]), (0, 100))
         label = unit(log)
-        if map_key is not None:
+        if gene_map is not None:
             panel = axes[first - 1]
             norm = shared or own[-1]
             drawn = draw_image(panel, np.ma.masked_invalid(picture), pixels.affine, cmap=chosen, norm=norm)
@@ -187,15 +185,14 @@ def _tables(
     return tables
 
 
-def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) -> str | None:
+def _map(sdata: SpatialData, image_key: str | Literal[False] | None, gene: str) -> GeneMap | None:
     """Return the gene map to show: the one named, or the only one that has the gene."""
     if image_key is False:
         return None
     if image_key is None:
-        opened = [GeneMap.open(sdata, key) for key in sdata.images if is_gene_map(sdata[key])]
-        maps = [found.key for found in opened if gene in found.genes and found.only_total.pixels_have_cp10k]
-        maps = [key for key in maps if find_entry(sdata, "images", key)] or maps  # predicted ones, where there are any
+        maps = [found for found in all_maps(sdata) if gene in found.genes and found.only_total.pixels_have_cp10k]
+        maps = [found for found in maps if found.made] or maps  # predicted ones, where there are any
         return maps[0] if len(maps) == 1 else None
-    found = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
+    found = GeneMap.open(sdata, image_key)
     found.select(gene).check_pixels()
-    return found.key
+    return found

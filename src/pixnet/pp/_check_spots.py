@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from pixnet._logging import logger
 from pixnet._sdata.counts import annotated_regions, counts_matrix, is_predicted_table, match_rows, totals
-from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_shapes, resolve_table
 from pixnet._sdata.placement import centres, score_placements, warn_of_placement
 from pixnet._sdata.shapes import read_shapes
@@ -86,11 +85,10 @@ def check_spots(
     >>> px.pp.check_spots(sdata, "spots").index[0]
     'as given'
     """
-    check_sdata(sdata, "pp.check_spots")
+    slide = Slide.open(sdata, image_key, mask_key)
     names = resolve_shapes(sdata, shapes)
     if len(names) > 1:
         raise ValueError(f"shapes names {len(names)} elements; check them one by one")
-    slide = Slide.open(sdata, image_key, mask_key)
     geometries = read_shapes(sdata, names[0], slide.key, coordinate_system).geometries
     if len(geometries) == 0:
         raise ValueError(f"{names[0]!r} is empty: there is nothing to check")

@@ -82,7 +82,7 @@ def infer_mpp(
     >>> round(px.pp.infer_mpp(sdata, "spots", pitch_um=100), 3)
     0.5
     """
-    check_sdata(sdata, "pp.infer_mpp")
+    check_sdata(sdata)
     sizes = {"pitch_um": pitch_um, "diameter_um": diameter_um, "edge_um": edge_um, "unit_um": unit_um}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:

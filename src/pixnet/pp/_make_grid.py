@@ -12,11 +12,9 @@ from spatialdata.models import ShapesModel
 
 from pixnet._core.coverage import ShapeArrays, coverage
 from pixnet._logging import logger
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.pixel_size import is_pixel_size
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import read_mask
 
 if TYPE_CHECKING:
@@ -83,7 +81,6 @@ def make_grid(
     >>> len(sdata["grid"])
     36
     """
-    check_sdata(sdata, "pp.make_grid")
     if shape not in {"square", "hex"}:
         raise ValueError(f"shape is {shape!r}; valid: 'square', 'hex'")
     if isinstance(size_um, bool) or not isinstance(size_um, int | float | np.number):
@@ -94,8 +91,7 @@ def make_grid(
     image_key = slide.key
     size = float(size_um) / slide.mpp
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "shapes")
+        check_target(sdata, key_added, "shapes", overwrite=overwrite)
     height, width = slide.image.sizes["y"], slide.image.sizes["x"]
     if height * width / size**2 > MAX_SHAPES:
         raise ValueError(
@@ -116,8 +112,7 @@ def make_grid(
     grid = geopandas.GeoDataFrame(
         {"row": row[keep], "col": col[keep], "tissue": share[keep].clip(0, 1), "geometry": polygons[keep]}
     )
-    systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
-    element = ShapesModel.parse(grid, transformations=systems)
+    element = ShapesModel.parse(grid, transformations=slide.systems)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)

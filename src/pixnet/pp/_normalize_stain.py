@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.rasters import channel_names
 from pixnet._sdata.record import identity_of
-from pixnet._sdata.store.element_store import local_store, put
+from pixnet._sdata.store.element_store import put
+from pixnet._sdata.target import check_target
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -34,7 +32,8 @@ def normalize_stain(
 
     Mean and standard deviation of the optical density of the tissue, in R, G and B, become those that the model keeps
     of its training slides. Predict from the new image then: ``pixnet.tl.predict(sdata, model, image_key="he_normalized")``.
-    The benchmarks say when it helps (a new patient) and when not (a section like those trained on).
+    The benchmarks say when it helps (a new patient) and when not (a section like those trained on). It makes tissue of
+    another organ look familiar, too: how the stain differed before is recorded, and `pixnet.tl.predict` warns of it.
 
     Parameters
     ----------
@@ -88,22 +87,17 @@ def normalize_stain(
     """
     import dask.array as da
 
-    from pixnet._core.slide.stain import apply_table, comparable, matching_table, slide_statistics
+    from pixnet._core.slide.stain import apply_table, comparable, differences, matching_table, slide_statistics
     from pixnet._sdata.raster_element import raster_element
     from pixnet._sdata.slide import Slide
     from pixnet._sdata.tissue import open_mask
     from pixnet.models._load import resolve_model
 
-    check_sdata(sdata, "pp.normalize_stain")
     slide = Slide.open(sdata, image_key, mask_key)
     image_key, tissue = slide.key, slide.mask_key
     key_added = f"{image_key}_normalized" if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "images")
-        if key_added == image_key:
-            raise ValueError(f"key_added is {key_added!r}, the image itself; choose another name")
-        local_store(sdata)
+        check_target(sdata, key_added, "images", overwrite=overwrite, source=image_key)
     model, name = resolve_model(model)
     training = model.stain
     if not comparable({"masked": tissue is not False}, training):
@@ -125,10 +119,24 @@ def normalize_stain(
         [pixels.map_blocks(apply_table, table, dtype=np.uint8) for pixels in whole],
         [level.scale for level in slide.levels],
         transformations=slide.transformations,
-        channels=channel_names(slide.image),
+        channels=slide.channels,
     )
     if not inplace:
         return element
-    mask = {"mask_key": tissue, "identity": identity_of(element)} if isinstance(tissue, str) else None
-    put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {key_added: mask}})
+    about = {"identity": identity_of(element)}
+    mask = {"mask_key": tissue, **about} if isinstance(tissue, str) else None
+    made = {
+        "kind": "stain_normalized",
+        "from": image_key,
+        "model": name,
+        "differed": differences(found, training),
+        **about,
+    }
+    put(
+        sdata,
+        key_added,
+        element,
+        overwrite=overwrite,
+        entries={"images": {key_added: made}, "masks": {key_added: mask}},
+    )
     return None

@@ -20,11 +20,9 @@ from pixnet._core.parallel import run
 from pixnet._core.placement import PointLookup
 from pixnet._core.slide.stain import sample
 from pixnet._logging import logger
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.pixel_size import is_pixel_size
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
 from pixnet._settings import settings
 
@@ -109,7 +107,6 @@ def segment_cells(
     >>> 100 < len(sdata["found"]) < 1000
     True
     """
-    check_sdata(sdata, "pp.segment_cells")
     if method is not None and not callable(method):
         raise TypeError(f"method is {method!r}; a function of an RGB tile, or None, is needed")
     _check_range("mpp", mpp, 0.1, MAX_MPP, "µm/px")
@@ -122,8 +119,7 @@ def segment_cells(
             "image, or cells from another source; if the pixel size is wrong, fix it with pixnet.pp.set_mpp"
         )
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "shapes")
+        check_target(sdata, key_added, "shapes", overwrite=overwrite)
     # A slide that is a little coarser than asked for is enlarged.
     grid = slide.grid(max(mpp, slide.mpp / 2), 1)
     reader = slide.reader(grid)
@@ -152,8 +148,7 @@ def segment_cells(
     if len(polygons) == 0:
         raise ValueError(f"no cell was found on image {slide.key!r}; look at it, and at its tissue mask")
     frame = geopandas.GeoDataFrame(geometry=polygons, index=pd.RangeIndex(1, len(polygons) + 1))
-    systems = {name: value for name, value in slide.transformations.items() if not is_pixel_size(name)}
-    element = ShapesModel.parse(frame, transformations=systems)
+    element = ShapesModel.parse(frame, transformations=slide.systems)
     if not inplace:
         return element
     put(sdata, key_added, element, overwrite=overwrite)

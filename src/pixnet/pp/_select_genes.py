@@ -9,16 +9,13 @@ import numpy as np
 
 from pixnet._logging import logger
 from pixnet._sdata.counts import check_totals_alike
-from pixnet._sdata.genes import beginning_with
 from pixnet._sdata.inputs import named_objects
 from pixnet._sdata.keys import resolve_table
-from pixnet._sdata.measured import MeasuredTable, rank_genes
+from pixnet._sdata.measured import N_TOP, MeasuredTable, rank_genes
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
-
-N_TOP = 250
 
 
 def select_genes(
@@ -78,22 +75,17 @@ def select_genes(
         raise ValueError(f"n_top is {n_top!r}; a positive whole number or None is needed")
     if not 0 <= min_fraction <= 1:
         raise ValueError(f"min_fraction is {min_fraction!r}; a share between 0 and 1 is needed")
-    prefixes = (exclude_prefixes,) if isinstance(exclude_prefixes, str) else tuple(exclude_prefixes)
     tables = list(_tables(sdata, table_key))
     check_totals_alike({name: table.n_vars for name, table in tables}, total_key)
-    excluded = set().union(*(beginning_with(table, prefixes) for _, table in tables))
-    ranked = rank_genes(
+    genes = rank_genes(
         [MeasuredTable.read(table, name, layer, total_key) for name, table in tables],
-        n_top=None,
-        exclude_prefixes=prefixes,
+        n_top=n_top,
+        exclude_prefixes=(exclude_prefixes,) if isinstance(exclude_prefixes, str) else tuple(exclude_prefixes),
         min_fraction=min_fraction,
     )
-    genes = [gene for gene in ranked if gene not in excluded]
-    if not genes:
-        raise ValueError(f"every gene that qualifies begins with one of exclude_prefixes={prefixes!r}")
     if n_top is not None and len(genes) < n_top != N_TOP:
         logger.warning("only %d genes qualify, fewer than n_top=%d", len(genes), n_top)
-    return genes[:n_top]
+    return genes
 
 
 def _tables(sdata: Any, table_key: str | Sequence[str] | None) -> Iterator[tuple[str, AnnData]]:

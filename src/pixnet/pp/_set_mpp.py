@@ -44,7 +44,7 @@ def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     >>> sdata = px.datasets.synthetic_tissue(size_um=300)
     >>> px.pp.set_mpp(sdata, "he", 0.5)
     """
-    check_sdata(sdata, "pp.set_mpp")
+    check_sdata(sdata)
     if image_key not in sdata.images:
         raise KeyError(f"no image {image_key!r} in this object (image_key=); it has: {listed(sdata.images)}")
     write_mpp(sdata, image_key, check_mpp(mpp))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixnet._core.coverage import coverage
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces, resolve_shapes
+from pixnet._sdata.keys import resolve_shapes
 from pixnet._sdata.raster_element import raster_element
-from pixnet._sdata.record import find_entry, identity_of
+from pixnet._sdata.record import find_entry
 from pixnet._sdata.shapes import read_shapes
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.element_store import put
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import find_tissue
 
 if TYPE_CHECKING:
@@ -75,13 +75,11 @@ def tissue_mask(
     >>> sorted(set(sdata["he_tissue"].values.ravel().tolist()))
     [0, 1]
     """
-    check_sdata(sdata, "pp.tissue_mask")
     slide = Slide.open(sdata, image_key)
     image_key = slide.key
     key_added = f"{image_key}_tissue" if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key_added, overwrite)
-        check_replaces(sdata, key_added, "labels")
+        check_target(sdata, key_added, "labels", overwrite=overwrite)
     mask, scale = find_tissue(slide)
     before = mask.any()
     if within is not None:
@@ -95,7 +93,7 @@ def tissue_mask(
         return element
     entry = find_entry(sdata, "masks", image_key)
     if entry is None or key_added == f"{image_key}_tissue":
-        entry = {"mask_key": key_added, "identity": identity_of(slide.image)}
+        entry = {"mask_key": key_added, "identity": slide.identity}
     put(sdata, key_added, element, overwrite=overwrite, entries={"masks": {image_key: entry}})
     return None
 

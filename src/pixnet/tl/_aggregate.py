@@ -16,16 +16,17 @@ from pixnet._core.uncertainty import check_level
 from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
-from pixnet._sdata.gene_map import GeneMap, Selection
+from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces, resolve_any_image, resolve_shapes
+from pixnet._sdata.keys import resolve_any_image, resolve_shapes
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
-from pixnet._sdata.record import find_entry
+from pixnet._sdata.selection import Selection
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.tables import Plan, build_table, table_rows
+from pixnet._sdata.target import check_target
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
 
@@ -147,15 +148,14 @@ def aggregate(
     >>> sdata.tables["cells_genes"].X.shape[1]
     5
     """
-    check_sdata(sdata, "tl.aggregate")
+    check_sdata(sdata)
     image_key = resolve_any_image(sdata, image_key)
     names = resolve_shapes(sdata, shapes)
     plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system, interval)
     keys = _table_keys(names, key_added, plan)
     if inplace:
         for key in keys.values():
-            check_key_free(sdata, key, overwrite)
-            check_replaces(sdata, key, "tables")
+            check_target(sdata, key, "tables", overwrite=overwrite)
     # Labels are read last: reading shapes checks them, and no pixel may be read before all is checked.
     for name in set(names) - set(sdata.shapes):
         check_element(sdata, name)
@@ -263,7 +263,6 @@ def _check(
         )
     if interval is not None:
         _check_interval(interval, gene_map, image_key, mpp)
-    entry = find_entry(sdata, "images", image_key) or {}
     return Plan(
         image_key=image_key,
         data=data,
@@ -276,7 +275,7 @@ def _check(
         min_coverage=float(min_coverage),
         systems=systems,
         mpp=mpp,
-        model=entry.get("model"),
+        model=gene_map.made.get("model") if gene_map is not None else None,
         interval=interval,
     )
 

@@ -14,13 +14,12 @@ from spatialdata.transformations import get_transformation
 
 from pixnet._core.parallel import run
 from pixnet._logging import logger
-from pixnet._sdata.gene_map import ProgramMap, Selection, program_map
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.record import find_entry, identity
+from pixnet._sdata.gene_map import ProgramMap, program_map
+from pixnet._sdata.record import identity
+from pixnet._sdata.selection import Selection
 from pixnet._sdata.store.bound import bound
-from pixnet._sdata.store.element_store import local_store
 from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.target import check_target
 from pixnet.tl._map_arguments import check_scale_factors
 
 if TYPE_CHECKING:
@@ -91,17 +90,12 @@ def gene_channels(
     >>> sdata["he_genes"]["scale0"]["image"].c.values.tolist()
     ['GENE2', '__total__']
     """
-    check_sdata(sdata, "tl.gene_channels")
     check_scale_factors(scale_factors)
     opened = program_map(sdata, image_key)
     selection = opened.select(genes)
     key = _key(opened.key) if key_added is None else key_added
     if inplace:
-        check_key_free(sdata, key, overwrite)
-        check_replaces(sdata, key, "images")
-        if key == opened.key:
-            raise ValueError(f"key_added is {key!r}, the map that the genes come from; choose another name")
-        local_store(sdata)
+        check_target(sdata, key, "images", overwrite=overwrite, source=opened.key)
     names = [*selection.genes, opened.total_name]
     transformations = get_transformation(sdata.images[opened.key], get_all=True)
     with bound(sdata.images[opened.key], f"image {opened.key!r}"):
@@ -114,7 +108,7 @@ def gene_channels(
         _, height, width = opened.data.shape
         spec = MapSpec(names, (height, width), _chunk(opened), list(scale_factors), transformations)
         entry = {
-            **(find_entry(sdata, "images", opened.key) or {"kind": "gene_map"}),
+            **(opened.made or {"kind": "gene_map"}),
             "store": "genes",
             "unit": "CP10k density",
             "from": opened.key,

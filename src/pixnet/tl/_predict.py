@@ -4,47 +4,35 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from spatialdata.models import Image2DModel
-from spatialdata.transformations import Scale
-from spatialdata.transformations import Sequence as Chain
 
-from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._core.slide.mask import TissueMask
-from pixnet._core.slide.stain import differences, sample, statistics
-from pixnet._logging import logger
-from pixnet._names import check_genes
-from pixnet._sdata.evidence import GeneEvidence
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import check_key_free, check_replaces
-from pixnet._sdata.loadings import loadings_table
+from pixnet._core.slide.region import RegionMask
+from pixnet._core.slide.stain import sample, statistics
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
-from pixnet._sdata.store.element_store import local_store
-from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.map_writer import fingerprint
 from pixnet._sdata.store.write_map import write_map
+from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
-from pixnet._settings import settings
+from pixnet.tl._foreign import warn_if_foreign
 from pixnet.tl._map_arguments import check_map_arguments
+from pixnet.tl._map_request import MapRequest, Store, resolve_request
 
 if TYPE_CHECKING:
-    import torch
     from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from shapely.geometry.base import BaseGeometry
     from spatialdata import SpatialData
     from xarray import DataArray
 
+    from pixnet._core.predict.map_grid import MapGrid
     from pixnet._core.predict.tile_runner import TileRunner
     from pixnet.models import PixNet
-
-
-Store = Literal["genes", "programs"]
-
-MOST_CHANNELS = 1000
-"""Genes up to which a map has a channel for each, unless told otherwise."""
 
 
 def predict(
@@ -54,6 +42,7 @@ def predict(
     image_key: str | None = None,
     genes: str | Sequence[str] | None = None,
     store: Store | None = None,
+    region: str | GeoDataFrame | BaseGeometry | Sequence[float] | None = None,
     mask_key: str | Literal[False] | None = None,
     out_mpp: float | None = None,
     tile_size: int | None = None,
@@ -87,6 +76,11 @@ def predict(
     store
         ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at any
         scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else programs.
+    region
+        The part of the slide to predict: a shapes or labels element, a GeoDataFrame, a shapely polygon, or a bounding box
+        ``(x0, y0, x1, y1)``; polygons and boxes in pixels of the image at full resolution. The map has the size of the whole
+        slide: pixels that the region touches have the values that they have in the map of the whole slide, others are NaN,
+        and so is background. ``None``: the whole slide.
     mask_key
         Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
         and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
@@ -124,7 +118,7 @@ def predict(
     Raises
     ------
     KeyError
-        If an image, labels element or gene is unknown.
+        If an image, shapes or labels element or gene is unknown.
     OSError
         If the disk is full. What was written is deleted.
     PermissionError
@@ -136,7 +130,7 @@ def predict(
         If an argument or the image's pixels are of the wrong type.
     ValueError
         If the pixel size is unknown or more than 2 times coarser than that of the model, if there is no tissue, if
-        ``key_added`` exists, if programs are asked of a model that has none, or an argument is out of range.
+        ``region`` is empty or outside the slide, if ``key_added`` exists, if programs are asked of a model that has none, or an argument is out of range.
 
     Notes
     -----
@@ -149,7 +143,12 @@ def predict(
     If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
     difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
     size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
-    training slides without a mask.
+    training slides without a mask. The log names the tissue that the model was trained on, where its
+    ``provenance["tissue"]`` says it; set it before you save a model.
+
+    napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
+    with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})``,
+    then ``.pl.render_images("map", channel="ERBB2").pl.show("global")``.
 
     Examples
     --------
@@ -160,20 +159,20 @@ def predict(
     >>> sdata["he_genes"]["scale0"]["image"].sizes["c"]
     3
     """
-    check_sdata(sdata, "tl.predict")
     slide = Slide.open(sdata, image_key, mask_key)
     check_map_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
-    request = _resolve(slide, model, genes, store, out_mpp, tile_size, scale_factors, precision, device)
+    request = resolve_request(slide, model, genes, store, region, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
     loadings = request.loadings(key, slide.key if key_added is None else key)
     if inplace:
-        _check_target(slide, key, "images", overwrite)
+        check_target(sdata, key, "images", overwrite=overwrite, source=slide.key)
         for name in loadings:
-            _check_target(slide, name, "tables", overwrite)
-    mask = _open_tissue(request)
-    runner = _make_runner(request, mask)
-    samples = sample(runner.reader, mask)
-    _warn_if_foreign(request, statistics(samples, mask.masked))
+            check_target(sdata, name, "tables", overwrite=overwrite)
+    mask = open_mask(slide, request.grid.model_grid.out_px, request.grid.model_grid.out_margin)
+    wanted = _wanted(request, mask)
+    runner = _make_runner(request, wanted)
+    samples = sample(runner.reader, mask)  # also of a region: the stain is that of the slide
+    warn_if_foreign(slide, request.model, request.model_name, statistics(samples, mask.masked))
     if not inplace:
         lazy = _lazy_element(request, runner)
         return {key: lazy, **loadings} if loadings else lazy
@@ -193,110 +192,9 @@ def predict(
     return None
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A prediction with all names resolved and all arguments checked."""
-
-    slide: Slide
-    model: PixNet
-    model_name: str | None
-    genes: list[str]
-    channels: list[int] | None
-    names: list[str]
-    store: Store
-    grid: MapGrid
-    scale_factors: list[int]
-    device: torch.device
-    precision: str
-    threads: int | None
-
-    def loadings(self, key: str, prefix: str) -> dict[str, AnnData]:
-        """Return the table of loadings by its name; empty for a map of genes."""
-        found = self.model.loadings if self.store == "programs" else None
-        if found is None:
-            return {}
-        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name, self.evidence)}
-
-    @property
-    def evidence(self) -> GeneEvidence | None:
-        """What held-out shapes showed of the genes."""
-        found = self.model.evidence
-        return None if found is None else GeneEvidence.of(found, self.model.genes).take(self.genes)
-
-    @property
-    def transformations(self) -> dict[str, Any]:
-        """Transformations of the map to each coordinate system of the image."""
-        y, x = self.grid.slide_px
-        to_image = Scale([x, y], axes=("x", "y"))
-        return {name: Chain([to_image, system]) for name, system in self.slide.transformations.items()}
-
-    @property
-    def spec(self) -> MapSpec:
-        """The stored element."""
-        return MapSpec(self.names, self.grid.shape, self.grid.chunk, self.scale_factors, self.transformations)
-
-    def asked(self, model_hash: str) -> dict[str, Any]:
-        """Return everything that determines the map, apart from pixels (JSON-plain)."""
-        return {
-            "image_key": self.slide.key,
-            "image_mpp": self.slide.mpp,
-            "mask_key": self.slide.mask_key,
-            "genes": self.genes if self.store == "genes" else [],
-            "store": self.store,
-            "model_hash": model_hash,
-            "model_mpp": self.model.mpp,
-            "mpp": self.grid.mpp,
-            "shape": list(self.grid.shape),
-            "tile_size": self.grid.tile_size,
-            "scale_factors": self.scale_factors,
-            "precision": self.precision,
-            "device": self.device.type,
-            "torch_threads": self.threads,
-        }
-
-
-def _resolve(
-    slide: Slide,
-    model: PixNet | str | Path | None,
-    genes: str | Sequence[str] | None,
-    store: Store | None,
-    out_mpp: float | None,
-    tile_size: int | None,
-    scale_factors: Sequence[int],
-    precision: str | None,
-    device: str | None,
-) -> _Request:
-    """Resolve and check the model, the genes, the grid and where to run."""
-    import torch
-
-    from pixnet._core.predict.device import resolve_device, resolve_precision
-    from pixnet.models._load import resolve_model
-
-    on = resolve_device(settings.device if device is None else device)
-    precision = resolve_precision(settings.precision if precision is None else precision, on)
-    resolved, model_name = resolve_model(model)
-    store = _resolve_store(resolved, genes, store)
-    chosen, channels, names = _resolve_genes(resolved, genes, store)
-    grid = slide.grid(resolved.mpp, resolved.stride)
-    wide, reach = on.type == "cuda", resolved.reach
-    tiles = choose_map_grid(grid, resolved.window, resolved.halo, out_mpp, tile_size, wide, reach)
-    if grid.enlarged:
-        logger.warning(
-            "image %r has %.3g µm/px, coarser than the %.3g µm/px of the model: it is enlarged, and detail that the model "
-            "was trained on is missing; expect worse maps",
-            slide.key,
-            slide.mpp,
-            resolved.mpp,
-        )
-    factors = [int(factor) for factor in scale_factors]
-    threads = torch.get_num_threads() if on.type == "cpu" else None
-    return _Request(slide, resolved, model_name, chosen, channels, names, store, tiles, factors, on, precision, threads)
-
-
-def _open_tissue(request: _Request) -> TissueMask:
-    """Read or compute the tissue mask; refuse a slide of which no map pixel is tissue."""
+def _wanted(request: MapRequest, mask: TissueMask) -> TissueMask:
+    """Return the tissue that is asked for; refuse a slide, or a region, of which no map pixel is tissue."""
     slide, grid = request.slide, request.grid
-    mask = open_mask(slide, grid.model_grid.out_px)
     if not mask.any():
         raise ValueError(
             f"{no_tissue(slide)}. Name another mask with mask_key=, or pass mask_key=False to predict everywhere"
@@ -306,17 +204,30 @@ def _open_tissue(request: _Request) -> TissueMask:
             f"no tissue on image {slide.key!r}: the tissue of its mask lies outside of it; check the transformation of the "
             "mask"
         )
-    map_mask = mask.coarser(grid.ratio)
-    boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
-    if not any(map_mask.near(*box.bounds) and map_mask.window(*box.bounds).any() for box in boxes):
+    if _any_pixel(grid, mask):
+        if request.region is None:
+            return mask
+        to_map = np.diag([1 / grid.ratio, 1 / grid.ratio, 1.0]) @ grid.model_grid.to_out
+        wanted = RegionMask(mask, request.region.transform(to_map), grid.ratio)
+        if _any_pixel(grid, wanted):
+            return wanted
         raise ValueError(
-            f"no map pixel of image {slide.key!r} would have a value: of none, {grid.mpp:.3g} µm wide, at least half is "
-            "tissue on the slide. Check the mask, or ask for smaller map pixels (out_mpp=)"
+            f"no tissue of image {slide.key!r} lies in region=; check where it is, or pass mask_key=False to predict all of it"
         )
-    return mask
+    raise ValueError(
+        f"no map pixel of image {slide.key!r} would have a value: at least half of a pixel must be tissue, and none of "
+        f"{grid.mpp:.3g} µm is. Check the mask, or ask for smaller map pixels (out_mpp=)"
+    )
 
 
-def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
+def _any_pixel(grid: MapGrid, mask: TissueMask) -> bool:
+    """Whether a map has any pixel in a mask that is asked per model output pixel."""
+    of_map = mask.coarser(grid.ratio)
+    boxes = (grid.box(i, j) for i, j in np.ndindex(*grid.tiles))
+    return any(of_map.near(*box.bounds) and of_map.window(*box.bounds).any() for box in boxes)
+
+
+def _make_runner(request: MapRequest, mask: TissueMask) -> TileRunner:
     """Return the runner that predicts the tiles."""
     from pixnet._core.predict.portable_model import PortableModel
     from pixnet._core.predict.tile_runner import TileRunner
@@ -334,19 +245,7 @@ def _make_runner(request: _Request, mask: TissueMask) -> TileRunner:
     )
 
 
-def _warn_if_foreign(request: _Request, found: dict[str, Any] | None) -> None:
-    """Warn if the slide looks unlike those that the model was trained on."""
-    differs = differences(found, request.model.stain)
-    if differs:
-        logger.warning(
-            "the stain of image %r lies far outside that of the slides the model was trained on: %s. Do not trust the map "
-            "without checking it against measured genes; pixnet.pp.normalize_stain may help",
-            request.slide.key,
-            "; ".join(differs),
-        )
-
-
-def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
+def _lazy_element(request: MapRequest, runner: TileRunner) -> DataArray:
     """Return the map as a lazy image element."""
     from pixnet._core.predict.tile_runner import lazy_map
 
@@ -356,46 +255,3 @@ def _lazy_element(request: _Request, runner: TileRunner) -> DataArray:
         c_coords=request.names,
         transformations=request.transformations,
     )
-
-
-def _check_target(slide: Slide, key: str, kind: str, overwrite: bool) -> None:
-    """Check that the map, or its loadings, can be stored under a name."""
-    check_key_free(slide.sdata, key, overwrite)
-    check_replaces(slide.sdata, key, kind)
-    if key == slide.key:
-        raise ValueError(f"key_added is {key!r}, the image that is predicted from; choose another name")
-    local_store(slide.sdata)
-
-
-def _resolve_store(model: PixNet, genes: str | Sequence[str] | None, store: Store | None) -> Store:
-    """Return what the map stores."""
-    if store not in (None, "genes", "programs"):
-        raise ValueError(f"store is {store!r}; valid: 'genes', 'programs', None")
-    has_programs = model.config.n_programs is not None
-    if store == "programs":
-        if not has_programs:
-            raise ValueError(
-                "store is 'programs', and this model has a channel for each gene; leave store= out, or train one with "
-                "n_programs="
-            )
-        if genes is not None:
-            raise ValueError(
-                "a map of programs answers for all genes of the model; leave out genes=, or pass store='genes'"
-            )
-    if store is not None:
-        return store
-    return "programs" if has_programs and genes is None and len(model.genes) > MOST_CHANNELS else "genes"
-
-
-def _resolve_genes(
-    model: PixNet, genes: str | Sequence[str] | None, store: Store
-) -> tuple[list[str], list[int] | None, list[str]]:
-    """Return the genes of the map, what the model is asked for (None: all its channels), and the channels' names."""
-    if store == "programs":
-        return model.genes, None, model.channels
-    chosen = model.genes if genes is None else check_genes(genes, among=model.genes, where="the model")
-    names = model.head.gene_channels(chosen)
-    if names == model.channels:
-        return chosen, None, names
-    position = {gene: k for k, gene in enumerate(model.genes)}
-    return chosen, [*(position[gene] for gene in chosen), len(model.genes)], names

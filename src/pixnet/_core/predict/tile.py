@@ -77,7 +77,8 @@ class Tile:
         if tissue.all():
             self.values[:, *here] = values
         else:
-            np.copyto(self.values[:, *here], values, where=tissue)
+            # a product is quicker than a copy of chosen pixels
+            np.multiply(values, np.where(tissue, np.float32(1), np.float32(np.nan)), out=self.values[:, *here])
 
     def finish(self) -> None:
         """Count the pixels, once all windows were added."""

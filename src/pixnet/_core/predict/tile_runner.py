@@ -22,6 +22,7 @@ from pixnet._core.predict.staged import StagedUnits, Unit, UnitFeatures
 from pixnet._core.predict.tile import ReducedTile, Tile, TileCost
 from pixnet._core.predict.whole import WholeWindows
 from pixnet._core.slide.mask import TissueMask
+from pixnet._core.slide.pyramid import block_means
 from pixnet._core.slide.reader import SlideReader
 
 READERS, WRITERS = 2, 1
@@ -172,37 +173,48 @@ def _lazy_tile(
 
 
 def store_tiles(
-    runner: TileRunner, target: Any, tiles: Sequence[TilePlace]
+    runner: TileRunner, target: Any, tiles: Sequence[TilePlace], coarser: Sequence[tuple[Any, int]] = ()
 ) -> Generator[tuple[TilePlace, TileCost], None, None]:
     """Predict tiles and write them to an array ``(channels, y, x)``; yield each one's place and cost once it is there.
 
-    The model runs in the caller's thread, between threads that read ahead and write behind, or the tiles of a unit run
+    ``coarser`` are arrays of coarser levels that are written with them, each with its factor to the level before, which
+    divides the tiles of that level. The model runs in the caller's thread, between threads that read ahead and write behind, or the tiles of a unit run
     where `pixnet._core.parallel.run` runs tasks.
     """
     if not runs_here():
         groups: dict[Any, list[TilePlace]] = {}
         for place in tiles:
             groups.setdefault(tuple(runner.units(*place)[:1]) or place, []).append(place)
-        for _, done in run(_store_group, [runner, target], [(group,) for group in groups.values()]):
+        for _, done in run(_store_group, [runner, target, coarser], [(group,) for group in groups.values()]):
             yield from done
         return
     ahead = partial(in_threads, threads=READERS)
     with (
         memory_kept(),
         closing(runner.predict(tiles, ahead)) as predicted,
-        closing(in_threads(partial(_write, target), predicted, WRITERS)) as written,
+        closing(in_threads(partial(_write, target, coarser), predicted, WRITERS)) as written,
     ):
         yield from written
 
 
-def _store_group(runner: TileRunner, target: Any, tiles: Sequence[TilePlace]) -> list[tuple[TilePlace, TileCost]]:
-    return [_write(target, tile) for tile in runner.predict([(i, j) for i, j in tiles])]
+def _store_group(
+    runner: TileRunner, target: Any, coarser: Sequence[tuple[Any, int]], tiles: Sequence[TilePlace]
+) -> list[tuple[TilePlace, TileCost]]:
+    return [_write(target, coarser, tile) for tile in runner.predict([(i, j) for i, j in tiles])]
 
 
-def _write(target: Any, tile: Tile) -> tuple[TilePlace, TileCost]:
+def _write(target: Any, coarser: Sequence[tuple[Any, int]], tile: Tile) -> tuple[TilePlace, TileCost]:
+    """Write a tile and its part of the coarser levels, which is made from its pixels while they are in memory."""
     if tile.values is not None:
         start = time.perf_counter()
-        target[:, *tile.box.slices] = tile.values
+        values, (y, x) = tile.values, (tile.box.y, tile.box.x)
+        target[:, y : y + values.shape[1], x : x + values.shape[2]] = values
+        for array, factor in coarser:
+            fy, fx = (min(factor, n) for n in target.shape[1:])  # an axis shorter than a block becomes one pixel
+            target, values, y, x = array, block_means(values, fy, fx), y // fy, x // fx
+            if 0 in values.shape:
+                break
+            target[:, y : y + values.shape[1], x : x + values.shape[2]] = values
         tile.values = None
         tile.cost.write = time.perf_counter() - start
     return (tile.i, tile.j), tile.cost

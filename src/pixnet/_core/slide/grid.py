@@ -11,6 +11,9 @@ import numpy as np
 SNAP = 0.02
 """Factors this close to a whole number are rounded: pixels are then used as they are, and positions stay exact."""
 
+BLOCK_PX = 64
+"""Model pixels to which windows and the maps of encoders are aligned."""
+
 MAX_ENLARGE = 2.0
 """A slide may be this many times coarser than the model."""
 
@@ -33,6 +36,9 @@ class ModelGrid:
         Model pixels per output pixel.
     mpp
         Size of a model pixel on this slide (µm).
+    margin
+        Model pixels above and to the left of the slide, ``(y, x)``, which belong to the grid and are white. A crop has as
+        many as bring its blocks to where they lie on the slide that it was cut from.
     """
 
     level: int
@@ -41,6 +47,7 @@ class ModelGrid:
     shape: tuple[int, int]
     stride: int
     mpp: float
+    margin: tuple[int, int] = (0, 0)
 
     @property
     def enlarged(self) -> bool:
@@ -60,7 +67,14 @@ class ModelGrid:
     @property
     def to_out(self) -> np.ndarray:
         """Matrix ``(3, 3)`` that takes ``(x, y, 1)`` from level-0 to output pixels."""
-        return np.diag([1 / self.out_px[1], 1 / self.out_px[0], 1.0])
+        matrix = np.diag([1 / self.out_px[1], 1 / self.out_px[0], 1.0])
+        matrix[:2, 2] = self.out_margin[::-1]
+        return matrix
+
+    @property
+    def out_margin(self) -> tuple[float, float]:
+        """Output pixels above and to the left of the slide, ``(y, x)``."""
+        return self.margin[0] / self.stride, self.margin[1] / self.stride
 
 
 def snap(factor: float) -> float:
@@ -75,6 +89,7 @@ def choose_grid(
     slide_mpp: float,
     model_mpp: float,
     stride: int,
+    origin: tuple[float, float] = (0.0, 0.0),
 ) -> ModelGrid:
     """Return the grid on which a model of ``model_mpp`` sees a slide.
 
@@ -91,6 +106,9 @@ def choose_grid(
         Pixel size of level 0, and of the model's input (µm/px).
     stride
         Model pixels per output pixel.
+    origin
+        Where the slide begins on the one that it was cut from, in level-0 pixels ``(y, x)``: blocks lie as they do there, to
+        the next model pixel.
 
     Raises
     ------
@@ -110,5 +128,7 @@ def choose_grid(
     fy, fx = (snap(model_mpp / (slide_mpp * s)) for s in scales[level])
     sy, sx = scales[level]
     height, width = shapes[level]
-    shape = (math.ceil(height / fy - 1e-6), math.ceil(width / fx - 1e-6))
-    return ModelGrid(level, (fy, fx), (fy * sy, fx * sx), shape, stride, fx * sx * slide_mpp)
+    px = (fy * sy, fx * sx)
+    top, left = (round(start / size) % BLOCK_PX for start, size in zip(origin, px))
+    shape = (math.ceil(height / fy - 1e-6) + top, math.ceil(width / fx - 1e-6) + left)
+    return ModelGrid(level, (fy, fx), px, shape, stride, fx * sx * slide_mpp, (top, left))

@@ -71,9 +71,12 @@ class TissueMask:
 
     def _on_slide(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
         """Return the pixels of a window of which at least half lies on the slide."""
-        inside_y = np.clip(1 / self.to_mask[1, 1] - np.arange(y0, y0 + height), 0, 1)
-        inside_x = np.clip(1 / self.to_mask[0, 0] - np.arange(x0, x0 + width), 0, 1)
-        return inside_y[:, None] * inside_x[None, :] >= 0.5 - 1e-9
+        inside = []
+        for axis, start, size in ((1, y0, height), (0, x0, width)):
+            scale, shift = self.to_mask[axis, axis], self.to_mask[axis, 2]
+            first, last, pixels = -shift / scale, (1 - shift) / scale, np.arange(start, start + size)
+            inside.append(np.clip(np.minimum(last, pixels + 1) - np.maximum(first, pixels), 0, 1))
+        return inside[0][:, None] * inside[1][None, :] >= 0.5 - 1e-9
 
     def _samples(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
         """Return the mask at ``k`` x ``k`` points in each pixel, ``(height * k, width * k)``."""

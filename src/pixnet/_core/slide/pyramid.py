@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import dask.array as da
@@ -10,6 +9,9 @@ import numpy as np
 
 CHUNK = 1024
 """Chunks of a slide's levels have this many pixels a side."""
+
+BAND = 400_000
+"""Pixels of which means are made at once, channel by channel: few enough for a cache."""
 
 
 def halve(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
@@ -58,13 +60,32 @@ def block_means(values: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
     factor_y, factor_x
         Size of a block in pixels.
     """
-    channels, height, width = values.shape
-    shape = (channels, height // factor_y, width // factor_x)
-    total, count = np.zeros(shape, np.float32), np.zeros(shape, np.uint16)
-    for y, x in product(range(factor_y), range(factor_x)):
-        part = values[:, y::factor_y, x::factor_x][:, : shape[1], : shape[2]]
-        there = ~np.isnan(part)
-        np.add(total, part, out=total, where=there)
-        count += there
+    height, width = (n // f for n, f in zip(values.shape[1:], (factor_y, factor_x)))
+    values = values[:, : height * factor_y, : width * factor_x]
+    out = np.empty((len(values), height, width), np.float32)
+    step = max(BAND // max(values[:1].size, 1), 1)
+    for c in range(0, len(values), step):
+        out[c : c + step] = _block_means(values[c : c + step], factor_y, factor_x)
+    return out
+
+
+def _block_means(values: np.ndarray, factor_y: int, factor_x: int) -> np.ndarray:
+    total = _block_sums(values, factor_y, factor_x, np.float32)
+    if not np.isnan(total).any():
+        return total / np.float32(factor_y * factor_x)
+    nan = np.isnan(values)
+    total = _block_sums(np.where(nan, np.float32(0), values), factor_y, factor_x, np.float32)
+    count = factor_y * factor_x - _block_sums(nan, factor_y, factor_x, np.uint16)
     with np.errstate(invalid="ignore"):
         return total / count
+
+
+def _block_sums(values: np.ndarray, factor_y: int, factor_x: int, dtype: Any) -> np.ndarray:
+    """Return sums of blocks: first of whole rows, which is quick."""
+    rows = values[:, ::factor_y].astype(dtype)
+    for y in range(1, factor_y):
+        rows += values[:, y::factor_y]
+    total = rows[..., ::factor_x].copy()
+    for x in range(1, factor_x):
+        total += rows[..., x::factor_x]
+    return total

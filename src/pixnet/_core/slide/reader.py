@@ -92,7 +92,8 @@ class SlideReader:
             If the image cannot be read there; the message says which of its pixels.
         """
         out = np.full((3, height, width), WHITE, np.uint8)
-        rows, cols = self.grid.shape
+        (rows, cols), margin = self.grid.shape, self.grid.margin
+        y0, x0, rows, cols = y0 - margin[0], x0 - margin[1], rows - margin[0], cols - margin[1]
         top, bottom = max(y0, 0), min(y0 + height, rows)
         left, right = max(x0, 0), min(x0 + width, cols)
         if top < bottom and left < right:

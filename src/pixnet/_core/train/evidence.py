@@ -28,6 +28,9 @@ MOST_SHAPES = 4000
 PRIOR_COUNTS = 20.0
 """Counts by which a gene's ratio of amounts is drawn to that of all genes."""
 
+DISPERSION_COUNTS = 100.0
+"""Counts by which a gene's dispersion is drawn to that of all genes."""
+
 LARGEST_RATIO = 5.0
 
 BLOCK_SHAPES = 12
@@ -159,9 +162,8 @@ def _correlation(shapes: list[HeldOut], rng: np.random.Generator) -> tuple[Float
     moments = np.concatenate([_block_moments(s) for s in shapes])  # (blocks, 3, genes)
     r = _r_of(moments.sum(axis=0))
     drawn = rng.multinomial(len(moments), np.full(len(moments), 1 / len(moments)), size=RESAMPLED)
-    again = np.stack([_r_of(np.tensordot(n, moments, axes=1)) for n in drawn])
-    with np.errstate(all="ignore"):
-        low, high = np.nanquantile(again, [0.025, 0.975], axis=0)
+    again = np.stack([np.nan_to_num(_r_of(np.tensordot(n, moments, axes=1))) for n in drawn])
+    low, high = np.quantile(again, [0.025, 0.975], axis=0)
     return r, np.where(np.isfinite(r), low, np.nan), np.where(np.isfinite(r), high, np.nan)
 
 
@@ -221,33 +223,23 @@ def _ceiling(shapes: list[HeldOut], rng: np.random.Generator) -> Floats:
 
 
 def _dispersion(shapes: list[HeldOut]) -> Floats:
-    """Return each gene's dispersion by moments, drawn to the median of all genes as far as it is uncertain.
+    """Return each gene's dispersion by moments; that of rare genes is drawn to the mean of all.
 
     Amounts were balanced with these very shapes, so one half of a section is balanced anew by the other: what amounts are
     off by where nothing was measured is part of the error.
     """
     shapes = [part for s in shapes for part in _balanced_by_the_other_half(s)]
-    excess, square, spread = (np.zeros(shapes[0].counts.shape[1]) for _ in range(3))
+    excess, square, counts = (np.zeros(shapes[0].counts.shape[1]) for _ in range(3))
     for s in shapes:
-        mean = np.nan_to_num(s.mean)
-        residual = np.nan_to_num(s.counts - s.mean)
+        mean, residual = np.nan_to_num(s.mean), np.nan_to_num(s.counts - s.mean)
         excess += (residual**2 - mean).sum(axis=0)
         square += (mean**2).sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.clip(excess / square, 0, 100)
-    known = np.isfinite(found) & (square > 0)
-    if not known.any():
-        return np.full(len(found), np.nan)
-    for s in shapes:
-        mean = np.nan_to_num(s.mean)
-        variance = mean + np.nan_to_num(found) * mean**2
-        spread += (2 * variance**2 + variance).sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = spread / square**2  # variance of the estimate
-    typical = float(np.median(found[known & (error <= np.median(error[known]))]))
-    between = max(float(np.median((found[known] - typical) ** 2 - error[known])), (0.5 * typical) ** 2, 1e-6)
-    weight = np.where(known, between / (between + np.nan_to_num(error, nan=np.inf)), 0.0)
-    return weight * np.nan_to_num(found) + (1 - weight) * typical
+        counts += np.nansum(s.counts, axis=0)
+    if not counts.any():
+        return np.full(len(counts), np.nan)
+    own = np.clip(excess / np.maximum(square, 1e-12), 0, 100)
+    typical = float(np.average(own, weights=counts))
+    return (counts * own + DISPERSION_COUNTS * typical) / (counts + DISPERSION_COUNTS)
 
 
 def _balanced_by_the_other_half(shapes: HeldOut) -> list[HeldOut]:

@@ -126,7 +126,7 @@ def _fit(
     versions = (variants, variants if options.refit else 1)
     train, valid = with_features((train, valid), model, versions, options.stain, device)
     start = snapshot(model)
-    objective.prepare(train)
+    objective.prepare(train, model.head.gene_weights)
     before = list(model.history)
     number = 1 + max((row.get("run", 1) for row in before), default=0)
 

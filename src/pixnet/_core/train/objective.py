@@ -58,9 +58,9 @@ class Objective:
         self._weights: dict[str, Tensor] = {}
         self._dispersion: dict[str, Tensor] = {}
 
-    def prepare(self, dataset: CropDataset) -> None:
-        """Take from the training shapes what the losses need to know of each gene."""
-        if self.options.gene_weights == "signal":
+    def prepare(self, dataset: CropDataset, default_weights: str) -> None:
+        """Take from the training shapes what the losses need to know of each gene; ``default_weights`` is the head's choice."""
+        if (self.options.gene_weights or default_weights) == "signal":
             self._weights = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
         if self.options.loss == "nb+pcc":
             self._dispersion = dataset.dispersion()

@@ -37,7 +37,8 @@ class TrainingOptions:
         gene's dispersion taken from the training shapes, so that shapes of few transcripts weigh less.
     gene_weights
         ``"signal"``: genes weigh in the loss of expression by the share of their variance that is not counting noise.
-        ``"equal"``: all genes weigh the same.
+        ``"equal"``: all genes weigh the same. None: ``"signal"`` for a model of programs, which is trained on thousands of
+        genes, else ``"equal"``.
     total_weight
         Weight of the loss of totals, the squared error of the log depth.
     batch_shapes
@@ -81,7 +82,7 @@ class TrainingOptions:
     lr: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Nonnegative = 1e-2
     loss: Loss = "mse+pcc"
-    gene_weights: GeneWeights = "equal"
+    gene_weights: GeneWeights | None = None
     total_weight: Nonnegative = 0.2
     batch_shapes: Count = 48
     batch_crops: Count = 32

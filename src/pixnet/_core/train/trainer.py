@@ -26,6 +26,9 @@ from pixnet.models._pixnet import PixNet
 State = dict[str, Tensor]
 Row = dict[str, float]
 
+LOADINGS_RATE = 30.0
+"""Learning rate of loadings over that of the rest."""
+
 READERS = 2
 """Threads that read features ahead of a GPU."""
 
@@ -136,10 +139,13 @@ class Trainer:
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        # Loadings are logits: decay would pull all genes to one share.
+        # Loadings are logits: decay would pull all genes to one share, and at the rate of the rest they would hardly move.
         loadings = [p for p in model.head.parameters() if p.requires_grad]
         others = [p for p in self.trained if not any(p is other for other in loadings)]
-        groups: list[dict[str, Any]] = [{"params": others}, {"params": loadings, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": loadings, "weight_decay": 0.0, "lr": options.lr * LOADINGS_RATE},
+        ]
         self.optimiser = torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
         steps = len(self.sampler) * self.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: learning_rate(step, steps))

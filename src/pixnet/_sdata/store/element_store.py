@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import spatialdata as sd
-import zarr
 from anndata import AnnData
 from geopandas import GeoDataFrame
 from spatialdata import SpatialData
@@ -20,7 +19,6 @@ from spatialdata.transformations import Scale
 from xarray import DataArray, DataTree
 
 from pixnet._logging import logger
-from pixnet._sdata.keys import check_key_free
 from pixnet._sdata.legacy import bring_over, is_unwritten, write_brought_over
 from pixnet._sdata.pixel_size import PIXNET_UM, is_pixel_size, set_pixel_size
 from pixnet._sdata.record import KEY, Entries, update
@@ -45,6 +43,7 @@ from pixnet._sdata.store.workspace import (
     work_folders,
     write_json,
 )
+from pixnet._sdata.target import check_key_free, local_store
 
 
 def put(sdata: SpatialData, key: str, element: Any, *, overwrite: bool = False, entries: Entries | None = None) -> None:
@@ -232,37 +231,7 @@ def update_element_attrs(
             raise committed(root, key, error) from error
 
 
-# stores ------------------------------------------------------------------------------------------------------------
-
-
-def local_store(sdata: SpatialData) -> Path | None:
-    """Return the folder of the store that backs an object; None for an object in memory.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is gone.
-    ValueError
-        If the store is remote, or in the Zarr v2 format of early SpatialData versions.
-    """
-    if not sdata.is_backed():
-        return None
-    if "://" in str(sdata.path):
-        raise ValueError(
-            f"the store {sdata.path} is remote; pixnet writes to local stores: write the object to a local one "
-            "(sdata.write), and copy that when all is done"
-        )
-    root = Path(str(sdata.path))
-    try:
-        group = zarr.open_group(root, mode="r")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the store {root} of this object is gone; write it again with sdata.write") from None
-    if group.metadata.zarr_format != 3:
-        raise ValueError(
-            f"the store {root} is in an old format (Zarr v2); bring it up to date by writing it to another place: "
-            'spatialdata.read_zarr(path).write("new.zarr")'
-        )
-    return root
+# elements ----------------------------------------------------------------------------------------------------------
 
 
 def read_element(root: Path, kind: str, key: str) -> Any:
@@ -298,6 +267,7 @@ def _write_single(path: Path, key: str, element: Any) -> str:
     with warnings.catch_warnings():
         # a table's region is not in the small store, on purpose
         warnings.filterwarnings("ignore", message=".*not present in the SpatialData object.*")
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding")  # which anndata says of every array
         single = SpatialData.init_from_elements({key: element})
         single.write(path, consolidate_metadata=False, update_sdata_path=False)
     return next(kind for kind, _, _ in single.gen_elements())

@@ -25,7 +25,6 @@ from pixnet._sdata.record import Entries
 from pixnet._sdata.store.commit import CommittedError, check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
     heal,
-    local_store,
     prepare,
     read_element,
     set_element,
@@ -34,9 +33,13 @@ from pixnet._sdata.store.element_store import (
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch
 from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
+from pixnet._sdata.target import local_store
 
 CHANNELS = 25
 """Channels per chunk, about: showing one gene must not read them all."""
+
+LEAST_CHUNK = 16
+"""Chunks of a coarser level have at least this many pixels a side, where its size allows."""
 
 # lz4 with byte shuffle: the only compression measured that costs less than writing the bytes it saves
 COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
@@ -87,6 +90,18 @@ class MapSpec:
         """Shape of the chunks ``(c, y, x)``; channels are shared out evenly."""
         n = len(self.channels)
         return (math.ceil(n / math.ceil(n / CHANNELS)), min(self.chunk, self.shape[0]), min(self.chunk, self.shape[1]))
+
+    @property
+    def level_chunks(self) -> list[tuple[int, int, int]]:
+        """Shape of the chunks of all levels: those of a coarser one lie over one chunk of the finest, if not too small."""
+        found, scale = [self.chunks], 1
+        for factor, (height, width) in zip(self.scale_factors, self.shapes[1:]):
+            scale *= factor
+            side = self.chunk // scale
+            if self.chunk % scale or side < min(LEAST_CHUNK, self.chunk):
+                side = self.chunk
+            found.append((self.chunks[0], min(side, height), min(side, width)))
+        return found
 
 
 class MapWriter:
@@ -179,6 +194,17 @@ class MapWriter:
         """Note that a tile is written: a resumed run leaves it out."""
         self._log.write(f"{i} {j}\n")
         self._log.flush()
+
+    def levels_of_tiles(self, tile: int) -> int:
+        """Return the number of coarser levels of which every tile of ``tile`` pixels a side holds whole blocks and chunks."""
+        scale = 1
+        for level, (factor, array) in enumerate(zip(self.factors, self.arrays[1:])):
+            scale *= factor
+            side = tile // scale
+            whole = all(side >= n or side % chunk == 0 for n, chunk in zip(array.shape[1:], array.chunks[1:]))
+            if tile % scale or not whole:
+                return level
+        return len(self.factors)
 
     def level_tasks(
         self, level: int, factor: int, written: Sequence[tuple[int, int]], tile: int
@@ -349,13 +375,12 @@ def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
     )
     SpatialData(images={key: tiny}).write(path, consolidate_metadata=False)
     element = path / "images" / key
-    for level, (name, shape) in enumerate(zip(level_paths(element), spec.shapes, strict=True)):
-        chunks = spec.chunks
+    for name, shape, chunks in zip(level_paths(element), spec.shapes, spec.level_chunks, strict=True):
         zarr.create_array(
             element / name,
             shape=(len(spec.channels), *shape),
             dtype="float32",
-            chunks=(chunks[0], min(chunks[1], shape[0]), min(chunks[2], shape[1])) if level else chunks,
+            chunks=chunks,
             compressors=COMPRESSOR,
             fill_value=np.nan,
             dimension_names=("c", "y", "x"),

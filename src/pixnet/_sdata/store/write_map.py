@@ -97,8 +97,11 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
         file=sys.stderr,
         disable=not settings.progress,
     )
+    # levels that tiles hold whole blocks of are made from pixels in memory, others from those in the store
+    n = writer.levels_of_tiles(grid.tile)
+    coarser = list(zip(writer.arrays[1 : n + 1], writer.factors))
     # closing: whatever happens, no task writes any more when the writer is dealt with
-    with closing(store_tiles(runner, writer.arrays[0], todo)) as results, progress as bar:
+    with closing(store_tiles(runner, writer.arrays[0], todo, coarser)) as results, progress as bar:
         for place, cost in results:
             writer.mark(*place)
             total.add(cost)
@@ -108,6 +111,8 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
     scale = 1
     for level, factor in enumerate(writer.factors, 1):
         scale *= factor
+        if level <= n:
+            continue
         tasks = writer.level_tasks(level, scale, tiles, grid.tile)
         with closing(run(store_level, [*writer.arrays[level - 1 : level + 1], factor], tasks)) as chunks:
             for _ in chunks:
