@@ -1,4 +1,4 @@
-"""tl.predict on the workers of a real cluster of two processes."""
+"""tl.predict, and the features of tl.train, on the workers of a real cluster of two processes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from spatialdata.models import Image2DModel
 from torch import nn
 
 import pixnet as px
+from pixnet._core.predict.map_grid import Box
+from pixnet._core.train.augment import Version
+from pixnet._core.train.feature_maps import FeatureMaps
+from pixnet._core.train.feature_store import Wanted, forget_features, slide_features
+from pixnet._sdata.slide import Slide
 
 distributed = pytest.importorskip("distributed")
 
@@ -156,3 +161,32 @@ def test_a_killed_worker_does_not_lose_the_run(client, backed, model):
     assert killed[0] < 80  # of 80 tiles: it died in the middle
     assert tree_hash(backed.path / "images" / "he_genes") == expected
     assert victim not in client.run(os.getpid).values()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("model", ["staged"], indirect=True)
+def test_workers_compute_features_also_when_one_dies(client, backed, model, monkeypatch):
+    slide, versions = Slide.open(backed), Version.numbered(2, 0.1)
+    wanted = Wanted(slide.reader(slide.grid(0.5, 4)), [Box(0, 0, 500, 620)], versions)
+
+    def features():
+        forget_features()
+        (found,) = slide_features([wanted], model.encoder, [0, 1], window=64, halo=64, device="cpu")
+        return [found.maps[version].array(level).copy() for version in versions for level in (0, 1)]
+
+    with dask.config.set(scheduler="threads"):
+        expected = features()
+    client.run(torch.set_num_threads, 1)
+    victim, write, written = next(iter(client.run(os.getpid).values())), FeatureMaps.write, []
+
+    def counted(self, *args):
+        written.append(args)
+        if len(written) == 5:
+            os.kill(victim, signal.SIGKILL)
+        write(self, *args)
+
+    monkeypatch.setattr(FeatureMaps, "write", counted)
+    for own, other in zip(features(), expected):
+        np.testing.assert_allclose(own, other, rtol=2e-3, atol=1e-3)
+    assert victim not in client.run(os.getpid).values()
+    forget_features()

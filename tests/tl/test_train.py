@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from shapely import Point, box
+from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import remove_transformation
 
@@ -375,6 +376,30 @@ class TestValidation:
             train(both, validation=["a", "b"])
         with pytest.raises(ValueError, match="by its name"):
             train(both, validation=slide)
+
+
+def test_a_few_spots_of_a_slide_from_elsewhere_are_worth_it(quick_model):
+    """As docs/guides/fine-tuning.md has it: train on one end of the slide, test on the other half."""
+    mine = coloured_slide(9)
+    pixels = 255 - np.asarray(mine["he"].data)[[1, 2, 0]]  # as no training slide looks
+    mine["he"] = Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"])
+    px.pp.set_mpp(mine, "he", 0.5)
+    from_left = np.argsort(mine["spots"].loc[mine["spots_counts"].obs["instance_id"]].geometry.x.to_numpy())
+
+    def with_spots(rows):
+        elements = {name: element for _, name, element in mine.gen_elements()}
+        elements["spots_counts"] = mine["spots_counts"][rows].copy()
+        return SpatialData.init_from_elements(elements, attrs=dict(mine.attrs))
+
+    few, rest = with_spots(from_left[:56]), with_spots(from_left[112:])
+    before = quick_model.members.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    tuned = px.tl.train(few, model=quick_model, mask_key=False, variants=1, lr=1e-2, max_epochs=20)
+    none, some = (scores(rest, one).loc[["PINK", "BLUE"], "pearson"].mean() for one in (quick_model, tuned))
+    assert some > none + 0.3
+    assert some > 0.8
+    assert tuned.history[-1]["run"] == 2
+    assert all(torch.equal(t, before[name]) for name, t in quick_model.members.state_dict().items())
 
 
 class TestLeftOut:

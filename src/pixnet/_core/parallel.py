@@ -125,14 +125,16 @@ def _on_cluster(
     """Run tasks on the workers of a client."""
     from distributed import as_completed
 
-    with warnings.catch_warnings():
-        # A result of a task is made again if its worker dies; scattered, the shared arguments would be lost with it.
-        warnings.filterwarnings("ignore", message="Sending large graph")
-        held = [client.submit(_same, value, pure=False) for value in shared]
+    def sent(function: Callable[..., Any], *args: Any) -> Any:
+        with warnings.catch_warnings():
+            # A result of a task is made again if its worker dies; scattered, arguments would be lost with it.
+            warnings.filterwarnings("ignore", message="Sending large graph")
+            return client.submit(function, *args, pure=False)
+
+    held = [sent(_same, value) for value in shared]
 
     def submit(item: tuple[Any, ...]) -> Any:
-        computed = [client.compute(arg) if dask.is_dask_collection(arg) else arg for arg in item]
-        return client.submit(function, *held, *computed, pure=False)
+        return sent(function, *held, *(client.compute(arg) if dask.is_dask_collection(arg) else arg for arg in item))
 
     if ordered:
         items, taken = tee(items)

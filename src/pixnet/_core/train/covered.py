@@ -50,8 +50,8 @@ def read_features(
         for index, version, start, stop in zip(batch.crops, versions, edges, edges[1:]):
             table = dataset.maps(index, version).read(level, dataset.box(index))
             found[level][start:stop] = _on_disk_at_pixels(table, y[start:stop], x[start:stop], factors)
-    for index, version in zip(batch.crops, versions):
-        dataset.maps(index, version).forget()
+    for maps in {dataset.maps(index, version) for index, version in zip(batch.crops, versions)}:
+        maps.forget()
     return found
 
 
