@@ -40,7 +40,7 @@ def test_figures_are_those_of_scipy():
     np.testing.assert_allclose(found["pearson"], [pearsonr(p[:, i], m[:, i])[0] for i in range(3)], rtol=1e-5)
     np.testing.assert_allclose(found["mse"], ((p - m) ** 2).mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(found["mae"], np.abs(p - m).mean(axis=0), rtol=1e-4)
-    assert list(found.columns) == ["pearson", "mse", "mae", "n"]
+    assert list(found.columns) == ["pearson", "mse", "mae", "ratio", "n"]
     assert (found["n"] == 225).all()
     summary = found.attrs["summary"]
     assert summary["pcc_mean"] == pytest.approx(found["pearson"].mean())

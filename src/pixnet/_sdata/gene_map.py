@@ -21,10 +21,14 @@ from pixnet._core.zonal import Mean, Statistic, Sum
 from pixnet._names import TOTAL, TOTALS, check_genes, is_total, listed
 from pixnet._programs import fingerprint, fingerprint_in, is_program
 from pixnet._sdata.counts import dense
+from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.keys import resolve_any_image
 from pixnet._sdata.loadings import is_loadings, lift
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
+
+TRUSTED = "trusted"
+"""In place of names: the genes that held-out shapes showed to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,15 @@ class GeneMap(ABC):
         Names of the genes that it answers for.
     mpp
         Pixel size (µm/px); None if it is unknown.
+    evidence
+        What held-out shapes showed of the genes; None if it is unknown.
     """
 
     key: str
     data: DataArray
     genes: list[str]
     mpp: float | None
+    evidence: GeneEvidence | None
     total_name: ClassVar[str] = TOTAL
     quantity: ClassVar[str] = "density"
 
@@ -189,18 +196,37 @@ class GeneMap(ABC):
                 f"it knows {listed(TOTALS.values())}"
             )
         genes = [name for name in names if name != totals[0]]
-        return kinds[totals[0]](image_key, data, genes, mpp, names)
+        evidence = GeneEvidence.of_record(sdata, image_key)
+        return kinds[totals[0]](image_key, data, genes, mpp, evidence, names)
 
     def select(self, genes: str | Sequence[str] | None = None) -> Selection:
-        """Choose genes; None: all.
+        """Choose genes; None: all, ``"trusted"``: those that held-out shapes showed to be predicted.
 
         Raises
         ------
         KeyError
             If the map does not have one of them.
+        ValueError
+            If the trusted genes are asked for and nothing, or nothing good, is known of them.
         """
+        if isinstance(genes, str) and genes == TRUSTED and TRUSTED not in self.genes:
+            return self._selection(self._trusted())
         chosen = list(self.genes) if genes is None else check_genes(genes, among=self.genes, where=self._where)
         return self._selection(chosen)
+
+    def _trusted(self) -> list[str]:
+        if self.evidence is None:
+            raise ValueError(
+                f"genes='{TRUSTED}' needs what held-out shapes showed of each gene, and {self._where} has none: its model was "
+                "trained by an earlier version, or the record of the map was lost. Predict again with a model that "
+                "pixnet.tl.train made"
+            )
+        found = [gene for gene in self.evidence.trusted() if gene in set(self.genes)]
+        if not found:
+            raise ValueError(
+                f"{self._where} has no gene that held-out shapes showed to be predicted; name genes instead"
+            )
+        return found
 
     @property
     def _where(self) -> str:
@@ -347,7 +373,7 @@ def _open_programs(sdata: SpatialData, key: str, data: DataArray, names: list[st
             "that the programs' names stand for. Copy the table again, or predict again"
         )
     loadings = matrix[[programs.index(name) for name in names]]
-    return ProgramMap(key, data, genes, mpp, names, table_key, loadings)
+    return ProgramMap(key, data, genes, mpp, GeneEvidence.of_table(table), names, table_key, loadings)
 
 
 def _programs_of(table: AnnData) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from spatialdata.models import TableModel
 
 from pixnet._programs import is_program
+from pixnet._sdata.evidence import GeneEvidence
 
 TOP_GENES = 4
 """Genes that name a program."""
@@ -18,8 +21,12 @@ def is_loadings(table: AnnData) -> bool:
     return table.n_obs > 0 and all(map(is_program, map(str, table.obs_names)))
 
 
-def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = None) -> AnnData:
+def loadings_table(
+    loadings: pd.DataFrame, image_key: str, model: str | None = None, evidence: GeneEvidence | None = None
+) -> AnnData:
     """Return loadings ``(programs, genes)`` as a table; ``obs["top_genes"]`` names each program by its genes.
+
+    ``var`` tells what held-out shapes showed of each gene, where the model knows.
 
     It annotates the map, so that SpatialData keeps both together (a table that annotates nothing breaks its queries).
     """
@@ -28,11 +35,16 @@ def loadings_table(loadings: pd.DataFrame, image_key: str, model: str | None = N
         "instance_id": np.arange(1, len(loadings) + 1),
         "top_genes": top_genes(loadings),
     }
+    uns: dict[str, Any] = {"kind": "loadings"}
+    if model is not None:
+        uns["model"] = model
+    if evidence is not None:
+        uns["evidence"] = evidence.scale
     table = AnnData(
         X=loadings.to_numpy(dtype=np.float32),
         obs=pd.DataFrame(obs, index=loadings.index),
-        var=pd.DataFrame(index=loadings.columns),
-        uns={"pixnet": {"kind": "loadings", **({} if model is None else {"model": model})}},
+        var=pd.DataFrame(index=loadings.columns) if evidence is None else evidence.frame.set_axis(loadings.columns),
+        uns={"pixnet": uns},
     )
     return TableModel.parse(table, region=image_key, region_key="region", instance_key="instance_id")
 

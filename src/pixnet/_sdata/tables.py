@@ -19,6 +19,7 @@ from xarray import DataArray
 from pixnet._core.coverage import Weights
 from pixnet._core.zonal import Mean, Statistic, ZonalStatistics
 from pixnet._logging import logger
+from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.gene_map import GeneMap, ProgramSelection, Selection
 from pixnet._sdata.shapes import PixelShapes
 from pixnet._sdata.transforms import to_coordinate_system
@@ -54,6 +55,8 @@ class Plan:
         Pixel size (µm/px), if known.
     model
         Name of the model that made the map, if known.
+    interval
+        Probability of the intervals; None: no intervals.
     """
 
     image_key: str
@@ -68,6 +71,13 @@ class Plan:
     systems: dict[str, str]
     mpp: float | None
     model: str | None
+    interval: float | None
+
+    @property
+    def evidence(self) -> GeneEvidence | None:
+        """What held-out shapes showed of the genes asked for."""
+        known = None if self.gene_map is None else self.gene_map.evidence
+        return None if known is None else known.take(self.names)
 
     @property
     def computed(self) -> list[Statistic]:
@@ -135,10 +145,16 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
         parameters["mpp"] = plan.mpp
     if plan.model is not None:
         parameters["model"] = plan.model
+    var, evidence = pd.DataFrame(index=pd.Index(plan.names)), plan.evidence
+    if evidence is not None:
+        var, parameters["evidence"] = evidence.frame.set_axis(var.index), evidence.scale
+        if plan.interval is not None:
+            layers |= evidence.intervals(values, obs["area"].to_numpy(), plan.interval)
+            parameters["interval"] = plan.interval
     table = AnnData(
         X=values,
         obs=obs,
-        var=pd.DataFrame(index=pd.Index(plan.names)),
+        var=var,
         layers=layers,
         obsm={"spatial": rows.centroids, **programs["obsm"]},
         varm=programs["varm"],

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import AllowInfNan, Field
+from pydantic import AllowInfNan, Field, model_validator
 from torch import Tensor
 from typing_extensions import TypedDict  # that of typing serves pydantic from Python 3.12 on
 
 from pixnet._checked import checked
+from pixnet._evidence import COLUMNS, Evidence
 from pixnet._names import listed
 from pixnet.models._config import ModelConfig
 
@@ -60,6 +61,16 @@ class Header:
     provenance: dict[str, Any] = Field(default_factory=dict)
     stain: list[StainStatistics] = Field(default_factory=list)
     history: list[dict[str, Annotated[float, AllowInfNan(True)] | int | None]] = Field(default_factory=list)
+    evidence: Evidence | None = None
+
+    @model_validator(mode="after")
+    def _evidence_fits(self) -> Header:
+        """Refuse evidence of another number of genes."""
+        if self.evidence is not None:
+            sizes = {len(getattr(self.evidence, name)) for name in COLUMNS}
+            if sizes != {len(self.config.genes)}:
+                raise ValueError(f"evidence is of {sorted(sizes)} genes, and the model has {len(self.config.genes)}")
+        return self
 
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]
@@ -173,7 +184,10 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> tuple[Header, dict[
         lacking = sorted({field.name for field in fields(ModelConfig)} - set(config))
         if lacking:
             raise ValueError(f"config lacks {listed(lacking)}")
-        return Header(config=ModelConfig(**config), **values), added
+        evidence = values.pop("evidence", None)
+        return Header(
+            ModelConfig(**config), evidence=None if evidence is None else Evidence(**evidence), **values
+        ), added
     except (TypeError, ValueError) as err:
         raise ValueError(f"{path} has a header that cannot be used: {err}") from err
 

@@ -29,6 +29,9 @@ SMOOTHING = 0.1
 """Part of the mean composition in each program at the start: a gene that a factorisation gave to none of a program's
 transcripts could not be learned, since the slope of a softmax is the share itself."""
 
+FITTING_STEPS = 20
+"""Rounds of fitting loadings to amounts of genes and to rows that sum to at most 1."""
+
 LARGE_TABLE = 60_000_000
 """Shapes times genes from which on the factorisation works in mini-batches."""
 
@@ -113,6 +116,13 @@ class Head(nn.Module):
         """
 
     @abstractmethod
+    def balance(self, ratio: Tensor, usage: Tensor) -> Tensor:
+        """Multiply the amount of each gene by a factor ``(genes,)``; return the shift of each logit but the total's.
+
+        ``usage`` is what all shapes together have of each channel, ``(channels,)``.
+        """
+
+    @abstractmethod
     def taking_over(self, old: Head) -> list[int | None]:
         """Take over what an earlier head knows; return, for each logit, the old one's position. None: it starts anew."""
 
@@ -152,6 +162,10 @@ class GeneHead(Head):
         share = torch.from_numpy(np.asarray(measured.shares.mean(axis=0), dtype=np.float32).ravel())
         return share.clamp(min=LEAST_SHARE).log(), 0.0
 
+    def balance(self, ratio: Tensor, usage: Tensor) -> Tensor:
+        """Shift each gene's logarithm."""
+        return ratio.log()
+
     def taking_over(self, old: Head) -> list[int | None]:
         """Match genes by name."""
         return [*_positions(self.genes, old.genes), old.n_logits - 1]
@@ -183,6 +197,10 @@ class LogSumHead(GeneHead):
         if genes is not None:
             raise ValueError("logs of a shape do not add up to the total of a panel; a head of densities is needed")
         return sums[:, :-1] * pixel_um2
+
+    def balance(self, ratio: Tensor, usage: Tensor) -> Tensor:
+        """Leave logs as they are: their mean is not the log of an amount."""
+        return torch.zeros(len(self.genes))
 
     def taking_over(self, old: Head) -> list[int | None]:
         """Match genes by name; values stay those of shapes of the same size."""
@@ -261,6 +279,20 @@ class ProgramHead(Head):
         logits = np.log(np.concatenate([np.maximum(loadings, LEAST_SHARE), rest], axis=1))
         self.loading_logits.data.copy_(torch.from_numpy(logits.astype(np.float32)))
         return torch.from_numpy(np.log(np.maximum(usage, 1e-4)).astype(np.float32)), 0.0
+
+    @torch.no_grad()
+    def balance(self, ratio: Tensor, usage: Tensor) -> Tensor:
+        """Multiply columns of the loadings, with rows that sum to at most 1 (iterative proportional fitting)."""
+        loadings, usage = self.loadings.double(), usage.to(self.loading_logits).double()
+        factor = ratio.to(self.loading_logits).double()
+        target = factor * (usage @ loadings)
+        for _ in range(FITTING_STEPS):
+            out = loadings * factor
+            out = out / (out.sum(dim=1, keepdim=True) / (1 - LEAST_SHARE)).clamp(min=1)
+            factor = factor * (target / (usage @ out).clamp(min=1e-12)).clamp(0.5, 2)
+        rest = (1 - out.sum(dim=1, keepdim=True)).clamp(min=LEAST_SHARE)
+        self.loading_logits.copy_(torch.cat([out, rest], dim=1).clamp(min=1e-12).log().float())
+        return torch.zeros(self.n_logits - 1)
 
     @torch.no_grad()
     def taking_over(self, old: Head) -> list[int | None]:

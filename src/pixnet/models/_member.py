@@ -69,6 +69,12 @@ class Member(nn.Module):
         self.last.bias.data[:-1].copy_(biases)
         self.last.bias.data[-1] = total
 
+    @torch.no_grad()
+    def shift(self, by: Tensor) -> None:
+        """Add to the logits but the total's, ``(n_logits - 1,)``."""
+        assert self.last.bias is not None
+        self.last.bias[:-1] += by.to(self.last.bias)
+
 
 def last_layer(width: int, n_logits: int) -> nn.Conv2d:
     """Return a layer that starts from almost the same map everywhere."""

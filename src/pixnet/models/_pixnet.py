@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pixnet._checked import given
+from pixnet._evidence import Evidence
 from pixnet._names import check_genes
 from pixnet.models._checkpoint import Header, write_checkpoint
 from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity, Stride, Zoom, paper_levels
@@ -95,6 +96,8 @@ class PixNet(nn.Module):
     """How the model was trained."""
     stain: list[Any]
     """Statistics of the stain of the training slides."""
+    evidence: Evidence | None
+    """What held-out shapes showed of each gene."""
     training_options: dict[str, Any]
     """Settings of training that `pixnet.tl.train` takes from the model unless they are given."""
 
@@ -131,6 +134,7 @@ class PixNet(nn.Module):
         module = build_encoder(config.encoder if encoder is None else encoder, pretrained)
         check_encoder(config.encoder, module)
         self.config, self.history, self.provenance, self.stain, self.training_options = config, [], {}, [], {}
+        self.evidence = None
         self.encoder = Enlarged(module, config.zoom) if config.zoom > 1 else module
         channels, strides = self.encoder.channels, self.encoder.strides
         self.head = build_head(config)
@@ -303,6 +307,9 @@ class PixNet(nn.Module):
             return new
         new.config = replace(self.config, genes=tuple(genes))
         new.head = build_head(new.config)
+        if self.evidence is not None:
+            known = {gene: i for i, gene in enumerate(self.genes)}
+            new.evidence = self.evidence.take([known.get(gene) for gene in genes])
         positions = new.head.taking_over(self.head)
         for member in new.members:
             member.take_over(positions)
@@ -371,6 +378,12 @@ class PixNet(nn.Module):
         for member in self.members:
             member.set_baseline(biases, total)
 
+    def balance(self, ratio: Tensor, usage: Tensor) -> None:
+        """Multiply the amount of each gene by a factor ``(genes,)``; see `Head.balance`."""
+        shift = self.head.balance(ratio, usage)
+        for member in self.members:
+            member.shift(shift)
+
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, configuration, provenance and history.
 
@@ -396,5 +409,6 @@ class PixNet(nn.Module):
             provenance=self.provenance,
             stain=self.stain,
             history=self.history,
+            evidence=self.evidence,
         )
         write_checkpoint(path, header, self.state_dict(), dtype=dtype, overwrite=overwrite)

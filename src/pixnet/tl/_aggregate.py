@@ -12,6 +12,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from pixnet._core.coverage import WEIGHTS, ShapeArrays, Weights
+from pixnet._core.uncertainty import check_level
 from pixnet._core.zonal import VALID_NAMES, ZonalStatistics, find_statistic, zonal_statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed
@@ -37,6 +38,7 @@ def aggregate(
     agg_func: str | Sequence[str] = "mean",
     weights: Weights = "area",
     min_coverage: float = 0.0,
+    interval: float | None = None,
     coordinate_system: str | None = None,
     key_added: str | Mapping[str, str] | None = None,
     overwrite: bool = False,
@@ -59,7 +61,8 @@ def aggregate(
         Any image: a gene map from :func:`pixnet.tl.predict` or any other. None: the gene map that pixnet made, or
         the only one.
     genes
-        Channels to aggregate, one name or several; None: all.
+        Channels to aggregate, one name or several; None: all. ``"trusted"``: the genes of a gene map whose held-out
+        correlation is above 0 with its whole 95 % interval.
     agg_func
         Statistic, or a list of them: ``"mean"``, ``"sum"``, ``"std"``, ``"min"``, ``"max"``, ``"median"``, and ``"q"``
         with a percentage for any quantile, such as ``"q90"`` or ``"q2.5"``. All weight pixels by the part of their area
@@ -70,6 +73,8 @@ def aggregate(
         and wrong by some percent for shapes a few pixels across.
     min_coverage
         Rows of which a smaller share (0 to 1) has predictions become NaN.
+    interval
+        Probability of an interval for each value, such as 0.9: layers ``"lower"`` and ``"upper"``. None: none.
     coordinate_system
         Where shapes and image meet. None: "global" if shared, else the first shared one.
     key_added
@@ -92,12 +97,17 @@ def aggregate(
             (``PixNet.paper``), whose total is called ``__total_log_sum__``: ``expm1`` of its sum over the predicted area in
             µm². From any other image: the (first) statistic of each channel.
         ``layers``
-            From a gene map: ``"density"``, the area mean of its values; statistics other than the mean are layers of
+            From a gene map: ``"density"``, the area mean of its values; with ``interval``, ``"lower"`` and ``"upper"`` in
+            CP10k; statistics other than the mean are layers of
             these values (``"sum"`` times µm²). From any other image: the further statistics; ``"sum"`` is over pixels.
         ``obs``
             ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in µm²;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
             over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities.
+        ``var``
+            From a gene map whose model knows: what held-out shapes showed of each gene. ``validation_pearson`` with the ends
+            of its 95 % interval (``_low``, ``_high``), ``validation_ratio`` (measured over predicted amounts, before they
+            were balanced), ``noise_ceiling`` (the r of a perfect prediction) and ``dispersion``.
         ``obsm["spatial"]``
             Centroids in the coordinate system.
         ``uns["pixnet"]``
@@ -121,6 +131,11 @@ def aggregate(
     2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
     its densities, pixel by pixel.
 
+    Intervals: the expression of a shape is taken to be Gamma distributed around the prediction, so that counts of a shape
+    are negative binomial. A gene's dispersion is what held-out shapes had beyond counting noise. The error of the model is
+    taken to be a field in space whose correlation falls exponentially with distance, over a length that neighbouring
+    held-out shapes tell; a shape sees its mean, so smaller shapes have more dispersion and larger ones less.
+
     If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the pixel size of
     the image is unknown, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.
 
@@ -135,7 +150,7 @@ def aggregate(
     check_sdata(sdata, "tl.aggregate")
     image_key = resolve_any_image(sdata, image_key)
     names = resolve_shapes(sdata, shapes)
-    plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system)
+    plan = _check(sdata, image_key, names, genes, agg_func, weights, min_coverage, coordinate_system, interval)
     keys = _table_keys(names, key_added, plan)
     if inplace:
         for key in keys.values():
@@ -188,6 +203,7 @@ def _check(
     weights: Weights,
     min_coverage: float,
     coordinate_system: str | None,
+    interval: float | None,
 ) -> Plan:
     image = sdata.images[image_key]
     data = full_resolution(image)
@@ -245,6 +261,8 @@ def _check(
             "the pixel size (µm/px) of %r is unknown, so obs['area'] is in pixels; state it with pixnet.pp.set_mpp",
             image_key,
         )
+    if interval is not None:
+        _check_interval(interval, gene_map, image_key, mpp)
     entry = find_entry(sdata, "images", image_key) or {}
     return Plan(
         image_key=image_key,
@@ -259,7 +277,30 @@ def _check(
         systems=systems,
         mpp=mpp,
         model=entry.get("model"),
+        interval=interval,
     )
+
+
+def _check_interval(interval: float, gene_map: GeneMap | None, image_key: str, mpp: float | None) -> None:
+    """Refuse intervals where nothing is known of the error."""
+    check_level(interval)
+    if gene_map is None:
+        raise ValueError(f"interval= is for gene maps, and image {image_key!r} is none; leave it out")
+    if gene_map.quantity != "density":
+        raise ValueError(
+            f"interval= is for maps of densities, and {image_key!r} holds {gene_map.quantity!r}; leave it out"
+        )
+    if gene_map.evidence is None:
+        raise ValueError(
+            f"interval= needs what held-out shapes showed of each gene, and gene map {image_key!r} has none: its model was "
+            "trained by an earlier version, or the record of the map was lost. Predict again with a model that "
+            "pixnet.tl.train made"
+        )
+    if mpp is None:
+        raise ValueError(
+            f"interval= depends on the area of each shape, and the pixel size of {image_key!r} is unknown; state it with "
+            f"pixnet.pp.set_mpp(sdata, {image_key!r}, mpp)"
+        )
 
 
 def _check_unique(image_key: str, channels: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,24 @@ import pandas as pd
 from anndata import AnnData
 from spatialdata import SpatialData
 
+from pixnet._core.uncertainty import check_level, count_quantile, marginal_dispersion, randomised_pit
 from pixnet._correlation import pearson
 from pixnet._logging import logger
 from pixnet._names import check_genes, listed, some
 from pixnet._sdata.counts import check_totals_alike, counts_matrix, dense, is_predicted_table, totals
+from pixnet._sdata.evidence import table_dispersion
 from pixnet._sdata.genes import gene_positions
 from pixnet._sdata.inputs import SpatialDatas, named_objects
 from pixnet._sdata.sections import Total
+from pixnet._settings import settings
 
 POOLED = "pooled"
+
+CALIBRATION_VALUES = 2_000_000
+"""Rows times genes at most whose intervals are looked at."""
+
+WIDTH_ROWS = 10
+"""One of so many of these rows gives the width of intervals, whose quantiles take longer."""
 
 
 def evaluate(
@@ -30,6 +40,7 @@ def evaluate(
     layer: str | None = None,
     total_key: str | None = None,
     totals: Total = "all",
+    interval: float = 0.9,
 ) -> pd.DataFrame:
     """Score a predicted table against the measured one, gene by gene.
 
@@ -54,14 +65,32 @@ def evaluate(
     totals
         ``"all"``: the measured total is that of all transcripts. ``"panel"``: it is that of the genes that both tables have,
         and the prediction is compared within them.
+    interval
+        Probability (between 0 and 1) of the intervals whose coverage is told.
 
     Returns
     -------
     DataFrame
-        Index ``gene``; columns ``pearson`` (NaN for genes constant in prediction or measurement), ``mse``, ``mae`` (of
-        log1p CP10k) and ``n`` (rows compared). ``.attrs["summary"]`` holds ``pcc_mean``, ``pcc_median``, ``pcc_q1`` (first
-        quartile), ``n_genes`` (genes with a correlation), ``mse`` and ``mae``. With several objects a column ``section``
-        names the object, or "pooled" for all rows together, and the summary is a dict by section.
+        Index ``gene``; columns
+
+        ``pearson``
+            Pearson's r; NaN for genes constant in prediction or measurement.
+        ``mse``, ``mae``
+            Squared and absolute error of log1p CP10k.
+        ``ratio``
+            Summed measured counts over summed predicted ones; 1 where amounts are right. Correlations do not see it.
+        ``n``
+            Rows compared.
+        ``coverage``, ``width``, ``marginal_width``, ``pit_deviation``
+            Where the table knows how far off it may be (``var["dispersion"]``): the share of measured counts inside
+            their intervals, the mean width of these in counts, that of intervals that ignore the image (the gene's
+            mean share and its spread over these rows), and the largest distance of the counts' randomised PIT from
+            uniform.
+
+        ``.attrs["summary"]`` holds ``pcc_mean``, ``pcc_median``, ``pcc_q1`` (first quartile), ``n_genes`` (genes with a
+        correlation), ``mse``, ``mae``, ``ratio`` (of all genes together), ``ratio_median``, and ``coverage_median`` and
+        ``pit_deviation_median`` where they are known. With several objects a column ``section`` names the object, or
+        "pooled" for all rows together, and the summary is a dict by section.
 
     Raises
     ------
@@ -72,6 +101,11 @@ def evaluate(
 
     Notes
     -----
+    Counts are negative binomial around the prediction, with the dispersion that held-out shapes had, brought to the area of
+    each shape (see `pixnet.tl.aggregate`). A count is put at a random place within its own probability (randomised PIT:
+    Czado, Gneiting & Held, Biometrics 2009), so that coverage is not flattered where counts are few. At most some
+    thousand rows, drawn at random, are looked at for it.
+
     Per-section and pooled figures differ: pooled correlations include differences between sections. The first quartile,
     median and mean are PCC@F, PCC@S and PCC@M of EGN and PixNet (arXiv 2503.01347).
 
@@ -82,7 +116,7 @@ def evaluate(
     >>> px.tl.aggregate(sdata, "bins", image_key="truth", key_added="bins_true")
     >>> scores = px.tl.evaluate(sdata, table_key="bins_true", reference_key="bins_counts")
     >>> list(scores.columns)
-    ['pearson', 'mse', 'mae', 'n']
+    ['pearson', 'mse', 'mae', 'ratio', 'n']
     """
     objects = named_objects(sdata)
     for name, one in objects.items():
@@ -92,6 +126,7 @@ def evaluate(
                 raise KeyError(f"no table {key!r}{where} ({argument}=); it has: {listed(one.tables)}")
     if totals not in ("all", "panel"):
         raise ValueError(f"totals is {totals!r}; valid: 'all', 'panel'")
+    check_level(interval)
     if totals == "all":
         columns = {f"{reference_key} of object {n}": one.tables[reference_key].n_vars for n, one in objects.items()}
         check_totals_alike(columns, total_key)
@@ -103,14 +138,14 @@ def evaluate(
         name: _matched(one, table_key, reference_key, genes, layer, total_key, totals) for name, one in objects.items()
     }
     if isinstance(sdata, SpatialData):
-        frame = _score(*pairs["0"], genes)
+        frame = _score(pairs["0"], genes, interval)
         frame.attrs["summary"] = _summary(frame)
         return frame
-    predicted, measured = zip(*pairs.values())
-    pairs[POOLED] = np.concatenate(predicted), np.concatenate(measured)
-    frames = {name: _score(*pair, genes) for name, pair in pairs.items()}
+    pairs[POOLED] = _Pair.pooled(list(pairs.values()))
+    frames = {name: _score(pair, genes, interval) for name, pair in pairs.items()}
+    summary = {name: _summary(frame) for name, frame in frames.items()}
     out = pd.concat([frame.assign(section=name) for name, frame in frames.items()])
-    out.attrs["summary"] = {name: _summary(frame) for name, frame in frames.items()}
+    out.attrs["summary"] = summary
     return out
 
 
@@ -134,6 +169,42 @@ def _common_genes(objects: dict[str, SpatialData], table_key: str, reference_key
     return common.tolist()
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Rows that both tables have.
+
+    Attributes
+    ----------
+    predicted
+        CP10k, ``(rows, genes)``.
+    counts, total
+        Measured counts ``(rows, genes)``, and all transcripts of each row.
+    dispersion
+        How far off predictions may be, ``(rows, genes)``; None: unknown.
+    """
+
+    predicted: np.ndarray
+    counts: np.ndarray
+    total: np.ndarray
+    dispersion: np.ndarray | None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Predicted counts."""
+        return self.predicted * self.total[:, None] / 1e4
+
+    @staticmethod
+    def pooled(pairs: Sequence[_Pair]) -> _Pair:
+        """Return the rows of all."""
+        known = [p.dispersion for p in pairs if p.dispersion is not None]
+        return _Pair(
+            np.concatenate([p.predicted for p in pairs]),
+            np.concatenate([p.counts for p in pairs]),
+            np.concatenate([p.total for p in pairs]),
+            np.concatenate(known) if len(known) == len(pairs) else None,
+        )
+
+
 def _matched(
     sdata: SpatialData,
     table_key: str,
@@ -142,8 +213,8 @@ def _matched(
     layer: str | None,
     total_key: str | None,
     totals_of: Total,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return predicted and measured log1p CP10k of the rows that both tables have, ``(rows, genes)``."""
+) -> _Pair:
+    """Return what was predicted and measured in the rows that both tables have."""
     predicted, reference = sdata.tables[table_key], sdata.tables[reference_key]
     columns = gene_positions(predicted, table_key, genes)
     measured_columns = gene_positions(reference, reference_key, genes)
@@ -171,12 +242,10 @@ def _matched(
     least = -1 if is_predicted_table(predicted) else 0
     if (values < 0).any() and (values <= least).any():
         raise ValueError(f"table {table_key!r} holds negative values; X must be CP10k, as pixnet.tl.aggregate makes it")
-    values = np.maximum(values, -0.99)
     known = np.isfinite(values).all(axis=1)
-    rows, values = rows[known], values[known]
-    counts = dense(matrix[rows][:, measured_columns])
-    measured = 1e4 * counts.astype(np.float64) / total[rows, None]
-    return np.log1p(values), np.log1p(measured)
+    rows, values = rows[known], np.maximum(values[known], -0.99)
+    counts = dense(matrix[rows][:, measured_columns]).astype(np.float64)
+    return _Pair(values, counts, np.asarray(total)[rows], table_dispersion(predicted, found[rows], columns))
 
 
 def _keys(table: AnnData, key: str) -> pd.MultiIndex:
@@ -194,21 +263,66 @@ def _regions(keys: pd.MultiIndex) -> list[str]:
     return sorted(set(keys.get_level_values(0)))
 
 
-def _score(predicted: np.ndarray, measured: np.ndarray, genes: list[str]) -> pd.DataFrame:
-    n = len(predicted)
+def _score(pair: _Pair, genes: list[str], interval: float) -> pd.DataFrame:
+    index = pd.Index(genes, name="gene")
+    n = len(pair.total)
     if n == 0:
-        nothing = np.full(len(genes), np.nan)
-        return _frame(genes, nothing, nothing, nothing, n)
+        return pd.DataFrame(dict.fromkeys(("pearson", "mse", "mae", "ratio"), np.nan) | {"n": 0}, index=index)
+    predicted, measured = np.log1p(pair.predicted), np.log1p(1e4 * pair.counts / pair.total[:, None])
     error = predicted - measured
-    return _frame(genes, pearson(predicted, measured), (error**2).mean(axis=0), np.abs(error).mean(axis=0), n)
+    sums = pair.counts.sum(axis=0), pair.mean.sum(axis=0)
+    scores = {
+        "pearson": pearson(predicted, measured),
+        "mse": (error**2).mean(axis=0),
+        "mae": np.abs(error).mean(axis=0),
+        "ratio": _ratio(*sums),
+        "n": n,
+    }
+    frame = pd.DataFrame(scores | _calibration(pair, interval), index=index)
+    frame.attrs["sums"] = tuple(float(total.sum()) for total in sums)
+    return frame
 
 
-def _frame(genes: list[str], r: Any, mse: Any, mae: Any, n: int) -> pd.DataFrame:
-    return pd.DataFrame({"pearson": r, "mse": mse, "mae": mae, "n": n}, index=pd.Index(genes, name="gene"))
+def _ratio(measured: Any, predicted: Any) -> Any:
+    """Return measured over predicted amounts; NaN where nothing is predicted."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.asarray(predicted) > 0, measured / predicted, np.nan)
+
+
+def _calibration(pair: _Pair, level: float) -> dict[str, np.ndarray]:
+    """Return how counts fall into the intervals of their predictions, for each gene, from rows drawn at random."""
+    if pair.dispersion is None:
+        return {}
+    rng = np.random.default_rng(settings.seed)
+    rows = rng.permutation(len(pair.total))[: max(1, CALIBRATION_VALUES // max(pair.counts.shape[1], 1))]
+    counts, mean, dispersion = pair.counts[rows], np.maximum(pair.mean[rows], 0), pair.dispersion[rows]
+    tail = (1 - level) / 2
+    unknown = np.isnan(dispersion).all(axis=0)
+    pit = randomised_pit(counts, mean, np.nan_to_num(dispersion), rng)
+    inside = ((pit >= tail) & (pit <= 1 - tail)).mean(axis=0)
+    uniform = (np.arange(len(rows)) + 0.5)[:, None] / len(rows)
+    few = slice(0, max(1, len(rows) // WIDTH_ROWS))
+    share, marginal = marginal_dispersion(pair.counts, pair.total)
+
+    def width(mean: np.ndarray, dispersion: np.ndarray) -> np.ndarray:
+        ends = (count_quantile(share, mean, dispersion) for share in (1 - tail, tail))
+        return np.subtract(*ends).mean(axis=0)
+
+    total = pair.total[rows][few, None]
+    found = {
+        "coverage": inside,
+        "width": width(mean[few], np.nan_to_num(dispersion[few])),
+        "marginal_width": width(total * share, np.broadcast_to(marginal, (len(total), len(marginal)))),
+        "pit_deviation": np.abs(np.sort(pit, axis=0) - uniform).max(axis=0),
+    }
+    return {name: np.where(unknown, np.nan, values) for name, values in found.items()}
 
 
 def _summary(frame: pd.DataFrame) -> dict[str, float | int]:
     pearson = frame["pearson"].dropna()
+    calibration = {
+        f"{name}_median": float(frame[name].median()) for name in ("coverage", "pit_deviation") if name in frame
+    }
     return {
         "pcc_mean": float(pearson.mean()),
         "pcc_median": float(pearson.median()),
@@ -216,4 +330,7 @@ def _summary(frame: pd.DataFrame) -> dict[str, float | int]:
         "n_genes": int(len(pearson)),
         "mse": float(frame["mse"].mean()),
         "mae": float(frame["mae"].mean()),
+        "ratio": float(_ratio(*frame.attrs.pop("sums", (np.nan, np.nan)))),
+        "ratio_median": float(frame["ratio"].median()),
+        **calibration,
     }

@@ -121,6 +121,8 @@ def gene_channels(
             "genes": selection.genes,
             "identity": identity(names, (height, width)),
         }
+        if opened.evidence is not None:
+            entry["evidence"] = opened.evidence.take(selection.genes).as_entry()
         _write(sdata, key, opened, selection, spec, entry, overwrite)
     logger.info("added image sdata.images[%r]: %d genes of %r", key, len(selection.genes), opened.key)
     return None

@@ -18,6 +18,7 @@ from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.stain import differences, sample, statistics
 from pixnet._logging import logger
 from pixnet._names import check_genes
+from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import check_key_free, check_replaces
 from pixnet._sdata.loadings import loadings_table
@@ -186,6 +187,8 @@ def predict(
         "identity": identity(request.names, request.grid.shape),
         **asked,
     }
+    if request.evidence is not None and not loadings:
+        entry["evidence"] = request.evidence.as_entry()
     write_map(sdata, key, runner, request.spec, job, entry, tables=loadings, resume=resume, overwrite=overwrite)
     return None
 
@@ -212,7 +215,13 @@ class _Request:
         found = self.model.loadings if self.store == "programs" else None
         if found is None:
             return {}
-        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name)}
+        return {f"{prefix}_loadings": loadings_table(found, key, self.model_name, self.evidence)}
+
+    @property
+    def evidence(self) -> GeneEvidence | None:
+        """What held-out shapes showed of the genes."""
+        found = self.model.evidence
+        return None if found is None else GeneEvidence.of(found, self.model.genes).take(self.genes)
 
     @property
     def transformations(self) -> dict[str, Any]:

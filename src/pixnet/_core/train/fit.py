@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from pixnet._core.train.crops import Section, crop_size
 from pixnet._core.train.dataset import CropDataset
+from pixnet._core.train.evidence import assess, balance, predict_shapes, ratio_of
 from pixnet._core.train.features import adapt_norms, set_feature_statistics, with_features
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.options import TrainingOptions
@@ -58,6 +60,10 @@ def fit(
 
     Notes
     -----
+    A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings their
+    sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has none to be
+    compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to held-out shapes.
+
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
     (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells how many passes the
     weights have seen. Rows of one call have the same ``run``.
@@ -87,6 +93,13 @@ def fit(
     if fresh:
         initialise(model, train, seed)
     state, epochs = Trainer(model, train, valid, objective, rng=rng, device=device, on_epoch=validated).run()
+    model.load_state_dict(state)
+    drawn = np.random.default_rng(seed)
+    seen, held_out = (predict_shapes(model, dataset, device, drawn) for dataset in (train, valid))
+    ratio = ratio_of(held_out)
+    balance(model, ratio, held_out)
+    model.evidence = assess(predict_shapes(model, valid, device, drawn), ratio, seed)
+    generalised = ratio / ratio_of(seen)
     if options.refit:
         logger.info("training again on all sections, %d passes", epochs)
         both = train.join(valid)
@@ -96,7 +109,9 @@ def fit(
             initialise(model, both, seed)
         again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
         state, _ = again.run()
-    model.load_state_dict(state)
+        model.load_state_dict(state)
+        seen = predict_shapes(model, both, device, drawn)
+        balance(model, ratio_of(seen) * generalised, seen)
     model.provenance["epochs"] = epochs
     model.encoder.requires_grad_(True)
     return model.eval().to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
