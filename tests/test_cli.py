@@ -197,7 +197,7 @@ def test_train_predict_evaluate(source, tmp_path, log, capsys):
     assert pixnet("info", store) == 0
     assert "he_genes" in capsys.readouterr().out
     assert pixnet("info", model) == 0
-    assert "genes: TUM1, FIB1" in capsys.readouterr().out
+    assert "| genes | 2: TUM1, FIB1 |" in capsys.readouterr().out
 
 
 def test_options_and_their_help_are_those_of_the_functions(capsys):

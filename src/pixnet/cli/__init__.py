@@ -270,7 +270,8 @@ def info(path: str, /) -> None:
     Parameters
     ----------
     path
-        A model (.safetensors), the name of one that ships, or a SpatialData store (.zarr).
+        A model (.safetensors, the name of one that ships, a URL with a hash, hf://owner/name), or a SpatialData store
+        (.zarr).
     """
     if Path(path).is_dir():
         sdata = _store(Path(path))
@@ -279,11 +280,7 @@ def info(path: str, /) -> None:
             for name, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
                 _say(shorten(f"{role} {name}: {entry}", 400, placeholder=" ..."))
         return
-    model = px.models.load(path)
-    _say(repr(model))
-    _say(f"genes: {', '.join(model.genes[:20])}{', ...' if len(model.genes) > 20 else ''}")
-    for name, value in model.provenance.items():
-        _say(f"{name}: {value}")
+    _say(px.models.load(path).card())
 
 
 @app.command

@@ -188,14 +188,14 @@ def run_one(sample: Sample, request: Request) -> None:
 
 
 def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
-    from pixnet.models._load import SHIPPED, load
+    from pixnet.models._load import file_of, load
 
     if sample.report is not None:
         _check_report(sample.report, request)
     model = load(request.model)
     record["model"] = {
         "name": request.model,
-        "sha256": hashlib.sha256(Path(SHIPPED.get(request.model, Path(request.model))).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(file_of(request.model).read_bytes()).hexdigest(),
         "genes": len(model.genes),
         "provenance": model.provenance,
     }

@@ -15,7 +15,6 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from pixnet._logging import logger
-from pixnet._names import check_genes
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image
@@ -74,7 +73,7 @@ def report(
     he_key
         The H&E image. None: the one that the map was predicted from, or the object's only one. False: none.
     genes
-        Genes that can be typed. None: all genes of a program map; of a map with a channel for each gene the most trusted
+        Genes that can be typed; ``"trusted"``: those that held-out shapes showed to be predicted. None: all genes of a program map; of a map with a channel for each gene the most trusted
         ones, as many as fit (about 200).
     title
         Title of the page. None: the name of the store, or of the slide.
@@ -106,10 +105,10 @@ def report(
     path = _checked(path, overwrite)
     opened = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
     he_key = shown_he(sdata, opened.key, he_key)
-    evidence = evidence_of(sdata, opened)
+    evidence = evidence_of(opened)
     order = by_trust(evidence)
     if genes is not None:
-        chosen = set(check_genes(genes, among=opened.genes, where=f"gene map {opened.key!r}"))
+        chosen = set(opened.select(genes).genes)
         order = [gene for gene in order if gene in chosen]
     if isinstance(warnings, str) or not all(isinstance(one, str) for one in warnings):
         raise TypeError(f"warnings is {warnings!r}; a list of sentences is needed")

@@ -12,41 +12,30 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 import pixnet
+from pixnet._evidence import CEILING, HIGH, LOW, PEARSON, RATIO
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.record import find_entry
 
-EVIDENCE = {
-    "pearson": "validation_pearson",
-    "low": "validation_pearson_low",
-    "high": "validation_pearson_high",
-    "ceiling": "noise_ceiling",
-    "ratio": "validation_ratio",
-}
-"""Columns of ``var`` that tell how well a gene was predicted on held-out tissue."""
+EVIDENCE = {"pearson": PEARSON, "low": LOW, "high": HIGH, "ceiling": CEILING, "ratio": RATIO}
+"""What a page shows of the evidence about a gene."""
 RARE, EXPECTED = 99.0, 0.01
 """Percentile of novelty beyond which tissue is unlike the training tissue, and the share of tissue beyond it by chance."""
 
 
-def evidence_of(sdata: SpatialData, opened: GeneMap) -> pd.DataFrame:
-    """Return the evidence for each gene of a map: a row for each gene, and the columns that are known."""
-    if isinstance(opened, ProgramMap):
-        tables = [sdata.tables[opened.table_key]]
-    else:
-        tables = [t for t in sdata.tables.values() if _image_of(t) == opened.key]
-    for table in tables:
-        if EVIDENCE["pearson"] in table.var:
-            found = {short: table.var[name] for short, name in EVIDENCE.items() if name in table.var}
-            return pd.DataFrame(found).astype(float).reindex(opened.genes)
-    return pd.DataFrame(index=pd.Index(opened.genes))
+def evidence_of(opened: GeneMap) -> pd.DataFrame:
+    """Return the evidence for each gene of a map: a row for each gene, and no column where none is known."""
+    if opened.evidence is None:
+        return pd.DataFrame(index=pd.Index(opened.genes))
+    frame = opened.evidence.take(opened.genes).frame
+    return pd.DataFrame({short: frame[name] for short, name in EVIDENCE.items()})
 
 
 def by_trust(evidence: pd.DataFrame) -> list[str]:
-    """Return the genes, those with the best evidence first (the lower end of their interval, where it is known)."""
-    column = next((name for name in ("low", "pearson") if name in evidence), None)
-    if column is None:
+    """Return the genes, those whose correlation is surely high first: by the lower end of its interval."""
+    if "low" not in evidence:
         return list(evidence.index)
-    return list(evidence[column].sort_values(ascending=False, kind="stable", na_position="last").index)
+    return list(evidence["low"].sort_values(ascending=False, kind="stable", na_position="last").index)
 
 
 def warnings_of(
@@ -72,14 +61,13 @@ def warnings_of(
                 f"{far:.0%} of this tissue is unlike the tissue that the model was trained on (1 % is expected). Values there "
                 "are guesses; the novelty layer shows where."
             )
-    if "pearson" not in evidence:
+    if "low" not in evidence:
         found.append(
             "This map carries no held-out evidence for its genes. Treat the map of any gene as a hypothesis until it has been "
             "compared with measurements."
         )
     else:
-        column = evidence["low" if "low" in evidence else "pearson"]
-        poor = int((~(column > 0)).sum())
+        poor = int((~(evidence["low"] > 0)).sum())
         if poor:
             found.append(
                 f"{poor:,} of {len(evidence):,} genes were not shown to be predictable on held-out tissue. They are at the end "
@@ -123,8 +111,3 @@ def provenance_of(sdata: SpatialData, opened: GeneMap, he_key: str | None) -> li
 
 def _joined(*words: Any) -> str | None:
     return ", ".join(str(word) for word in words if word is not None) or None
-
-
-def _image_of(table: Any) -> Any:
-    record = table.uns.get("pixnet")
-    return record.get("image_key") if isinstance(record, dict) else None
