@@ -13,7 +13,7 @@ from pixnet._checked import given
 from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_dict, resolve_options
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.inputs import SpatialDatas, is_same, named_objects
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
 from pixnet.tl._training_genes import Tables, check_panels, check_programs, choose_genes
@@ -279,7 +279,7 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
         return {n: objects[n] for n in names}
     others = named_objects(validation, "validation")
     for name, one in others.items():
-        if any(one is o for o in objects.values()):
+        if any(is_same(one, o) for o in objects.values()):
             raise ValueError(
                 f"validation holds an object ({name!r}) that is in sdata too; hold it out by its name instead"
             )
