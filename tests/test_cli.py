@@ -61,6 +61,8 @@ def test_a_slide_to_a_store(source, tmp_path, log):
         f"@{tmp_path / 'genes.txt'}",
         "--out-mpp",
         8,
+        "--report",
+        tmp_path / "out.html",
     ]
     assert pixnet("predict", source / "slide.png", *options, *more) == 0
     sdata = spatialdata.read_zarr(out)
@@ -74,7 +76,13 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert record["asked"]["options"] == {"genes": ["FIB1"], "out_mpp": 8.0}
     assert record["versions"]["spatialdata"]
     assert record["model"]["sha256"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.txt", "out.run.json", "out.zarr"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["genes.txt", "out.html", "out.run.json", "out.zarr"]
+    # the page again, from the store, with what the run warned of
+    (tmp_path / "out.run.json").write_text(json.dumps({**record, "warnings": ["The stain is pale."]}))
+    assert pixnet("report", out, "--out", tmp_path / "again.html", "--title", "Again") == 0
+    assert "The stain is pale." in (tmp_path / "again.html").read_text()
+    assert pixnet("report", out, "--out", tmp_path / "again.html") == 1
+    assert "overwrite=True" in log[-1]
     # a part of it, drawn in QuPath
     shutil.copy(source / "cells.geojson", tmp_path / "drawn.geojson")
     part = ["--region", tmp_path / "drawn.geojson", "--key-added", "part", "--genes", "FIB1", "--model", options[3]]
@@ -195,7 +203,7 @@ def test_train_predict_evaluate(source, tmp_path, log, capsys):
     assert pixnet("info", store) == 0
     assert "he_genes" in capsys.readouterr().out
     assert pixnet("info", model) == 0
-    assert "genes: TUM1, FIB1" in capsys.readouterr().out
+    assert "| genes | 2: TUM1, FIB1 |" in capsys.readouterr().out
 
 
 def test_options_and_their_help_are_those_of_the_functions(capsys):

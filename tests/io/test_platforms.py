@@ -126,13 +126,19 @@ def script(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["visium", "visium-hd", "xenium", "slides", "legacy-st", "cells", "synthetic", "anndata", "qupath"]
+    "name",
+    ["visium", "many-visium", "visium-hd", "xenium", "slides", "legacy-st", "cells", "synthetic", "anndata", "qupath"],
 )
 def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypatch, request):
     """Only the length of training differs from what a reader runs."""
     for link in ("my_visium", "my_visium_hd", "my_xenium"):
         (tmp_path / link).symlink_to(folders / link)
     (tmp_path / "my_model.safetensors").symlink_to(model)
+    if name == "many-visium":
+        for sample in ("a1", "a2", "b1"):
+            (tmp_path / "visium" / sample).mkdir(parents=True)
+            for file in (folders / "my_visium").iterdir():
+                (tmp_path / "visium" / sample / file.name).symlink_to(file)
     if name == "slides":
         shared = request.getfixturevalue("shared_data")
         (tmp_path / "my_slide.svs").symlink_to(shared / "wsi" / "CMU-1-Small-Region.svs")
@@ -147,11 +153,16 @@ def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypat
     if name == "legacy-st":
         legacy(tmp_path / "my_st", px.datasets.synthetic_tissue(1000, mpp=1.0, n_genes=26, shapes=("spots_legacy",)))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(px.tl, "train", partial(px.tl.train, **QUICK))
+    for function in ("train", "cross_validate"):
+        monkeypatch.setattr(px.tl, function, partial(getattr(px.tl, function), **QUICK))
     namespace: dict = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(script(name), f"{name}.md", "exec"), namespace)
+    if name == "many-visium":
+        adata = namespace["adata"]
+        assert adata.obs["sample"].value_counts().tolist() == [namespace["sdata"]["b1"].shape[0]] * 3
+        assert set(namespace["scores"]["group"]) == {"A", "B"}
     sdata = namespace["sdata"]
     tables = [key for key in sdata.tables if key.endswith("_genes")]
     assert tables

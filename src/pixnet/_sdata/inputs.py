@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
-from spatialdata import SpatialData
+from spatialdata import SpatialData, read_zarr
 
 from pixnet._sdata.legacy import bring_over
 from pixnet._sdata.store.element_store import heal
 
-SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData]
-"""One or several objects, as functions take them."""
+SpatialDatas = SpatialData | Sequence[SpatialData] | Mapping[str, SpatialData | str | PathLike[str]]
+"""One or several objects, as functions take them; in a dict, also the paths of their stores."""
 
 
 def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]:
@@ -23,6 +24,8 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
 
     Raises
     ------
+    FileNotFoundError
+        If a store that is given by its path is not there.
     TypeError
         If anything in it is not a SpatialData object.
     ValueError
@@ -31,7 +34,7 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
     if isinstance(sdata, SpatialData):
         objects = {"0": sdata}
     elif isinstance(sdata, Mapping):
-        objects = {str(name): one for name, one in sdata.items()}
+        objects = {str(name): _opened(one, f"{argument}[{str(name)!r}]") for name, one in sdata.items()}
     elif isinstance(sdata, Sequence) and not isinstance(sdata, str):
         objects = {str(i): one for i, one in enumerate(sdata)}
     else:
@@ -45,12 +48,29 @@ def named_objects(sdata: Any, argument: str = "sdata") -> dict[str, SpatialData]
             raise TypeError(
                 f"{argument} holds {type(one).__name__} ({name!r}); SpatialData objects are needed{_hint(one)}"
             )
-    if len({id(one) for one in objects.values()}) < len(objects):
+    given = list(objects.values())
+    if any(is_same(one, other) for i, one in enumerate(given) for other in given[:i]):
         raise ValueError(f"{argument} holds the same object twice")
     for one in objects.values():
         heal(one)
         bring_over(one)
     return objects
+
+
+def is_same(one: SpatialData, other: SpatialData) -> bool:
+    """Whether two objects are one, or of one store."""
+    if one.path is None or other.path is None:
+        return one is other
+    return Path(one.path).resolve() == Path(other.path).resolve()
+
+
+def _opened(given: Any, argument: str) -> Any:
+    """Return the object of a store that is given by its path."""
+    if not isinstance(given, str | PathLike):
+        return given
+    if not Path(given).is_dir():
+        raise FileNotFoundError(f"{argument} is {str(given)!r}; there is no such store")
+    return read_zarr(given)
 
 
 def check_sdata(sdata: Any) -> None:

@@ -17,7 +17,7 @@ from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.counts import annotated_regions
 from pixnet.cli._options import given, options_of
-from pixnet.cli._slides import Request, Sample, read_samples, run_all, run_one, told
+from pixnet.cli._slides import Request, Sample, logged_warnings, read_samples, run_all, run_one, told
 
 app = App(
     name="pixnet",
@@ -67,6 +67,7 @@ def predict(
     region: str | None = None,
     resume: Annotated[bool, _Flag] = False,
     overwrite: Annotated[bool, _Flag] = False,
+    report: Annotated[Path | None, Parameter(negative=())] = None,
     scheduler: str | None = None,
     **options: Any,
 ) -> int:
@@ -97,6 +98,8 @@ def predict(
         Go on where an earlier run ended.
     overwrite
         Replace what an earlier run made.
+    report
+        Also write this page (.html) in which any gene can be looked at; for --samples, a folder of pages.
     scheduler
         Address of a Dask scheduler; its workers compute the tiles.
     """
@@ -109,7 +112,7 @@ def predict(
                 )
             if out is None:
                 raise ValueError("--samples needs a folder to write to: give --out")
-            table = read_samples(samples, out)
+            table = read_samples(samples, out, report)
             out.mkdir(parents=True, exist_ok=True)
             return 1 if run_all(table, request) else 0
         if slide is None:
@@ -120,7 +123,7 @@ def predict(
             raise ValueError("a slide needs a store to write to: give --out, such as --out slide.zarr")
         if slide.is_dir() and out is not None:
             raise ValueError(f"{slide} is a store and is extended in place; leave --out out")
-        run_one(Sample(slide, out, mpp, shapes or []), request)
+        run_one(Sample(slide, out, mpp, shapes or [], report), request)
     return 0
 
 
@@ -249,13 +252,29 @@ def evaluate(
 
 
 @app.command
+@options_of(px.pl.report, leave_out={"warnings"})
+def report(store: Path, /, *, out: Path, **options: Any) -> None:
+    """Write a page (HTML) in which any gene of a store's map can be typed and seen over the slide.
+
+    Parameters
+    ----------
+    store
+        A SpatialData store (.zarr) with a map.
+    out
+        The page to write (.html).
+    """
+    px.pl.report(_store(store), out, warnings=logged_warnings(store), **given(options))
+
+
+@app.command
 def info(path: str, /) -> None:
     """Show what a model or a store holds.
 
     Parameters
     ----------
     path
-        A model (.safetensors), the name of one that ships, or a SpatialData store (.zarr).
+        A model (.safetensors, the name of one that ships, a URL with a hash, hf://owner/name), or a SpatialData store
+        (.zarr).
     """
     if Path(path).is_dir():
         sdata = _store(Path(path))
@@ -264,11 +283,7 @@ def info(path: str, /) -> None:
             for name, entry in entries.items() if isinstance(entries, dict) else [("", entries)]:
                 _say(shorten(f"{role} {name}: {entry}", 400, placeholder=" ..."))
         return
-    model = px.models.load(path)
-    _say(repr(model))
-    _say(f"genes: {', '.join(model.genes[:20])}{', ...' if len(model.genes) > 20 else ''}")
-    for name, value in model.provenance.items():
-        _say(f"{name}: {value}")
+    _say(px.models.load(path).card())
 
 
 @app.command

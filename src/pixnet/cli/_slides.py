@@ -42,12 +42,15 @@ class Sample:
         Pixel size (µm/px), where the file does not state it.
     shapes
         GeoJSON files, or names of elements of the store.
+    report
+        The page to write, if any.
     """
 
     image: Path
     out: Path | None
     mpp: float | None = None
     shapes: list[str] = field(default_factory=list)
+    report: Path | None = None
 
     @property
     def store(self) -> Path:
@@ -57,7 +60,7 @@ class Sample:
     @property
     def record(self) -> Path:
         """The file that says how they were made."""
-        return self.store.with_name(self.store.name.removesuffix(".zarr") + ".run.json")
+        return _record_of(self.store)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,20 @@ class Request:
     options: Mapping[str, Any]
 
 
-def read_samples(table: Path, out: Path) -> list[Sample]:
+def _record_of(store: Path) -> Path:
+    return store.with_name(store.name.removesuffix(".zarr") + ".run.json")
+
+
+def logged_warnings(store: Path) -> list[str]:
+    """Return what the run that made a store logged as warnings, where its record is there."""
+    try:
+        found = json.loads(_record_of(store).read_text(encoding="utf-8"))["warnings"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [str(one) for one in found]
+
+
+def read_samples(table: Path, out: Path, reports: Path | None = None) -> list[Sample]:
     """Read a table of slides; all of it is checked before anything runs.
 
     Raises
@@ -117,7 +133,9 @@ def read_samples(table: Path, out: Path) -> list[Sample]:
     def one(row: pd.Series) -> Sample:
         mpp, shapes = row.get("mpp"), row.get("shapes")
         names = [] if not isinstance(shapes, str) else [part.strip() for part in shapes.split(";")]
-        return Sample(Path(row["image"]), out / f"{row['sample']}.zarr", None if pd.isna(mpp) else float(mpp), names)
+        size = None if pd.isna(mpp) else float(mpp)
+        page = None if reports is None else reports / f"{row['sample']}.html"
+        return Sample(Path(row["image"]), out / f"{row['sample']}.zarr", size, names, page)
 
     return [one(row) for _, row in frame.iterrows()]
 
@@ -170,12 +188,14 @@ def run_one(sample: Sample, request: Request) -> None:
 
 
 def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
-    from pixnet.models._load import SHIPPED, load
+    from pixnet.models._load import file_of, load
 
+    if sample.report is not None:
+        _check_report(sample.report, request)
     model = load(request.model)
     record["model"] = {
         "name": request.model,
-        "sha256": hashlib.sha256(Path(SHIPPED.get(request.model, Path(request.model))).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(file_of(request.model).read_bytes()).hexdigest(),
         "genes": len(model.genes),
         "provenance": model.provenance,
     }
@@ -206,6 +226,18 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
     if names:
         px.tl.aggregate(sdata, names, image_key=made, overwrite=replace)
     record["made"] = {"map": made, "tables": sorted(sdata.tables)}
+    if sample.report is not None:
+        px.pl.report(sdata, sample.report, image_key=made, warnings=record["warnings"], overwrite=replace)
+        record["made"]["report"] = str(sample.report)
+
+
+def _check_report(path: Path, request: Request) -> None:
+    """Refuse a page that could not be written, before the model runs."""
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"--report is {str(path)!r}; the page needs a name that ends in .html")
+    if path.exists() and not (request.overwrite or request.resume):
+        raise FileExistsError(f"{path} exists; pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _element(sdata: Any, given: str, sample: Sample, replace: bool) -> str:
@@ -274,7 +306,7 @@ def _asked(sample: Sample, request: Request) -> Any:
     """Return what a run is asked for, as its record holds it."""
     asked = {
         "shapes": sample.shapes, "mpp": sample.mpp, "model": request.model, "grids": request.grids,
-        "options": dict(request.options),
+        "options": dict(request.options), **({} if sample.report is None else {"report": sample.report}),
     }  # fmt: skip
     return json.loads(json.dumps(asked, default=str))
 

@@ -13,6 +13,7 @@ from pixnet._names import listed
 from pixnet.models._checkpoint import Layout, read_checkpoint
 from pixnet.models._config import ModelConfig
 from pixnet.models._pixnet import PixNet
+from pixnet.models._remote import fetch, is_remote
 
 SHIPPED = {"her2st": Path(__file__).parent / "weights" / "her2st.safetensors"}
 """Models that come with the package."""
@@ -24,7 +25,10 @@ def load(path: str | Path) -> PixNet:
     Parameters
     ----------
     path
-        A ``.safetensors`` checkpoint of pixnet, or the name of a model that ships with the package: ``"her2st"``.
+        A ``.safetensors`` checkpoint of pixnet; the name of a model that ships with the package: ``"her2st"``; a URL with the
+        SHA-256 hash of its file, ``"https://.../model.safetensors#sha256:HASH"``; or a repository of the Hugging Face Hub,
+        ``"hf://owner/name"`` (``pixnet[hub]``), whose file is ``model.safetensors`` unless it is named, and
+        ``"hf://owner/name@revision"``. What was downloaded is kept in ``settings.cache_dir``, or in the Hub's own cache.
 
     Returns
     -------
@@ -33,12 +37,14 @@ def load(path: str | Path) -> PixNet:
 
     Raises
     ------
+    ConnectionError
+        If a model could not be downloaded.
     FileNotFoundError
         If there is no such file and no shipped model of that name.
     ImportError
-        If the model's encoder needs a package that is not installed, such as timm.
+        If the model's encoder, or the Hub, needs a package that is not installed.
     ValueError
-        If the file is not a checkpoint of pixnet (a pickle, another format), is cut short, holds a setting that is unknown
+        If a URL has no hash, or its file has another one. If the file is not a checkpoint of pixnet (a pickle, another format), is cut short, holds a setting that is unknown
         or out of range, tensors that do not fit its configuration, or NaN or infinite weights. File, field and value
         are named.
 
@@ -49,10 +55,7 @@ def load(path: str | Path) -> PixNet:
     >>> len(model.genes)
     250
     """
-    name, path = str(path), SHIPPED.get(str(path), Path(path))
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{name!r} {problem}; pass a .safetensors file, or a shipped model: {listed(SHIPPED)}")
+    path = file_of(path)
     header, tensors = read_checkpoint(path, _layout_of)
     model = PixNet(**asdict(header.config), pretrained=False)
     expected = model.state_dict()
@@ -61,6 +64,20 @@ def load(path: str | Path) -> PixNet:
     model.stain, model.history = [dict(slide) for slide in header.stain], header.history
     model.evidence = header.evidence
     return model.eval()
+
+
+def file_of(model: str | Path) -> Path:
+    """Return the file of a model that is given by path, name or address."""
+    if isinstance(model, str) and is_remote(model):
+        return fetch(model)
+    path = SHIPPED.get(str(model), Path(model))
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{str(model)!r} {problem}; pass a .safetensors file, a shipped model ({listed(SHIPPED)}), a URL with a hash, or "
+            "hf://owner/name"
+        )
+    return path
 
 
 def resolve_model(model: Any) -> tuple[PixNet, str]:

@@ -370,6 +370,19 @@ class PixNet(nn.Module):
         for member in self.members:
             member.shift(shift)
 
+    def card(self) -> str:
+        """Return the model's card in markdown: what it predicts, how it was trained, and its evidence on held-out tissue.
+
+        Examples
+        --------
+        >>> import pixnet as px
+        >>> px.models.load("her2st").card().splitlines()[0]
+        '# PixNet model'
+        """
+        from pixnet.models._card import card
+
+        return card(self)
+
     def save(self, path: str | Path, *, dtype: str = "float32", overwrite: bool = False) -> None:
         """Write the model to one ``.safetensors`` file: weights, configuration, provenance and history.
 

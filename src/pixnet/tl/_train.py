@@ -13,11 +13,11 @@ from pixnet._checked import given
 from pixnet._core.train.options import GeneWeights, Loss, TrainingOptions, as_dict, resolve_options
 from pixnet._logging import logger
 from pixnet._names import listed
-from pixnet._sdata.inputs import SpatialDatas, named_objects
+from pixnet._sdata.inputs import SpatialDatas, is_same, named_objects
 from pixnet._sdata.placement import check_placement
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
-from pixnet.tl._training_genes import Tables, check_panels, choose_genes, resolve_programs
+from pixnet.tl._training_genes import Tables, check_panels, check_programs, choose_genes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,8 +96,8 @@ def train(
         The measured shapes and their tables of raw counts; ``shapes[i]`` pairs with ``table_key[i]``, in every object
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
-        Gene or genes to predict. None: all that are detected in at least 1 % of the shapes, in every training table (with
-        ``quantity="log_sum"`` the 250 of highest mean). `pixnet.pp.select_genes` chooses a panel.
+        Gene or genes to predict. None: the 250 of highest mean that all training tables have (see
+        `pixnet.pp.select_genes`); with ``n_programs``, all that are detected in at least 1 % of the shapes.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -145,8 +145,7 @@ def train(
     n_programs
         Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
         to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
-        measured shapes. None: 64, or a third of the shapes, where there are more than 1,000 genes; else, and with 0, a
-        channel for each gene.
+        measured shapes; 64 served well where there were a thousand shapes or more. None: a channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
         Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
 
@@ -202,11 +201,9 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    densities = quantity != "log_sum"
-    chosen, tables = choose_genes(genes, model, tables, held_out, all_genes=densities)
+    chosen, tables = choose_genes(genes, model, tables, held_out, n_programs is not None)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
-    if model is None:
-        build = {**build, "n_programs": resolve_programs(n_programs, len(chosen), n_shapes, densities)}
+    check_programs(n_programs, n_shapes)
     check_panels(tables, quantity if model is None else model.quantity)
 
     import torch
@@ -295,7 +292,7 @@ def _held_out(objects: dict[str, SpatialData], validation: Any) -> dict[str, Spa
         return {n: objects[n] for n in names}
     others = named_objects(validation, "validation")
     for name, one in others.items():
-        if any(one is o for o in objects.values()):
+        if any(is_same(one, o) for o in objects.values()):
             raise ValueError(
                 f"validation holds an object ({name!r}) that is in sdata too; hold it out by its name instead"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pixnet._names import MOST_CHANNELS, check_genes, listed
+from pixnet._names import check_genes, listed
 from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_genes
 
 if TYPE_CHECKING:
@@ -15,10 +15,7 @@ Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
 
 LEAST_DETECTED = 0.01
-"""Share of the training shapes in which a gene is detected, at least, to be trained on unless it is named."""
-
-PROGRAMS = 64
-"""Programs of a model of many genes."""
+"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
 
 
 def choose_genes(
@@ -55,20 +52,13 @@ def choose_genes(
     return [chosen[i] for i in columns], tables
 
 
-def resolve_programs(n_programs: int | None, n_genes: int, n_shapes: int, densities: bool) -> int | None:
-    """Return the number of programs of a new model: as given, or by the number of genes; None: a channel for each gene.
-
-    More programs than there are shapes to tell them apart are refused.
-    """
-    if n_programs is None:
-        many = densities and n_genes > MOST_CHANNELS
-        return max(2, min(PROGRAMS, n_shapes // 3)) if many else None
+def check_programs(n_programs: int | None, n_shapes: int) -> None:
+    """Refuse more programs than there are shapes to tell them apart."""
     if isinstance(n_programs, int) and n_programs > n_shapes:
         raise ValueError(
             f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
             "shapes or less"
         )
-    return None if n_programs == 0 and not isinstance(n_programs, bool) else n_programs
 
 
 def check_panels(tables: Tables, quantity: str | None) -> None:

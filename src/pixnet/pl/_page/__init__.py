@@ -1,0 +1,1 @@
+"""The parts of the page that `pixnet.pl.report` writes."""
