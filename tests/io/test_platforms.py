@@ -145,6 +145,7 @@ def test_guides_run_as_printed(name, folders, source, model, tmp_path, monkeypat
     if name in {"cells", "qupath"}:
         Image.fromarray(platforms.pixels_of(source)).save(tmp_path / "my_slide.png")
         px.io.write_geojson(source, "cells", tmp_path / "cells.geojson", object_type="cell", table_key=False)
+        px.io.write_geojson(source, "spots", tmp_path / "annotations.geojson", table_key=False)
     if name == "anndata":
         visium = spatialdata_io.visium(folders / "my_visium", dataset_id="sample", fullres_image_file="he.tif")
         adata = visium["table"].copy()

@@ -10,12 +10,12 @@ from spatialdata.transformations import get_transformation
 
 import pixnet as px
 from pixnet._core.slide.stain import apply_table, matching_table, optical_density, slide_statistics
+from pixnet._logging import logger
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import levels
 from pixnet._sdata.record import find_entry
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.tissue import open_mask
-from pixnet.tl import _predict
 
 
 def density(sdata, key):
@@ -114,7 +114,7 @@ def test_a_backed_object_keeps_it(slide, model, tmp_path):
 def test_a_slide_that_was_foreign_before_is_still_named(slide, model, monkeypatch):
     said = []
     for level in ("info", "warning"):
-        monkeypatch.setattr(_predict.logger, level, lambda text, *args, level=level: said.append((level, text % args)))
+        monkeypatch.setattr(logger, level, lambda text, *args, level=level: said.append((level, text % args)))
     model.provenance["tissue"] = "breast tumour"
     opened, grid = Slide.open(slide), Slide.open(slide).grid(0.5, 4)
     own = slide_statistics(opened.reader(grid), open_mask(opened, grid.out_px))

@@ -262,7 +262,7 @@ def test_a_map_made_in_a_child_process(tmp_path, method):
 
 
 def test_scratch_that_cannot_be_used(tmp_path, monkeypatch):
-    from pixnet._sdata.store import scratch
+    from pixnet._core import scratch
 
     monkeypatch.setattr(scratch, "_scratch", None)
     (tmp_path / "file").write_text("")
@@ -275,7 +275,7 @@ def test_scratch_that_cannot_be_used(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_scratch_without_permission(tmp_path, monkeypatch):
-    from pixnet._sdata.store import scratch
+    from pixnet._core import scratch
 
     monkeypatch.setattr(scratch, "_scratch", None)
     monkeypatch.setattr(px.settings, "scratch_dir", tmp_path / "x")

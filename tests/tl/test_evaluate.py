@@ -45,7 +45,7 @@ def test_figures_are_those_of_scipy():
     summary = found.attrs["summary"]
     assert summary["pcc_mean"] == pytest.approx(found["pearson"].mean())
     assert summary["pcc_q1"] == pytest.approx(found["pearson"].quantile(0.25))
-    assert set(summary) == {"pcc_mean", "pcc_median", "pcc_q1", "n_genes", "mse", "mae"}
+    assert set(summary) == {"pcc_mean", "pcc_median", "pcc_q1", "n_genes", "mse", "mae", "ratio", "ratio_median"}
 
 
 def test_a_perfect_prediction():

@@ -13,7 +13,7 @@ from shapely.geometry.base import BaseGeometry
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 
-from pixnet._core.coverage import ShapeArrays
+from pixnet._core.coverage import ShapeArrays as Region
 from pixnet._sdata.keys import resolve_shapes
 from pixnet._sdata.shapes import pack_element, pixel_shapes
 from pixnet._sdata.slide import Slide
@@ -24,7 +24,7 @@ NEEDED = (
 )
 
 
-def read_region(slide: Slide, region: Any) -> ShapeArrays | None:
+def read_region(slide: Slide, region: Any) -> Region | None:
     """Return the shapes of a region in level-0 pixels of a slide; None for the whole slide.
 
     Raises
@@ -53,7 +53,7 @@ def read_region(slide: Slide, region: Any) -> ShapeArrays | None:
     return shapes
 
 
-def _shapes(slide: Slide, region: Any) -> ShapeArrays:
+def _shapes(slide: Slide, region: Any) -> Region:
     if isinstance(region, str):
         (name,) = resolve_shapes(slide.sdata, region, argument="region")
         return pixel_shapes(slide.sdata, name, slide.key)

@@ -364,12 +364,6 @@ class PixNet(nn.Module):
         for member in self.members:
             member.set_baseline(biases, total)
 
-    def balance(self, ratio: Tensor, usage: Tensor) -> None:
-        """Multiply the amount of each gene by a factor ``(genes,)``; see `Head.balance`."""
-        shift = self.head.balance(ratio, usage)
-        for member in self.members:
-            member.shift(shift)
-
     def card(self) -> str:
         """Return the model's card in markdown: what it predicts, how it was trained, and its evidence on held-out tissue.
 
@@ -402,12 +396,5 @@ class PixNet(nn.Module):
         ValueError
             If the path does not end in ``.safetensors``.
         """
-        header = Header(
-            config=self.config,
-            training_options=self.training_options,
-            provenance=self.provenance,
-            stain=self.stain,
-            history=self.history,
-            evidence=self.evidence,
-        )
+        header = Header(self.config, self.training_options, self.provenance, self.stain, self.history, self.evidence)
         write_checkpoint(path, header, self.state_dict(), dtype=dtype, overwrite=overwrite)

@@ -16,9 +16,6 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
-from pixnet._sdata.inputs import check_sdata
-from pixnet._sdata.keys import resolve_any_image
-from pixnet._sdata.record import find_entry
 from pixnet._sdata.store.bound import check_bound
 from pixnet.pl._frame import make_frame, predicted_box
 from pixnet.pl._he import shown_he
@@ -101,10 +98,9 @@ def report(
     >>> sdata = px.datasets.synthetic_tissue(size_um=300)
     >>> px.pl.report(sdata, "slide.html", image_key="truth")  # doctest: +SKIP
     """
-    check_sdata(sdata)
     path = _checked(path, overwrite)
-    opened = GeneMap.open(sdata, resolve_any_image(sdata, image_key))
-    he_key = shown_he(sdata, opened.key, he_key)
+    opened = GeneMap.open(sdata, image_key)
+    he_key = shown_he(sdata, opened.source, he_key)
     evidence = evidence_of(opened)
     order = by_trust(evidence)
     if genes is not None:
@@ -132,7 +128,7 @@ def report(
     blobs["total"] = compressed(total)
 
     novelty = None
-    source = (find_entry(sdata, "images", opened.key) or {}).get("image_key", he_key)
+    source = opened.source or he_key
     if f"{source}_novelty" in sdata.images:
         novelty = novelty_of(sdata, opened, f"{source}_novelty", squares)
         blobs["novelty"] = compressed(np.nan_to_num(np.rint(2 * novelty), nan=255).astype(np.uint8))
@@ -162,7 +158,7 @@ def report(
         "picture_matrix": None if picture is None else _matrix(picture.affine),
         "colours": _colours(),
     }
-    provenance = provenance_of(sdata, opened, he_key)
+    provenance = provenance_of(sdata, opened, he_key, frame)
     provenance.append(
         ("Squares", f"{meta['n']:,} of {side_um:.3g} {frame.unit}, each summed as pixnet.tl.aggregate does")
     )

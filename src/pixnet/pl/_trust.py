@@ -67,7 +67,7 @@ def trust(model: PixNet | AnnData, *, n_named: int = 8, ax: Axes | None = None) 
     with style():
         if ax is None:
             _, ax = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
-        highest = max(float(frame[CEILING].max(initial=0.1)), float(frame[PEARSON].max(initial=0.1))) * 1.04
+        highest = max(0.1, *frame[[CEILING, PEARSON]].max()) * 1.04
         ax.plot([0, highest], [0, highest], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         ax.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
         for part, colour, label in ((~known, "#c4c4cc", "interval reaches 0"), (known, GROUPS[0], "predicted")):
@@ -80,10 +80,14 @@ def trust(model: PixNet | AnnData, *, n_named: int = 8, ax: Axes | None = None) 
             ax.scatter(
                 shown[CEILING], shown[PEARSON], size, color=colour, linewidths=0, alpha=0.8, label=name, zorder=3
             )
-        for gene, row in frame[known].nlargest(n_named, PEARSON).iterrows():
+        best = frame[known].nlargest(n_named, PEARSON)
+        lowest = min(0.0, float(frame[LOW if len(frame) <= FEW else PEARSON].min()))
+        ax.set_ylim(lowest - 0.05, highest)
+        for (gene, row), height in zip(best.iterrows(), _spread(best[PEARSON].tolist(), 0.045 * (highest - lowest))):
             ax.annotate(
-                str(gene), (row[CEILING], row[PEARSON]), (4, 2), textcoords="offset points",
-                fontsize=7.5, style="italic", color=INK, zorder=4,
+                str(gene), (row[CEILING], row[PEARSON]), (highest * 1.02, height), textcoords="data", va="center",
+                fontsize=7.5, style="italic", color=INK, annotation_clip=False, zorder=4,
+                arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 2},
             )  # fmt: skip
         ax.set_xlim(0, highest)
         ax.set_xlabel("r of a perfect prediction (noise ceiling)", fontsize=9.5)
@@ -92,6 +96,14 @@ def trust(model: PixNet | AnnData, *, n_named: int = 8, ax: Axes | None = None) 
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(loc="upper left", handlelength=1.0)
     return ax
+
+
+def _spread(heights: list[float], gap: float) -> list[float]:
+    """Return falling heights, each at least a gap below the one before."""
+    out: list[float] = []
+    for height in heights:
+        out.append(min(height, out[-1] - gap) if out else height)
+    return out
 
 
 def _evidence(model: PixNet | AnnData) -> pd.DataFrame:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from spatialdata.transformations import Scale, Translation
 from spatialdata.transformations import Sequence as Chain
 
-from pixnet._core.coverage import ShapeArrays
 from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._logging import logger
 from pixnet._names import MOST_CHANNELS, check_genes
 from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.loadings import loadings_table
-from pixnet._sdata.region import read_region
+from pixnet._sdata.region import Region, read_region
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.map_writer import MapSpec, fingerprint
 from pixnet._settings import settings
@@ -42,7 +41,7 @@ class MapRequest:
     names: list[str]
     store: Store
     grid: MapGrid
-    region: ShapeArrays | None
+    region: Region | None
     scale_factors: list[int]
     device: torch.device
     precision: str
@@ -139,7 +138,7 @@ def resolve_request(
     )
 
 
-def _described(region: ShapeArrays) -> dict[str, Any]:
+def _described(region: Region) -> dict[str, Any]:
     """Return the bounding box of a region in pixels of the slide, and a hash of its shapes (JSON-plain)."""
     box = [*region.bounds[:, :2].min(axis=0), *region.bounds[:, 2:].max(axis=0)]
     return {"box": [float(n) for n in box], "hash": fingerprint([region.coords, region.ring_offsets])}

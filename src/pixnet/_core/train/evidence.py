@@ -136,7 +136,9 @@ def ratio_of(shapes: list[HeldOut], prior: float = PRIOR_COUNTS) -> Floats:
 def balance(model: PixNet, ratio: Floats, shapes: list[HeldOut]) -> None:
     """Bring the amounts that a model predicts to those that were measured, by one factor for each gene."""
     usage = np.sum([s.channels for s in shapes], axis=0)
-    model.balance(torch.from_numpy(ratio), torch.from_numpy(usage))
+    shift = model.head.balance(torch.from_numpy(ratio), torch.from_numpy(usage))
+    for member in model.members:
+        member.shift(shift)
 
 
 def assess(shapes: list[HeldOut], ratio: Floats, seed: int) -> Evidence | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-import pixnet
 from pixnet._evidence import CEILING, HIGH, LOW, PEARSON, RATIO
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
-from pixnet._sdata.pixel_size import find_mpp
-from pixnet._sdata.record import find_entry
+from pixnet.pl._frame import Frame
 
 EVIDENCE = {"pearson": PEARSON, "low": LOW, "high": HIGH, "ceiling": CEILING, "ratio": RATIO}
 """What a page shows of the evidence about a gene."""
@@ -48,7 +47,6 @@ def warnings_of(
 ) -> list[str]:
     """Return what a reader must know first, in plain words."""
     found = list(others)
-    entry = find_entry(sdata, "images", opened.key)
     if novelty is None:
         found.append(
             "This map carries no novelty, so the page cannot show where the tissue is unlike the training tissue. A model draws "
@@ -82,20 +80,20 @@ def warnings_of(
         found.append(
             f"{left_out:,} genes of the map do not fit into this page and are left out; pixnet.pl.report(..., genes=) chooses."
         )
-    if entry is None:
+    if not opened.made:
         found.append("How this map was made is not recorded.")
     return found
 
 
-def provenance_of(sdata: SpatialData, opened: GeneMap, he_key: str | None) -> list[tuple[str, str]]:
+def provenance_of(sdata: SpatialData, opened: GeneMap, he_key: str | None, frame: Frame) -> list[tuple[str, str]]:
     """Return how the map was made, as pairs of words."""
-    entry = find_entry(sdata, "images", opened.key) or {}
+    entry = opened.made
     height, width = opened.data.sizes["y"], opened.data.sizes["x"]
     size = "unknown pixel size" if opened.mpp is None else f"{opened.mpp:.4g} µm/px"
     found: list[tuple[str, Any]] = [("Store", None if sdata.path is None else sdata.path.name)]
     if he_key is not None:
-        mpp = find_mpp(sdata, he_key)
-        found.append(("Slide", he_key if mpp is None else f"{he_key}, {mpp:.4g} µm/px"))
+        known = frame.unit != "px" and frame.anchor == he_key
+        found.append(("Slide", f"{he_key}, {frame.unit_per_pixel:.4g} µm/px" if known else he_key))
     what = f"{len(opened.programs)} programs" if isinstance(opened, ProgramMap) else "a channel for each gene"
     found += [
         ("Map", f"{opened.key}, {width:,} × {height:,} px, {size}, {what}"),
@@ -104,7 +102,7 @@ def provenance_of(sdata: SpatialData, opened: GeneMap, he_key: str | None) -> li
         ("Model hash", entry.get("model_hash")),
         ("Tissue mask", {False: "none: everything was predicted", None: "computed"}.get(m := entry.get("mask_key"), m)),
         ("Predicted with", _joined(entry.get("precision"), entry.get("device"))),
-        ("Page written", f"{time.strftime('%Y-%m-%d %H:%M')} by pixnet {pixnet.__version__}"),
+        ("Page written", f"{time.strftime('%Y-%m-%d %H:%M')} by pixnet {version('pixnet')}"),
     ]
     return [(name, str(value)) for name, value in found if value is not None]
 
