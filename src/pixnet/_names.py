@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 TOTAL = "__total__"
 """Name of the channel that holds the density of all transcripts: the last one of every gene map."""
@@ -42,7 +42,7 @@ def check_genes(genes: str | Iterable[str], *, among: Sequence[str] | None = Non
     ValueError
         If it is empty, names a gene twice, or names a total such as ``__total__``.
     """
-    if not isinstance(genes, Iterable) or isinstance(genes, bytes | Mapping):
+    if not isinstance(genes, Iterable) or isinstance(genes, bytes):
         raise TypeError(f"genes is {genes!r}; a gene's name or a list of names is needed")
     genes = [genes] if isinstance(genes, str) else list(genes)
     wrong = [g for g in genes if not isinstance(g, str)]

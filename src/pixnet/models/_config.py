@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -59,6 +60,8 @@ def _tuple(value: Any) -> Any:
 
 
 def _genes(value: Any) -> tuple[str, ...]:
+    if isinstance(value, Mapping):  # of a header that was edited by hand
+        raise TypeError(f"genes is {value!r}; a list of names is needed")
     return tuple(check_genes(value))
 
 
