@@ -24,7 +24,8 @@ from pixnet._sdata.store import commit as commits
 from pixnet._sdata.store import map_writer
 from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import heal
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter, store_level
 from pixnet._sdata.store.workspace import WORK, Workspace, store_lock, work_folders
 
 

@@ -36,9 +36,11 @@ models had before there was the setting; defaults of new models may change, thes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FLOATS, _INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32"}
-_POSITIVE = ("feature_sd_", "head.area_um2")
+_POSITIVE = ("feature_sd_", "head.area_um2", "novelty.sd", "novelty.variance", "novelty.noise")
 _RENAMED = ((re.compile(r"^(members\.\d+)\.head\."), r"\1.last."), (re.compile(r"^area_um2$"), "head.area_um2"))
 """Names that tensors had in earlier versions."""
+_NOVELTY = "novelty."
+"""Tensors that a file may lack, all together: those of a model that does not know what is new to it."""
 
 Three = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=3)]
 
@@ -131,7 +133,10 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
             raise ImportError(f"{path}: {err}") from err
         except (OSError, RuntimeError, ValueError) as err:
             raise ValueError(f"{path}: its model cannot be built: {err}") from err
-        _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in added})
+        lacking = set(added)
+        if not any(name.startswith(_NOVELTY) for name in found):
+            lacking |= {name for name in expected if name.startswith(_NOVELTY)}
+        _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in lacking})
         tensors = {name: _checked_tensor(path, name, file.get_tensor(stored)) for name, stored in names.items()}
         return header, added | tensors
 

@@ -43,6 +43,12 @@ class PlacedModel:
         self.channels = None if channels is None else torch.tensor(list(channels))
 
     @property
+    def cell(self) -> int:
+        """Model output pixels per cell of novelty, along an axis."""
+        model: Any = self.model.ready(torch.device(self.device))
+        return model.novelty.stride // model.stride
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the device is a CUDA GPU."""
         return self.device.startswith("cuda")

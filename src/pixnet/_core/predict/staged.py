@@ -294,10 +294,15 @@ class StagedUnits:
             seen = piece.scaled(self.stride).aligned(deepest).grown(deepest)
             with self.model.running(tile.cost) as model:
                 strides = model.encoder.strides
-                cut = {level: _cut(f, features.box, seen, strides[level]) for level, f in features.maps.items()}
-                cut = model.standardise(cut)
+                raw = {level: _cut(f, features.box, seen, strides[level]) for level, f in features.maps.items()}
+                cut = model.standardise(raw)
                 decoded = [member.decoder(cut, deepest // self.stride) for member in model.members]
-            origin = seen.grown(-deepest).divided(self.stride)
+                inner = seen.grown(-deepest)
+                if model.novelty.known:
+                    own = {level: _cut(f, seen, inner, strides[level]) for level, f in raw.items()}
+                    novelty = self.model.values(model.novelty(own))[0]
+                    tile.add_cells(inner.divided(model.novelty.stride), novelty, model.novelty.stride // self.stride)
+            origin = inner.divided(self.stride)
             for strip in self._strips(piece, tile.out_tissue[piece.within(tile.out).slices]):
                 rows, columns = strip.within(origin).slices
                 with self.model.running(tile.cost) as model:
