@@ -92,11 +92,14 @@ def write_checkpoint(
         raise ValueError(f"dtype is {dtype!r}; valid: {listed(_DTYPES)}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds.
-    tensors = {
-        name: (t.to(_DTYPES[dtype]) if t.is_floating_point() and t.ndim else t).contiguous().cpu()
-        for name, t in tensors.items()
-    }
+
+    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds. So do means and spreads of
+    # features, small differences of which count.
+    def stored(name: str, t: Tensor) -> Tensor:
+        exact = t.ndim == 0 or (name.startswith(_NOVELTY) and t.ndim == 1)
+        return (t if exact or not t.is_floating_point() else t.to(_DTYPES[dtype])).contiguous().cpu()
+
+    tensors = {name: stored(name, t) for name, t in tensors.items()}
     with whole_file(path) as partial:
         partial.touch()  # with the permissions of any file; safetensors would keep others out
         mode = partial.stat().st_mode
