@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import shapely
 import torch
-from spatialdata.models import ShapesModel
+from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import get_transformation
 
 import pixnet as px
@@ -37,9 +37,12 @@ def sdata():
     model.evidence = evidence_of(100, 2500, 50, columns | dict.fromkeys(COLUMNS[3:], np.full(len(r), 0.9)))
     model.novelty.quantiles.copy_(torch.linspace(0, 9, len(model.novelty.quantiles)))
     px.tl.predict(sdata, model, store="programs", mask_key=False)
-    novelty = sdata["he_novelty"].copy(data=np.full(sdata["he_novelty"].shape, 50.0, np.float32))
-    novelty[:, :, : novelty.sizes["x"] // 5] = 99.5
-    sdata["he_novelty"] = novelty
+    novelty = np.full(sdata["he_novelty"].shape, 50.0, np.float32)
+    novelty[:, :, : novelty.shape[2] // 5] = 99.5
+    transformations = get_transformation(sdata["he_novelty"], get_all=True)
+    sdata["he_novelty"] = Image2DModel.parse(
+        novelty, dims=("c", "y", "x"), c_coords=["novelty"], transformations=transformations
+    )
     return sdata
 
 

@@ -14,6 +14,7 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._logging import logger
 from pixnet._names import MOST_CHANNELS, check_genes
 from pixnet._sdata.evidence import GeneEvidence
+from pixnet._sdata.gene_map import TRUSTED
 from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.novelty import NoveltySpec
 from pixnet._sdata.region import Region, read_region
@@ -183,9 +184,24 @@ def _resolve_genes(
     """Return the genes of the map, what the model is asked for (None: all its channels), and the channels' names."""
     if store == "programs":
         return model.genes, None, model.channels
+    if isinstance(genes, str) and genes == TRUSTED and TRUSTED not in model.genes:
+        genes = _trusted(model)
     chosen = model.genes if genes is None else check_genes(genes, among=model.genes, where="the model")
     names = model.head.gene_channels(chosen)
     if names == model.channels:
         return chosen, None, names
     position = {gene: k for k, gene in enumerate(model.genes)}
     return chosen, [*(position[gene] for gene in chosen), len(model.genes)], names
+
+
+def _trusted(model: PixNet) -> list[str]:
+    """Return the genes that held-out shapes showed to be predicted, or refuse."""
+    found = [] if model.evidence is None else GeneEvidence.of(model.evidence, model.genes).trusted()
+    if not found:
+        why = (
+            "no evidence of its genes"
+            if model.evidence is None
+            else "no gene that held-out shapes showed to be predicted"
+        )
+        raise ValueError(f"genes is {TRUSTED!r}, and this model has {why}; name genes, or train with pixnet.tl.train")
+    return found

@@ -73,8 +73,8 @@ def predict(
     image_key
         The H&E image. ``None``: the recorded one, else the only one.
     genes
-        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``__total__`` is always
-        added.
+        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``"trusted"``: those whose
+        held-out correlation is above 0 with its whole 95 % interval. ``__total__`` is always added.
     store
         ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at any
         scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else programs.
