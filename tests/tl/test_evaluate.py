@@ -176,7 +176,7 @@ class TestCrossValidate:
             assert list(fold.test["0"]["spots_counts"].obs["instance_id"]) == list(test)
             assert list(fold.training["0"]["spots_counts"].obs["instance_id"]) == list(training)
             apart = places.loc[training, axis].to_numpy()[:, None] - places.loc[test, axis].to_numpy()
-            assert np.abs(apart).min() * 0.5 >= gap_um + 2 * 12 * 0.5 - 1e-6, "from edge to edge, at 0.5 um/px"
+            assert np.abs(apart).min() * 0.5 >= gap_um + 2 * 12 * 0.5 - 1e-6, "from edge to edge, at 0.5 µm/px"
             tested += list(test)
         assert sorted(tested) == sorted(slide["spots"].index)
 

@@ -472,7 +472,7 @@ def test_refusals(model, arguments, error, match):
         px.tl.predict(sdata, **arguments)
 
 
-def test_um_per_pixel_must_be_known(sdata, model):
+def test_the_pixel_size_must_be_known(sdata, model):
     remove_transformation(sdata["he"], "pixnet_um")
     with pytest.raises(ValueError, match="set_mpp"):
         px.tl.predict(sdata, model)
@@ -587,7 +587,7 @@ def test_a_corrupt_chunk_is_named_and_the_run_resumed(backed, model):
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_is_heeded():
+def ctrl_c_interrupts():
     """A process that a shell started in the background ignores Ctrl-C: not here."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -637,6 +637,10 @@ def test_resume_with_other_arguments_is_refused(backed, model):
         px.tl.predict(backed, model, tile_size=64, genes=["A"], resume=True)
     with pytest.raises(ValueError, match="other .*tile_size"):
         px.tl.predict(backed, model, tile_size=128, resume=True)
+    torch.set_num_threads(2)  # which rounds differently
+    with pytest.raises(ValueError, match="other .*threads"):
+        px.tl.predict(backed, model, tile_size=64, resume=True)
+    torch.set_num_threads(1)
     px.tl.predict(backed, model, tile_size=128)  # without resume it starts again, and clears
     assert not (backed.path / ".pixnet").exists()
 

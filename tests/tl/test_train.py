@@ -318,7 +318,7 @@ class TestUntrainedModels:
         model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
         assert model.genes == ["PINK", "BLUE"]
 
-    def test_what_is_no_model(self, slide):
+    def test_what_is_not_a_model(self, slide):
         with pytest.raises(TypeError, match="a PixNet is needed"):
             px.tl.train(slide, model="her2st")
 
@@ -428,12 +428,12 @@ class TestRefusals:
 
         monkeypatch.setattr("pixnet._core.slide.reader.SlideReader.read", read)
 
-    def test_unknown_um_per_pixel(self, slide):
+    def test_an_unknown_pixel_size(self, slide):
         remove_transformation(slide["he"], "pixnet_um")
         with pytest.raises(ValueError, match=r"pixnet\.pp\.set_mpp"):
             train(slide)
 
-    def test_images_that_are_no_rgb_uint8(self, slide):
+    def test_images_that_are_not_rgb_uint8(self, slide):
         pixels = np.asarray(slide["he"].data)
         for image, error, match in (
             (pixels[:1], ValueError, "greyscale"),
