@@ -359,12 +359,12 @@ def test_a_checkpoint_and_the_shipped_model(sdata, model, tmp_path):
 def test_slides_finer_and_coarser_than_the_model(model, monkeypatch):
     warned = []
     monkeypatch.setattr(logger, "warning", lambda text, *args: warned.append(text % args))
-    fine, coarse = slide(mpp=0.25, tissue=False), slide(mpp=0.8, tissue=False)
+    fine, coarse = (slide((250, 310), mpp, tissue=False) for mpp in (0.25, 0.8))
     px.tl.predict(fine, model, mask_key=False)
-    assert full(fine).shape == (4, 63, 78)
+    assert full(fine).shape == (4, 32, 39)
     assert not warned
     px.tl.predict(coarse, model, mask_key=False)
-    assert full(coarse).shape == (4, 200, 248)
+    assert full(coarse).shape == (4, 100, 124)
     assert "enlarged" in warned[0]
     with pytest.raises(ValueError, match="more than 2 times coarser"):
         px.tl.predict(slide(mpp=1.1), model)
