@@ -185,7 +185,7 @@ class TestCrossValidate:
             QUICK["genes"], encoder="patch-test", stride=4, widths=(16, 16, 16, 16), window=256, halo=64
         )
         objects = [coloured_slide(1), coloured_slide(2)]
-        options = {"mask_key": False, "max_epochs": 10, "variants": 1, "lr": 2e-2, "refit": False}
+        options = {"mask_key": False, "max_epochs": 7, "variants": 1, "lr": 2e-2, "refit": False}
         before = [dict(one.attrs) for one in objects]
         frame = px.tl.cross_validate(objects, groups=["P", "Q"], model=model, **options)
         values = frame[frame["metric"] == "mse"].groupby("gene")["value"].mean()
