@@ -22,8 +22,8 @@ demo: $(STAMPS)/package  ## Train, predict and aggregate on a synthetic slide; r
 test: $(STAMPS)/test  ## Run the tests (PYTEST_ARGS="-k name" or TESTS=tests/pl to choose; WORKERS=1 to run them one by one).
 	$(BIN)/python -m pytest -q --nbmake -m "not slow and not timm" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-test-slow: $(STAMPS)/test  ## Run the tests that fail a write at every single step.
-	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) tests
+test-slow: $(STAMPS)/test  ## Run the tests that fail a write at every single step, and other long ones.
+	$(BIN)/python -m pytest -q -m slow -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) tests
 
 test-timm: $(STAMPS)/test,timm  ## Run the tests of encoders that come from timm.
 	$(BIN)/python -m pytest -q -m timm $(PYTEST_ARGS) tests

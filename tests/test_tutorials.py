@@ -61,7 +61,7 @@ def opened(tmp_path_factory):
     return source, state
 
 
-def test_um_per_pixel_come_from_the_bins(opened):
+def test_the_pixel_size_comes_from_the_bins(opened):
     _, state = opened
     assert find_mpp(state["sdata"], "he") == pytest.approx(0.5, rel=1e-3)
     np.testing.assert_array_equal(

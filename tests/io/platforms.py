@@ -14,7 +14,7 @@ import zarr
 from PIL import Image
 from spatialdata import SpatialData
 
-PIXEL = 0.2125  # um per pixel of Xenium's morphology images
+PIXEL = 0.2125  # µm/px of Xenium's morphology images
 
 
 def pixels_of(sdata: SpatialData) -> np.ndarray:

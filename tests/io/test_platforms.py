@@ -77,7 +77,7 @@ def test_visium(folders, source, image, mpp):
     found = px.pp.infer_mpp(sdata, "sample", image_key=key, pitch_um=100)
     assert found == pytest.approx(mpp, rel=1e-3)
     np.testing.assert_allclose(centres(sdata, "sample", key) * mpp, true_centres(source, "spots") * 0.5, atol=0.01)
-    # recorded um/px settles which of the three pictures is meant, and the only table is found
+    # the recorded pixel size settles which of the three images is meant, and the only table is found
     assert resolve_image(sdata) == key
     genes = px.pp.select_genes(sdata, n_top=5)
     assert genes == px.pp.select_genes(source, n_top=5)

@@ -307,7 +307,7 @@ class TestRealFiles:
             slide(shared_data / "wsi" / "multi-channel-z-series.ome.tif")
 
 
-def test_a_dicom_that_is_no_slide_is_not_called_damaged(tmp_path):
+def test_a_dicom_that_is_not_a_slide_is_not_called_damaged(tmp_path):
     path = tmp_path / "scan.dcm"
     path.write_bytes(bytes(128) + b"DICM" + bytes(2000))
     with pytest.raises(ValueError, match="DICOM file that OpenSlide does not read .*tiled pyramidal TIFF") as error:

@@ -134,7 +134,7 @@ class TestRoundTrip:
 
 
 class TestFormats:
-    """Files of earlier versions load for ever."""
+    """Files of earlier versions load forever."""
 
     @pytest.fixture(scope="class")
     def version_1(self, tmp_path_factory):
@@ -216,12 +216,27 @@ class TestFormats:
         assert (float(found.head.area_um2), found.training_options) == (50.0, {"lr": 0.1})
 
 
+class Payload:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 class TestOtherFiles:
-    def test_a_pickle_is_refused_unread(self, model, path):
+    def test_a_pickle_is_refused_unread(self, path):
+        written = path.with_name("written")
         for options in ({}, {"_use_new_zipfile_serialization": False}):
-            torch.save(model.state_dict(), path, **options)
+            torch.save({"x": Payload(written)}, path, **options)
             with pytest.raises(ValueError, match="pickle"):
                 px.models.load(path)
+        assert not written.exists()
+        with path.open("rb") as file:
+            torch.load(file, weights_only=False)
+        assert written.exists()  # it would have
 
     def test_a_truncated_file(self, model, path):
         model.save(path)
@@ -307,7 +322,7 @@ HEADERS = {
     "a million members": lambda h: _set(h, members=10**6),
     "petabytes of hidden units": lambda h: _set(h, hidden=2**40),
     "petabytes of widths": lambda h: _set(h, decoder="paper", widths=[2**30] * 4),
-    "widths for ever": lambda h: _set(h, decoder="paper", widths=[8] * 10**5),
+    "widths forever": lambda h: _set(h, decoder="paper", widths=[8] * 10**5),
     "as large as is allowed": lambda h: _set(h, members=64, hidden=8192, genes=[f"g{i}" for i in range(10**5)]),
     "a window of a terapixel": lambda h: _set(h, window=2**20),
     "a negative halo": lambda h: _set(h, halo=-64),
@@ -381,7 +396,7 @@ def test_nasty_files_cost_neither_time_nor_memory(tmp_path):
         "as large as is allowed",
         "a million members",
         "petabytes of hidden units",
-        "widths for ever",
+        "widths forever",
     ):
         edited = tmp_path / f"{name.replace(' ', '-')}.safetensors"
         files.append(rewritten(shipped, edited, lambda header, _: HEADERS[name](header)))  # noqa: B023

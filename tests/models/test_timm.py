@@ -120,7 +120,7 @@ class TestUni2:
         with torch.inference_mode():
             torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
 
-    def test_a_folder_is_no_part_of_the_name(self, monkeypatch):
+    def test_a_folder_is_not_part_of_the_name(self, monkeypatch):
         monkeypatch.setitem(TIMM_MODELS, UNI2_H, small_uni2())
         model = PixNet(["A"], encoder="timm/local-dir:/somewhere/UNI2-h", pretrained=False)
         assert model.config.encoder == "timm/hf-hub:MahmoodLab/UNI2-h"

@@ -80,7 +80,7 @@ def test_training_further_counts_epochs_on():
 
 def test_training_of_a_model_that_was_trained_further():
     sdata = px.datasets.synthetic_tissue(size_um=500, n_genes=4, shapes="spots")
-    options = {"max_epochs": 2, "variants": 1, "stride": 4, "mpp": 1.0, "refit": False}
+    options = {"max_epochs": 2, "variants": 1, "stride": 4, "mpp": 2.0, "halo": 64, "refit": False}
     first = px.tl.train(sdata, genes=["TUM1", "FIB1"], **options)
     second = px.tl.train(sdata, model=first, max_epochs=2, variants=1, refit=False)
     axes = px.pl.training(second)

@@ -119,7 +119,7 @@ RAW = np.array([[3.0, 0.0], [1.0, 7.0]])
         (np.where(RAW == 0, np.nan, RAW), "NaN or infinite"),
     ],
 )
-def test_what_is_no_raw_count_is_refused(values, message):
+def test_what_is_not_a_raw_count_is_refused(values, message):
     table = table_of(values, counts=RAW)
     for form in (np.asarray, sparse.csr_matrix):
         table.X = form(values)

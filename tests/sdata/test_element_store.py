@@ -396,7 +396,7 @@ def test_a_child_that_was_forked_meanwhile_does_not_keep_a_lock(tmp_path, monkey
             try:
                 assert waiting.result(timeout=10) == "taken"
             finally:
-                for duplicate in duplicates:  # else the thread waits for ever
+                for duplicate in duplicates:  # else the thread waits forever
                     os.close(duplicate)
     finally:
         assert not (tmp_path / WORK).exists()

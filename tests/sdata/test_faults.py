@@ -271,7 +271,7 @@ class Trial:
         return sorted([*self.critical, *others[:: max(1, len(others) // 4)]])
 
     def check(self, path, sdata):
-        """Ask whether the new element is there, and that it or the old one is whole, on record, and nothing besides."""
+        """Ask whether the new element is there, and that it or the old one is whole and on record, and that nothing is left over."""
         check_sdata(sdata)  # what any pixnet function does first
         found = stored_state(path, self.key)
         assert found in (self.old, self.new)
@@ -301,7 +301,7 @@ def fail_with_full_disk(trial, steps, lasting):
                 trial.write(sdata, 2)
             except OSError as error:
                 raised = error
-        sd.read_zarr(path)  # it opens at any rate
+        sd.read_zarr(path)  # it opens in any case
         is_new = trial.check(path, sdata)
         told = raised is None or isinstance(raised, CommittedError)
         assert is_new == told, (trial.steps[k], raised)  # the message tells the truth

@@ -78,7 +78,7 @@ def work(path, who, rounds):
     print("done")
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_rounds_of_mixed_calls(tmp_path, rounds):
     path = tmp_path / "s.zarr"
     make_slide().write(path)

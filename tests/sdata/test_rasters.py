@@ -33,7 +33,7 @@ def test_each_level_states_its_own_scale(transformations):
     assert full_resolution(image).shape == (3, 4641, 3001)
 
 
-def test_a_level_that_is_no_whole_fraction():
+def test_a_level_that_is_not_a_whole_fraction():
     # 8.0037 is what a scanner states; 4641 // 579 px would tell 8.0155.
     found = levels(scanned([1, 8.0037]))
     assert found[1].data.shape[1:] == (579, 374)

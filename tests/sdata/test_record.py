@@ -54,7 +54,7 @@ def test_reading_creates_nothing():
 
 
 @pytest.mark.parametrize("attrs", [{"pixnet": None}, {"pixnet": []}, {"pixnet": {"images": 3, "masks": {"he": 1}}}])
-def test_a_record_edited_by_hand_is_no_error(attrs):
+def test_a_record_edited_by_hand_is_not_an_error(attrs):
     sdata = SpatialData(images={"he": image()}, attrs=attrs)
     px.pp.set_mpp(sdata, "he", 0.5)
     assert find_entry(sdata, "images", "he") is None

@@ -176,7 +176,7 @@ def test_bad_radii_are_named_by_id():
         pixel_shapes(sdata, "s", "im")
 
 
-def test_an_image_is_no_shapes_element():
+def test_an_image_is_not_a_shapes_element():
     sdata = SpatialData(images={"im": image()})
     with pytest.raises(ValueError, match="neither a shapes nor a labels"):
         pixel_shapes(sdata, "im", "im")

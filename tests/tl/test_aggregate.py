@@ -194,7 +194,7 @@ def test_quantiles_of_images_and_of_the_densities_of_maps(sdata):
     assert table.uns["pixnet"]["layer_units"]["median"] == "density"
 
 
-def test_without_um_per_pixel_areas_are_in_pixels_and_say_so(sdata, caplog):
+def test_without_a_pixel_size_areas_are_in_pixels_and_say_so(sdata, caplog):
     with caplog.at_level("WARNING", logger="pixnet"):
         table = aggregate(sdata, "bins", image_key="protein", inplace=False)
     assert (table.obs["area"] == 16).all()

@@ -255,7 +255,9 @@ def test_worker_processes_give_the_same(tmp_path):
     made["cells"] = polygons(CELLS)
     made.write(tmp_path / "s.zarr")
     backed = sd.read_zarr(tmp_path / "s.zarr")
-    lazy = SpatialData(images={"m": made["m"] * np.float32(2)}, shapes={"cells": made["cells"]})
+    lazy = SpatialData(
+        images={"m": made["m"].copy(data=made["m"].data * np.float32(2))}, shapes={"cells": made["cells"]}
+    )
     calls = {
         "stored": (backed, ["spots", "bins", "cells"], ["mean", "std", "max", "median"]),
         "in memory": (made, ["cells"], ["mean"]),

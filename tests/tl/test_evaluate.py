@@ -176,7 +176,7 @@ class TestCrossValidate:
             assert list(fold.test["0"]["spots_counts"].obs["instance_id"]) == list(test)
             assert list(fold.training["0"]["spots_counts"].obs["instance_id"]) == list(training)
             apart = places.loc[training, axis].to_numpy()[:, None] - places.loc[test, axis].to_numpy()
-            assert np.abs(apart).min() * 0.5 >= gap_um + 2 * 12 * 0.5 - 1e-6, "from edge to edge, at 0.5 um/px"
+            assert np.abs(apart).min() * 0.5 >= gap_um + 2 * 12 * 0.5 - 1e-6, "from edge to edge, at 0.5 µm/px"
             tested += list(test)
         assert sorted(tested) == sorted(slide["spots"].index)
 
@@ -185,7 +185,7 @@ class TestCrossValidate:
             QUICK["genes"], encoder="patch-test", stride=4, widths=(16, 16, 16, 16), window=256, halo=64
         )
         objects = [coloured_slide(1), coloured_slide(2)]
-        options = {"mask_key": False, "max_epochs": 10, "variants": 1, "lr": 2e-2, "refit": False}
+        options = {"mask_key": False, "max_epochs": 7, "variants": 1, "lr": 2e-2, "refit": False}
         before = [dict(one.attrs) for one in objects]
         frame = px.tl.cross_validate(objects, groups=["P", "Q"], model=model, **options)
         values = frame[frame["metric"] == "mse"].groupby("gene")["value"].mean()

@@ -349,7 +349,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="store is 'both'; valid"):
             px.tl.predict(slide, model, store="both", mask_key=False)
 
-    def test_gene_channels_of_what_is_no_program_map(self, slide, quick_model):
+    def test_gene_channels_of_what_is_not_a_program_map(self, slide, quick_model):
         with pytest.raises(ValueError, match="no program map; make one"):
             px.tl.gene_channels(slide, "PINK")
         px.tl.predict(slide, quick_model, mask_key=False)

@@ -271,20 +271,19 @@ class TestUntrainedModels:
         return px.models.PixNet.paper(list(genes), **options)
 
     def test_its_own_settings_hold_unless_overridden(self, slide, capsys):
-        model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
+        quick = {"model": self._model(), "mask_key": False}
+        model = px.tl.train(slide, **quick, variants=1, max_epochs=1, refit=False)
         options = model.provenance["options"]
         assert (options["lr"], options["weight_decay"], options["ema"], options["variants"]) == (5e-4, 1e-4, 0.0, 1)
         assert options["max_epochs"] == 1
         logged = capsys.readouterr().err
         assert "come from the model (model.training_options): patience=20, lr=0.0005, weight_decay=0.0001" in logged
         assert "max_epochs" not in logged
-        model = px.tl.train(
-            slide, model=self._model(), mask_key=False, variants=1, max_epochs=1, lr=1e-3, loss="nb+pcc"
-        )
+        model = px.tl.train(slide, **quick, variants=1, max_epochs=1, refit=False, lr=1e-3, loss="nb+pcc")
         options = model.provenance["options"]
         assert (options["lr"], options["loss"], options["weight_decay"]) == (1e-3, "nb+pcc", 1e-4)
-        full = px.tl.TrainingOptions(max_epochs=1, variants=1)
-        assert px.tl.train(slide, model=self._model(), mask_key=False, options=full).provenance["options"]["lr"] == 2e-3
+        full = px.tl.TrainingOptions(max_epochs=1, variants=1, refit=False)
+        assert px.tl.train(slide, **quick, options=full).provenance["options"]["lr"] == 2e-3
 
     def test_statistics_and_start_come_from_the_training_shapes(self, slide):
         given = self._model()
@@ -318,7 +317,7 @@ class TestUntrainedModels:
         model = px.tl.train(slide, model=self._model(), mask_key=False, variants=1, max_epochs=1)
         assert model.genes == ["PINK", "BLUE"]
 
-    def test_what_is_no_model(self, slide):
+    def test_what_is_not_a_model(self, slide):
         with pytest.raises(TypeError, match="a PixNet is needed"):
             px.tl.train(slide, model="her2st")
 
@@ -428,12 +427,12 @@ class TestRefusals:
 
         monkeypatch.setattr("pixnet._core.slide.reader.SlideReader.read", read)
 
-    def test_unknown_um_per_pixel(self, slide):
+    def test_an_unknown_pixel_size(self, slide):
         remove_transformation(slide["he"], "pixnet_um")
         with pytest.raises(ValueError, match=r"pixnet\.pp\.set_mpp"):
             train(slide)
 
-    def test_images_that_are_no_rgb_uint8(self, slide):
+    def test_images_that_are_not_rgb_uint8(self, slide):
         pixels = np.asarray(slide["he"].data)
         for image, error, match in (
             (pixels[:1], ValueError, "greyscale"),

@@ -21,7 +21,7 @@ def models():
     slides = [coloured_slide(1), coloured_slide(2)]
     every = QUICK | {"genes": ["PINK", "BLUE", "FLAT", "REST"]}
     return {
-        "genes": px.tl.train(slides, max_epochs=30, **every),
+        "genes": px.tl.train(slides, max_epochs=20, **every),
         "programs": px.tl.train(slides, max_epochs=30, n_programs=4, **every),
     }
 

@@ -1,4 +1,4 @@
-"""Zarr arrays beneath lazy arrays: which they are, and whether they are still what was opened.
+"""Zarr arrays behind lazy arrays: which they are, and whether they are still what was opened.
 
 Zarr fills in what is missing. A store that was moved or deleted reads as zeros or NaN without a word, and one whose
 array was replaced reads as the new one. So whoever reads pixels asks :func:`check_stored` first.
@@ -16,7 +16,7 @@ AGAIN = "read the store again with spatialdata.read_zarr"
 
 
 def stored_array(array: Any) -> zarr.Array | None:
-    """Return the zarr array beneath a dask array that is nothing but its contents, else None."""
+    """Return the zarr array behind a dask array that is nothing but its contents, else None."""
     if not isinstance(array, da.Array):
         return None
     layers = dict(array.dask.layers)

@@ -44,9 +44,9 @@ def load(path: str | Path) -> PixNet:
     ImportError
         If the model's encoder, or the Hub, needs a package that is not installed.
     ValueError
-        If a URL has no hash, or its file has another one. If the file is not a checkpoint of pixnet (a pickle, another format), is cut short, holds a setting that is unknown
-        or out of range, tensors that do not fit its configuration, or NaN or infinite weights. File, field and value
-        are named.
+        If a URL has no hash, or its file has another one. If the file is not a checkpoint of pixnet (a pickle, another
+        format), is cut short, holds a setting that is unknown or out of range, tensors that do not fit its
+        configuration, or NaN or infinite weights. File, field and value are named.
 
     Examples
     --------
