@@ -14,7 +14,7 @@ from pixnet._core.train.dataset import Crop, CropDataset, CropTargets
 from pixnet._core.train.fit import fit
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.split import split_block
-from pixnet._core.train.trainer import learning_rate
+from pixnet._core.train.trainer import learning_rate, passes_as_far
 from pixnet._sdata.sections import open_measured, open_section
 from pixnet.models._losses import squared_error_and_pcc
 
@@ -136,6 +136,15 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     assert rates[-1] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("best", "most"), [(1, 1), (2, 12), (8, 30), (17, 30), (30, 30)])
+def test_the_run_on_everything_learns_as_much_as_up_to_the_best_pass(best, most):
+    passes = passes_as_far(best, most)
+    assert best <= passes <= most
+    first = sum(learning_rate(step, 11 * most) for step in range(11 * best)) / 11
+    last = sum(learning_rate(step, 11 * passes) for step in range(11 * passes)) / 11
+    assert last == pytest.approx(first, abs=0.35)  # half of what one pass adds
+
+
 class NoBetter(Objective):
     """Validates no pass after the first as better."""
 
@@ -151,7 +160,8 @@ def test_the_run_on_everything_anneals_over_its_own_passes(slide):
     assert model.provenance["epochs"] == 1, "no pass after the first was better"
     first, last = ([row for row in rows if ("val_pcc" in row) == validated] for validated in (True, False))
     assert [row["epoch"] for row in first] == [1, 2, 3, 4]
-    assert [row["epoch"] for row in last] == [1]
+    assert [row["epoch"] for row in last] == [1, 2], "as much as one pass at a high rate"
+    assert model.provenance["refit_epochs"] == 2
     assert first[-1]["lr"] > 0.2 * options["lr"], "the run before stopped in the middle"
     assert last[-1]["lr"] < 0.2 * options["lr"]
 
