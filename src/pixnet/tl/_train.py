@@ -112,7 +112,7 @@ def train(
     validation
         Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single one
         a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
-        again on everything, validation included, until it has learned as much (``refit=False`` leaves that out).
+        again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
         A model to start from; it is not changed. It excludes ``encoder``, ``mpp`` and the other settings of the model. A
         model that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of the
@@ -126,7 +126,7 @@ def train(
         coarser.
     max_epochs
         Largest number of passes over the shapes; training stops earlier when validation stops improving. The best pass
-        tells how long the last run learns (``refit=False``: its weights are kept). None: the model's own, else 30.
+        gives the number of passes of the last run (``refit=False``: its weights are kept). None: the model's own, else 30.
     seed
         Seed of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
         given starts from its own weights). None: ``settings.seed``.

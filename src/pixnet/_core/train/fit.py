@@ -156,7 +156,7 @@ def _fit(
     generalised = ratio / ratio_of(seen)
     model.provenance.pop("refit_epochs", None)  # of an earlier training
     if options.refit:
-        passes = passes_as_far(epochs, options.max_epochs)
+        passes = passes_as_far(epochs, options.max_epochs) if model.head.refit_in_full else epochs
         model.provenance["refit_epochs"] = passes
         logger.info(
             "training again on all sections, %d passes (the best of the first run was number %d)", passes, epochs
