@@ -189,6 +189,8 @@ def test_train_predict_evaluate(source, tmp_path, log, capsys):
     assert pixnet("train", store, "--out", model, *quick) == 1
     assert "pass --overwrite" in log[-1]
     assert pixnet("predict", store, "--model", model) == 0
+    trust = json.loads((tmp_path / "a.run.json").read_text())["trust"]
+    assert trust == {"genes": 2, "trusted_genes": None, "tissue_above_99": None}  # three spots were held out
     table, geojson = tmp_path / "spots.h5ad", tmp_path / "spots.geojson.gz"
     assert pixnet("aggregate", store, "spots", "--table", table, "--geojson", geojson) == 0
     found = ad.read_h5ad(table)

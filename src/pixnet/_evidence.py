@@ -37,7 +37,8 @@ class Evidence:
     validation_pearson, validation_pearson_low, validation_pearson_high
         Pearson's r of predicted and measured log1p CP10k, and its 95 % interval (bootstrap of blocks in space).
     validation_ratio
-        Summed measured counts over summed predicted ones, before the amounts were balanced.
+        Summed measured counts over summed predicted ones: before the amounts were balanced with these shapes, or, of a
+        cross-validation, in groups that no amount was balanced with.
     noise_ceiling
         The r that a perfect prediction would have, since counts are noisy.
     dispersion

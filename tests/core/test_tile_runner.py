@@ -256,7 +256,7 @@ def test_stored_tiles_are_the_lazy_ones(pixels, scheduler):
     rows, cols = runner.grid.tiles
     total, places = TileCost(), []
     with dask.config.set({} if scheduler is None else {"scheduler": scheduler}):
-        for place, cost in store_tiles(runner, target, runner.tiles()):
+        for place, cost, _ in store_tiles(runner, target, runner.tiles()):
             total.add(cost)
             places.append(place)
     assert places == runner.tiles()

@@ -35,10 +35,11 @@ def sdata():
     r[7] = np.nan
     columns = {"validation_pearson": r, "validation_pearson_low": r - 0.1, "validation_pearson_high": r + 0.1}
     model.evidence = evidence_of(100, 2500, 50, columns | dict.fromkeys(COLUMNS[3:], np.full(len(r), 0.9)))
+    model.novelty.quantiles.copy_(torch.linspace(0, 9, len(model.novelty.quantiles)))
     px.tl.predict(sdata, model, store="programs", mask_key=False)
-    novelty = np.full((1, *sdata["he"]["scale0"]["image"].shape[1:]), 50.0, np.float32)
-    novelty[:, :, :200] = 99.5
-    transformations = get_transformation(sdata["he"]["scale0"]["image"], get_all=True)
+    novelty = np.full(sdata["he_novelty"].shape, 50.0, np.float32)
+    novelty[:, :, : novelty.shape[2] // 5] = 99.5
+    transformations = get_transformation(sdata["he_novelty"], get_all=True)
     sdata["he_novelty"] = Image2DModel.parse(
         novelty, dims=("c", "y", "x"), c_coords=["novelty"], transformations=transformations
     )

@@ -22,7 +22,8 @@ import pixnet as px
 from pixnet._core.stored import check_stored, stored_arrays
 from pixnet._sdata.store.bound import check_bound
 from pixnet._sdata.store.element_store import put
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter
 
 
 def write_map(sdata, genes=("A", "B"), value=1.0, key="he_genes", shape=(64, 64)):

@@ -32,7 +32,8 @@ from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import put, record_entries, write_mpp
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter, store_level
 from pixnet._sdata.store.workspace import DONE, JOURNAL, WORK
 
 OS = ("rename", "replace", "mkdir", "unlink", "remove", "rmdir", "link", "fsync", "open")

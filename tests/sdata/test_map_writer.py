@@ -24,7 +24,8 @@ from pixnet._sdata.store import commit as commits
 from pixnet._sdata.store import map_writer
 from pixnet._sdata.store.commit import CommittedError
 from pixnet._sdata.store.element_store import heal
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter, store_level
 from pixnet._sdata.store.workspace import WORK, Workspace, store_lock, work_folders
 
 
@@ -96,7 +97,7 @@ def test_levels_written_with_their_tiles(sdata, shape, factors, with_tiles):
     for i, j in np.ndindex(*(-(-n // 64) for n in shape)):
         part = values[:, i * 64 : (i + 1) * 64, j * 64 : (j + 1) * 64]
         box = Box(i * 64, j * 64, *part.shape[1:])
-        _write(stream.arrays[0], coarser, SimpleNamespace(values=part, box=box, i=i, j=j, cost=TileCost()))
+        _write(stream.arrays[0], coarser, SimpleNamespace(values=part, box=box, i=i, j=j, cells=[], cost=TileCost()))
     arrays = [array[:] for array in stream.arrays]
     stream.discard()
     np.testing.assert_array_equal(arrays[0], values)

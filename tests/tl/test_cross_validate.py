@@ -46,3 +46,29 @@ def test_wrong_arguments(options, error, match, monkeypatch):
     monkeypatch.setattr("pixnet._core.slide.reader.SlideReader.read", read)
     with pytest.raises(error, match=match):
         px.tl.cross_validate(coloured_slide(1), groups=2, **OPTIONS | options)
+
+
+def test_it_refines_the_evidence_of_a_model():
+    """The evidence of all folds: a gene whose amount differs between patients is off by as much as they differ."""
+    slides = {name: coloured_slide(i) for i, name in enumerate("abc")}
+    table = slides["c"]["spots_counts"]
+    table.X[:, 1] *= 2  # a patient with twice as much BLUE
+    options = OPTIONS | {"max_epochs": 8, "groups": ["P", "P", "Q"], "genes": ["PINK", "BLUE", "FLAT"], "seed": 0}
+    model = px.tl.train(slides, **{k: v for k, v in options.items() if k != "groups"})
+    before = model.evidence
+    scores = px.tl.cross_validate(slides, update=model, **options)
+    found = model.evidence.frame(model.genes)
+    assert model.evidence.n_shapes == 3 * table.n_obs > before.n_shapes
+    by_section = scores[scores["metric"] == "pearson"].groupby("gene")["value"].mean()
+    assert found["validation_pearson"]["PINK"] == pytest.approx(by_section["PINK"], abs=0.1)
+    assert found["validation_pearson"]["PINK"] > 0.5 > found["validation_pearson_high"]["FLAT"]
+    assert found["dispersion"]["BLUE"] > 3 * before.frame(model.genes)["dispersion"]["BLUE"]
+
+
+@pytest.mark.parametrize(
+    ("update", "error", "match"),
+    [("her2st", TypeError, "update is str"), (px.models.PixNet(["A"], pretrained=False), ValueError, "not trained")],
+)
+def test_models_that_cannot_be_updated(update, error, match):
+    with pytest.raises(error, match=match):
+        px.tl.cross_validate(coloured_slide(1), groups=2, update=update, **OPTIONS)

@@ -99,6 +99,17 @@ class TestEvidence:
         assert {"PINK", "BLUE"} <= set(names)
         assert (predicted["trusted"].var["validation_pearson_low"] > 0).all()
 
+    def test_a_map_of_trusted_genes_alone(self, models):
+        slide = coloured_slide(7)
+        model = models["genes"].copy()
+        px.tl.predict(slide, model, genes="trusted", mask_key=False)
+        frame = model.evidence.frame(model.genes)
+        trusted = [gene for gene in model.genes if frame["validation_pearson_low"][gene] > 0]
+        assert list(slide["he_genes"]["scale0"]["image"].coords["c"].values[:-1]) == trusted
+        model.evidence = None
+        with pytest.raises(ValueError, match="genes is 'trusted', and this model has no evidence"):
+            px.tl.predict(slide, model, genes="trusted", mask_key=False, overwrite=True)
+
     def test_a_header_whose_evidence_is_of_other_genes_is_refused(self, models, tmp_path):
         model = models["genes"].copy()
         model.evidence = model.evidence.take([0, 1])

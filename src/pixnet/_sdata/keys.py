@@ -12,6 +12,7 @@ from pixnet._logging import logger
 from pixnet._names import listed
 from pixnet._sdata.counts import annotated_regions, is_predicted_table, not_annotated
 from pixnet._sdata.loadings import is_loadings
+from pixnet._sdata.novelty import is_novelty
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution, is_gene_map
 from pixnet._sdata.record import find_entry, recorded
@@ -54,7 +55,7 @@ def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
     if isinstance(default, str) and default in sdata.images:
         _check_he(sdata, default)
         return default
-    candidates = [key for key in sdata.images if not is_gene_map(sdata.images[key])]
+    candidates = [key for key, image in sdata.images.items() if not (is_gene_map(image) or is_novelty(image))]
     if len(candidates) > 1:
         looks_rgb = [key for key in candidates if full_resolution(sdata.images[key]).sizes.get("c") == 3]
         known = [key for key in looks_rgb if find_mpp(sdata, key) is not None]

@@ -16,14 +16,15 @@ from spatialdata import SpatialData
 from spatialdata.models import TableModel
 from xarray import DataArray
 
-from pixnet._core.coverage import Weights
-from pixnet._core.zonal import Mean, Statistic, ZonalStatistics
+from pixnet._core.coverage import ShapeArrays, Weights
+from pixnet._core.zonal import Mean, Statistic, ZonalStatistics, zonal_statistics
 from pixnet._logging import logger
 from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.gene_map import GeneMap
+from pixnet._sdata.novelty import novelty_pixels
 from pixnet._sdata.selection import ProgramSelection, Selection
 from pixnet._sdata.shapes import PixelShapes
-from pixnet._sdata.transforms import to_coordinate_system
+from pixnet._sdata.transforms import affine_to_pixels, to_coordinate_system
 
 LARGEST_DENSE = 2 << 30
 """Bytes of genes of a program map up to which a table holds them as numbers; beyond, they are computed when asked for."""
@@ -58,6 +59,8 @@ class Plan:
         Name of the model that made the map, if known.
     interval
         Probability of the intervals; None: no intervals.
+    novelty_key
+        The image of novelty that belongs to the map; None: there is none.
     """
 
     image_key: str
@@ -73,6 +76,7 @@ class Plan:
     mpp: float | None
     model: str | None
     interval: float | None
+    novelty_key: str | None = None
 
     @property
     def evidence(self) -> GeneEvidence | None:
@@ -105,7 +109,21 @@ def table_rows(sdata: SpatialData, plan: Plan, name: str, element: PixelShapes) 
     return Rows(obs, element.geometries.centroids @ to_system[:2, :2].T + to_system[:2, 2])
 
 
-def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: ZonalStatistics) -> AnnData:
+def mean_novelty(sdata: SpatialData, map_key: str, novelty_key: str, shapes: ShapeArrays) -> NDArray[np.float32]:
+    """Return the mean novelty of shapes in pixels of a map, NaN where there is none."""
+    pixels = novelty_pixels(sdata, novelty_key)
+    moved = shapes.transform(affine_to_pixels(sdata, map_key, novelty_key))
+    return zonal_statistics(pixels, moved, channels=[0], validity=0, statistics=[Mean()]).values[Mean.name][:, 0]
+
+
+def build_table(
+    sdata: SpatialData,
+    plan: Plan,
+    name: str,
+    rows: Rows,
+    sums: ZonalStatistics,
+    novelty: NDArray[np.float32] | None = None,
+) -> AnnData:
     """Return the table of one shapes element; ``rows`` and ``sums`` are used up."""
     obs = rows.obs
     seen = sums.area
@@ -124,6 +142,8 @@ def build_table(sdata: SpatialData, plan: Plan, name: str, rows: Rows, sums: Zon
         if isinstance(plan.selection, ProgramSelection):
             programs = _programs(plan.selection, sums.values[Mean.name])
         values, layers, units = _map_values(plan, plan.gene_map, plan.selection, sums, obs)
+    if novelty is not None:
+        obs["novelty"] = np.where(thin, np.float32(np.nan), novelty)
     empty = int((seen == 0).sum())
     if empty or thin.any():
         logger.info(

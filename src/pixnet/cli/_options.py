@@ -53,7 +53,8 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     if len(found.get("agg_func", [])) == 1:
         found["agg_func"] = found["agg_func"][0]
     if "genes" in found:
-        found["genes"] = [gene for name in found["genes"] for gene in _names(name)]
+        genes = [gene for name in found["genes"] for gene in _names(name)]
+        found["genes"] = genes if genes != ["trusted"] else "trusted"
     if found.get("mask_key") in {"False", "false"}:
         found["mask_key"] = False
     return found

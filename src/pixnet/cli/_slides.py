@@ -21,7 +21,9 @@ import pandas as pd
 import pixnet as px
 from pixnet._logging import logger
 from pixnet._names import listed
+from pixnet._sdata.gene_map import GeneMap, all_maps
 from pixnet._sdata.keys import resolve_image, tissue_key
+from pixnet._sdata.novelty import find_novelty, rare_share
 from pixnet._sdata.record import find_entry
 
 COLUMNS = ("sample", "image")
@@ -218,7 +220,8 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
         logger.info("the map %r is there and is kept", made)
     else:
         px.tl.predict(sdata, request.model, overwrite=request.overwrite, resume=request.resume, **options)
-        made = next(iter(set(sdata.images) - before), None) or _map_of(sdata, image, request.options)
+        new = [one.key for one in all_maps(sdata) if one.key not in before]
+        made = new[0] if new else _map_of(sdata, image, request.options)
     for size in request.grids:
         key = _grid_key(size)
         px.pp.make_grid(sdata, size, key_added=key, overwrite=replace)
@@ -226,9 +229,22 @@ def _run(sample: Sample, request: Request, record: dict[str, Any]) -> None:
     if names:
         px.tl.aggregate(sdata, names, image_key=made, overwrite=replace)
     record["made"] = {"map": made, "tables": sorted(sdata.tables)}
+    if made is not None:
+        record["trust"] = _trust(sdata, made)
     if sample.report is not None:
         px.pl.report(sdata, sample.report, image_key=made, warnings=record["warnings"], overwrite=replace)
         record["made"]["report"] = str(sample.report)
+
+
+def _trust(sdata: Any, map_key: str) -> dict[str, Any]:
+    """Say which genes of a map, and which part of the tissue, can be believed."""
+    opened = GeneMap.open(sdata, map_key)
+    novelty = find_novelty(sdata, opened.made)
+    trusted = None if opened.evidence is None else len(opened.evidence.trusted())
+    far = None if novelty is None else round(rare_share(sdata, novelty), 4)
+    if trusted is not None:
+        logger.info("%d of the %d genes were shown to be predictable on held-out tissue", trusted, len(opened.genes))
+    return {"genes": len(opened.genes), "trusted_genes": trusted, "tissue_above_99": far}
 
 
 def _check_report(path: Path, request: Request) -> None:

@@ -36,9 +36,11 @@ models had before there was the setting; defaults of new models may change, thes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FLOATS, _INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32"}
-_POSITIVE = ("feature_sd_", "head.area_um2")
+_POSITIVE = ("feature_sd_", "head.area_um2", "novelty.sd", "novelty.variance", "novelty.noise")
 _RENAMED = ((re.compile(r"^(members\.\d+)\.head\."), r"\1.last."), (re.compile(r"^area_um2$"), "head.area_um2"))
 """Names that tensors had in earlier versions."""
+_NOVELTY = "novelty."
+"""Tensors that a file may lack, all together: those of a model that does not know what is new to it."""
 
 Three = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=3, max_length=3)]
 
@@ -90,11 +92,14 @@ def write_checkpoint(
         raise ValueError(f"dtype is {dtype!r}; valid: {listed(_DTYPES)}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
-    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds.
-    tensors = {
-        name: (t.to(_DTYPES[dtype]) if t.is_floating_point() and t.ndim else t).contiguous().cpu()
-        for name, t in tensors.items()
-    }
+
+    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds. So do means and spreads of
+    # features, small differences of which count.
+    def stored(name: str, t: Tensor) -> Tensor:
+        exact = t.ndim == 0 or (name.startswith(_NOVELTY) and t.ndim == 1)
+        return (t if exact or not t.is_floating_point() else t.to(_DTYPES[dtype])).contiguous().cpu()
+
+    tensors = {name: stored(name, t) for name, t in tensors.items()}
     with whole_file(path) as partial:
         partial.touch()  # with the permissions of any file; safetensors would keep others out
         mode = partial.stat().st_mode
@@ -131,7 +136,10 @@ def read_checkpoint(path: Path, layout_of: Callable[[ModelConfig], Layout]) -> t
             raise ImportError(f"{path}: {err}") from err
         except (OSError, RuntimeError, ValueError) as err:
             raise ValueError(f"{path}: its model cannot be built: {err}") from err
-        _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in added})
+        lacking = set(added)
+        if not any(name.startswith(_NOVELTY) for name in found):
+            lacking |= {name for name in expected if name.startswith(_NOVELTY)}
+        _check_layout(path, found, {name: layout for name, layout in expected.items() if name not in lacking})
         tensors = {name: _checked_tensor(path, name, file.get_tensor(stored)) for name, stored in names.items()}
         return header, added | tensors
 

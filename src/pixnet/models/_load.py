@@ -59,7 +59,7 @@ def load(path: str | Path) -> PixNet:
     header, tensors = read_checkpoint(path, _layout_of)
     model = PixNet(**asdict(header.config), pretrained=False)
     expected = model.state_dict()
-    model.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
+    model.load_state_dict(expected | {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()})
     model.training_options, model.provenance = header.training_options, header.provenance
     model.stain, model.history = [dict(slide) for slide in header.stain], header.history
     model.evidence = header.evidence

@@ -19,6 +19,7 @@ from pixnet.models._config import PAPER_FILTERS, Decoder, ModelConfig, Quantity,
 from pixnet.models._encoders import Encoder, Enlarged, build_encoder, check_encoder, encoder_name
 from pixnet.models._heads import Head, MeasuredShapes, ProgramHead, build_head
 from pixnet.models._member import Member
+from pixnet.models._novelty import Novelty
 from pixnet.models._paper import PAPER_TRAINING
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class PixNet(nn.Module):
     members
         Decoders side by side on the one encoder; the map is their mean. None: 1.
     quantity
-        Quantity that a gene's channel holds. ``"density"``: the linear density of its transcripts. ``"log_sum"``: a value
-        per µm² whose sum over a shape is the shape's log1p CP10k (the published way; it holds at the size of shape it was
-        trained on), and may be negative. The total is a linear density in both cases. None: ``"density"``.
+        Quantity that a gene's channel holds. ``"density"``: linear density of its transcripts. ``"log_sum"``: a value per µm²
+        whose sum over a shape is its log1p CP10k (the published way; right at the size of the training shapes), and may be
+        negative. The total is a linear density in both cases. None: ``"density"``.
     n_programs
         Number of programs that the map holds in place of genes; 2 or more. None: a channel for each gene.
     zoom
@@ -104,6 +105,7 @@ class PixNet(nn.Module):
     encoder: Encoder
     head: Head
     members: list[Member]  # an nn.ModuleList
+    novelty: Novelty
 
     def __init__(
         self,
@@ -143,6 +145,8 @@ class PixNet(nn.Module):
         for i, n in enumerate(channels):
             self.register_buffer(f"feature_mean_{i}", torch.zeros(n))
             self.register_buffer(f"feature_sd_{i}", torch.ones(n))
+        used = {i: (channels[i], strides[i]) for i in self.levels}
+        self.novelty = Novelty(used, self.stride)
 
     @classmethod
     def paper(
@@ -167,6 +171,7 @@ class PixNet(nn.Module):
         and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the shape's
         library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model carries these
         settings in ``training_options``; `pixnet.tl.train` uses them unless told otherwise, and logs them.
+        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Parameters
         ----------
@@ -197,10 +202,6 @@ class PixNet(nn.Module):
             If the encoder needs timm, which is not there.
         ValueError
             As for `PixNet`.
-
-        Notes
-        -----
-        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Examples
         --------
@@ -309,8 +310,7 @@ class PixNet(nn.Module):
         image
             RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
         channels
-            Indices of the wanted genes (of `genes`), followed by the total's, which is the number of genes; None: the
-            channels of the head (`channels`).
+            Indices of the wanted genes (of `genes`), followed by the total's, which is the number of genes; None: `channels`.
         crop
             Map pixels to leave out at each edge: those of a halo, most of which is needed by the encoder alone.
 
@@ -326,7 +326,7 @@ class PixNet(nn.Module):
         return self.decode(self.encode(image), channels, crop)
 
     def encode(self, image: Tensor) -> dict[int, Tensor]:
-        """Return the encoder's features, standardised by their statistics over the training tissue."""
+        """Return the features of an image, standardised."""
         return self.standardise(self.encoder(image))
 
     @property

@@ -16,7 +16,9 @@ from spatialdata import SpatialData
 
 from pixnet._logging import logger
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
+from pixnet._sdata.novelty import find_novelty
 from pixnet._sdata.store.bound import check_bound
+from pixnet._sdata.tables import mean_novelty
 from pixnet.pl._frame import make_frame, predicted_box
 from pixnet.pl._he import shown_he
 from pixnet.pl._page.picture import picture_of
@@ -27,7 +29,6 @@ from pixnet.pl._page.squares import (
     coded,
     coded_finely,
     compressed,
-    novelty_of,
     squares_of,
 )
 from pixnet.pl._page.words import by_trust, evidence_of, provenance_of, warnings_of
@@ -128,9 +129,9 @@ def report(
     blobs["total"] = compressed(total)
 
     novelty = None
-    source = opened.source or he_key
-    if f"{source}_novelty" in sdata.images:
-        novelty = novelty_of(sdata, opened, f"{source}_novelty", squares)
+    novelty_key = find_novelty(sdata, opened.made)
+    if novelty_key is not None:
+        novelty = mean_novelty(sdata, opened.key, novelty_key, squares.grid.shapes)[squares.known]
         blobs["novelty"] = compressed(np.nan_to_num(np.rint(2 * novelty), nan=255).astype(np.uint8))
 
     frame = make_frame(sdata, he_key or opened.key)

@@ -19,13 +19,14 @@ from pixnet._names import check_genes, listed
 from pixnet._sdata.gene_map import GeneMap
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.keys import resolve_any_image, resolve_shapes
+from pixnet._sdata.novelty import find_novelty
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import channel_names, full_resolution, is_gene_map
 from pixnet._sdata.selection import Selection
 from pixnet._sdata.shapes import check_element, read_shapes
 from pixnet._sdata.store import element_store as store
 from pixnet._sdata.store.bound import check_bound
-from pixnet._sdata.tables import Plan, build_table, table_rows
+from pixnet._sdata.tables import Plan, build_table, mean_novelty, table_rows
 from pixnet._sdata.target import check_target
 from pixnet._sdata.transforms import shared_coordinate_system, to_coordinate_system
 
@@ -104,7 +105,8 @@ def aggregate(
         ``obs``
             ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in µm²;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
-            over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities.
+            over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities; and ``novelty``, the
+            mean percentile of how unlike the training tissue it is, where `pixnet.tl.predict` wrote that.
         ``var``
             From a gene map whose model knows: what held-out shapes showed of each gene. ``validation_pearson`` with the ends
             of its 95 % interval (``_low``, ``_high``), ``validation_ratio`` (measured over predicted amounts, before they
@@ -166,9 +168,10 @@ def aggregate(
             raise ValueError(f"{name!r} is empty: it has no shapes to aggregate over")
     with ThreadPoolExecutor(1) as pool:  # ids and centroids need no pixels, and pixels are waited for
         rows = {name: pool.submit(table_rows, sdata, plan, name, element) for name, element in found.items()}
+        geometries = ShapeArrays.concatenate([element.geometries for element in found.values()])
         sums = zonal_statistics(
             plan.data.data,
-            ShapeArrays.concatenate([element.geometries for element in found.values()]),
+            geometries,
             channels=plan.channels,
             validity=None if plan.selection is None else len(plan.channels) - 1,
             statistics=plan.computed,
@@ -176,14 +179,18 @@ def aggregate(
             description=f"aggregate {image_key}",
         )
     check_bound(plan.data, f"image {image_key!r}")  # as what was read is nothing if its store went meanwhile
+    novelty = None if plan.novelty_key is None else mean_novelty(sdata, image_key, plan.novelty_key, geometries)
 
-    parts, start = {}, 0
+    parts, places, start = {}, {}, 0
     for name, element in found.items():
-        stop = start + len(element.ids)
-        parts[name] = _take(sums, slice(start, stop))
-        start = stop
+        places[name] = slice(start, start + len(element.ids))
+        parts[name] = _take(sums, places[name])
+        start += len(element.ids)
     del sums
-    tables = {name: build_table(sdata, plan, name, rows[name].result(), parts.pop(name)) for name in found}
+    tables = {}
+    for name, place in places.items():
+        own = None if novelty is None else novelty[place]
+        tables[name] = build_table(sdata, plan, name, rows[name].result(), parts.pop(name), own)
     if not inplace:
         one = isinstance(shapes, str) or shapes is None
         return tables[names[0]] if one else {name: tables[name] for name in names}
@@ -277,6 +284,7 @@ def _check(
         mpp=mpp,
         model=gene_map.made.get("model") if gene_map is not None else None,
         interval=interval,
+        novelty_key=None if gene_map is None else find_novelty(sdata, gene_map.made),
     )
 
 

@@ -16,12 +16,14 @@ from pixnet._sdata.counts import match_rows
 from pixnet._sdata.inputs import SpatialDatas, named_objects
 from pixnet._sdata.sections import MeasuredSlide, Total, open_measured
 from pixnet._sdata.shapes import pixel_shapes
+from pixnet._settings import settings
 from pixnet.tl._aggregate import aggregate
-from pixnet.tl._evaluate import evaluate
+from pixnet.tl._evaluate import evaluate, matched
 from pixnet.tl._predict import predict
 from pixnet.tl._train import train
 
 if TYPE_CHECKING:
+    from pixnet._core.train.evidence import HeldOut
     from pixnet.models import PixNet
 
 
@@ -53,6 +55,7 @@ def cross_validate(
     mask_key: str | Literal[False] | None = None,
     gap_um: float = GAP_UM,
     model: PixNet | None = None,
+    update: PixNet | None = None,
     seed: int | None = None,
     device: str | None = None,
     **train_options: Any,
@@ -76,6 +79,10 @@ def cross_validate(
         prediction up to 320; give more, such as 400, to exclude that.
     model
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
+    update
+        A model that `pixnet.tl.train` made of all objects with the same arguments. Its ``evidence`` becomes that of the
+        groups that were held out, over all folds: what to expect on the next patient, if the groups are patients. Ratios
+        and dispersions then hold for slides that no amount was balanced with.
     image_key, shapes, table_key, genes, layer, total_key, totals, mask_key, seed, device
         As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
     **train_options
@@ -92,7 +99,8 @@ def cross_validate(
     ------
     ValueError
         If there are fewer than two groups, labels do not fit the objects, a number of blocks is given for several
-        objects, a block has fewer than two shapes or leaves none to train on, or the model was trained before.
+        objects, a block has fewer than two shapes or leaves none to train on, or the model was trained before; or if
+        ``update`` predicts sums of logs or was not trained.
     KeyError, TypeError
         As `pixnet.tl.train`.
 
@@ -110,6 +118,7 @@ def cross_validate(
         raise ValueError(
             "model= was trained before, perhaps on what is tested here; give one that was never trained, or leave it out"
         )
+    _check_update(update)
     if not gap_um >= 0:
         raise ValueError(f"gap_um is {gap_um!r}; a distance in µm, from 0, is needed")
     objects = named_objects(sdata)
@@ -130,7 +139,7 @@ def cross_validate(
         "total_key": total_key,
         "totals": totals,
     }
-    frames = []
+    frames, held_out = [], []
     for number, fold in enumerate(folds):
         logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)
         trained = train(
@@ -139,28 +148,37 @@ def cross_validate(
             **options, **train_options,
         )  # fmt: skip
         for name, one in fold.test.items():
-            scores = _test(one, trained, image_key, pairs[name], mask_key, layer, total_key, totals, device)
+            work, tested = _predicted(one, trained, image_key, pairs[name], mask_key, device)
+            measured: dict[str, Any] = {"layer": layer, "total_key": total_key, "totals": totals}
+            scores = {
+                key: evaluate(work, table_key=table, reference_key=pairs[name][key], **measured)
+                for key, table in tested.items()
+            }
+            if update is not None:
+                key, table = next(iter(tested.items()))
+                held_out.append(_held_out(work, key, table, pairs[name][key], update.genes, **measured))
             for key, s in scores.items():
                 if s["n"].max() < 2:
                     logger.warning(
                         "fold %d: %r has %d shapes to test on; correlations need two", number + 1, key, s["n"].max()
                     )
             frames += [s.assign(fold=number, group=fold.group, section=name, shapes=key) for key, s in scores.items()]
+    if update is not None:
+        from pixnet._core.train.evidence import assess, ratio_of
+
+        update.evidence = assess(held_out, ratio_of(held_out), settings.seed, balanced=False)
     return _tidy(pd.concat(frames), several_sections=any(len(f.test) > 1 for f in folds), several_shapes=len(names) > 1)
 
 
-def _test(
+def _predicted(
     sdata: SpatialData,
     model: Any,
     image_key: str | None,
     pairs: dict[str, str],
     mask_key: str | Literal[False] | None,
-    layer: str | None,
-    total_key: str | None,
-    totals: Total,
     device: str | None,
-) -> dict[str, pd.DataFrame]:
-    """Score a model on an object, which is not written to: the map is lazy and is summed as it is made."""
+) -> tuple[SpatialData, dict[str, str]]:
+    """Return an object with the tables of a model, and their names by element; the map is lazy and is summed as it is made."""
     work = SpatialData.init_from_elements(
         {name: element for _, name, element in sdata.gen_elements()}, attrs=sdata.attrs
     )
@@ -171,14 +189,43 @@ def _test(
     for name, element in (predicted_map if isinstance(predicted_map, dict) else {map_key: predicted_map}).items():
         work[name] = element
     tables = aggregate(work, list(pairs), image_key=map_key, inplace=False)
-    out = {}
-    for key, reference in pairs.items():
-        predicted = _free(work, f"{key}_predicted")
-        work.tables[predicted] = tables[key] if isinstance(tables, dict) else tables
-        out[key] = evaluate(
-            work, table_key=predicted, reference_key=reference, layer=layer, total_key=total_key, totals=totals
-        )
-    return out
+    names = {key: _free(work, f"{key}_predicted") for key in pairs}
+    for key, name in names.items():
+        work.tables[name] = tables[key] if isinstance(tables, dict) else tables
+    return work, names
+
+
+def _check_update(update: PixNet | None) -> None:
+    """Refuse a model that cannot have the evidence of a cross-validation."""
+    if update is None:
+        return
+    if not hasattr(update, "evidence"):
+        raise TypeError(f"update is {type(update).__name__}; a PixNet is needed, which gets the evidence of all folds")
+    if not update.history or update.quantity != "density":
+        why = f"predicts {update.quantity!r}" if update.history else "was not trained"
+        raise ValueError(f"update= {why}; give a model of densities that pixnet.tl.train made of all objects")
+
+
+def _held_out(
+    sdata: SpatialData, shapes: str, table_key: str, reference_key: str, genes: list[str], **measured: Any
+) -> HeldOut:
+    """Return what was predicted and measured of some genes in the shapes of a test; NaN for genes that the fold lacks."""
+    from pixnet._core.train.evidence import MOST_SHAPES, HeldOut
+
+    table = sdata[table_key]
+    there = set(table.var_names) & set(sdata[reference_key].var_names)
+    chosen = [gene for gene in genes if gene in there]
+    options = {"layer": measured["layer"], "total_key": measured["total_key"], "totals_of": measured["totals"]}
+    pair = matched(sdata, table_key, reference_key, chosen, **options)
+    drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(pair.total))[:MOST_SHAPES])
+    columns = [genes.index(gene) for gene in chosen]
+    predicted, counts = np.full((2, len(drawn), len(genes)), np.nan)
+    predicted[:, columns], counts[:, columns] = pair.predicted[drawn], pair.counts[drawn]
+    rows = pair.rows[drawn]
+    image_key = table.uns["pixnet"]["image_key"]
+    centres = pixel_shapes(sdata, shapes, image_key).centroids[rows] * table.uns["pixnet"]["mpp"]
+    area = table.obs["area"].to_numpy(dtype=np.float64)[rows]
+    return HeldOut(predicted, counts, np.zeros(0), pair.total[drawn], area, centres)
 
 
 def _free(sdata: SpatialData, key: str) -> str:

@@ -135,13 +135,13 @@ def evaluate(
     else:
         genes = _common_genes(objects, table_key, reference_key)
     pairs = {
-        name: _matched(one, table_key, reference_key, genes, layer, total_key, totals) for name, one in objects.items()
+        name: matched(one, table_key, reference_key, genes, layer, total_key, totals) for name, one in objects.items()
     }
     if isinstance(sdata, SpatialData):
         frame = _score(pairs["0"], genes, interval)
         frame.attrs["summary"] = _summary(frame)
         return frame
-    pairs[POOLED] = _Pair.pooled(list(pairs.values()))
+    pairs[POOLED] = Pair.pooled(list(pairs.values()))
     frames = {name: _score(pair, genes, interval) for name, pair in pairs.items()}
     summary = {name: _summary(frame) for name, frame in frames.items()}
     out = pd.concat([frame.assign(section=name) for name, frame in frames.items()])
@@ -170,7 +170,7 @@ def _common_genes(objects: dict[str, SpatialData], table_key: str, reference_key
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
     """Rows that both tables have.
 
     Attributes
@@ -181,12 +181,15 @@ class _Pair:
         Measured counts ``(rows, genes)``, and all transcripts of each row.
     dispersion
         How far off predictions may be, ``(rows, genes)``; None: unknown.
+    rows
+        Positions of the rows in the predicted table.
     """
 
     predicted: np.ndarray
     counts: np.ndarray
     total: np.ndarray
     dispersion: np.ndarray | None
+    rows: np.ndarray
 
     @property
     def mean(self) -> np.ndarray:
@@ -194,18 +197,19 @@ class _Pair:
         return self.predicted * self.total[:, None] / 1e4
 
     @staticmethod
-    def pooled(pairs: Sequence[_Pair]) -> _Pair:
+    def pooled(pairs: Sequence[Pair]) -> Pair:
         """Return the rows of all."""
         known = [p.dispersion for p in pairs if p.dispersion is not None]
-        return _Pair(
+        return Pair(
             np.concatenate([p.predicted for p in pairs]),
             np.concatenate([p.counts for p in pairs]),
             np.concatenate([p.total for p in pairs]),
             np.concatenate(known) if len(known) == len(pairs) else None,
+            np.concatenate([p.rows for p in pairs]),
         )
 
 
-def _matched(
+def matched(
     sdata: SpatialData,
     table_key: str,
     reference_key: str,
@@ -213,7 +217,7 @@ def _matched(
     layer: str | None,
     total_key: str | None,
     totals_of: Total,
-) -> _Pair:
+) -> Pair:
     """Return what was predicted and measured in the rows that both tables have."""
     predicted, reference = sdata.tables[table_key], sdata.tables[reference_key]
     columns = gene_positions(predicted, table_key, genes)
@@ -245,7 +249,7 @@ def _matched(
     known = np.isfinite(values).all(axis=1)
     rows, values = rows[known], np.maximum(values[known], -0.99)
     counts = dense(matrix[rows][:, measured_columns]).astype(np.float64)
-    return _Pair(values, counts, np.asarray(total)[rows], table_dispersion(predicted, found[rows], columns))
+    return Pair(values, counts, np.asarray(total)[rows], table_dispersion(predicted, found[rows], columns), found[rows])
 
 
 def _keys(table: AnnData, key: str) -> pd.MultiIndex:
@@ -263,7 +267,7 @@ def _regions(keys: pd.MultiIndex) -> list[str]:
     return sorted(set(keys.get_level_values(0)))
 
 
-def _score(pair: _Pair, genes: list[str], interval: float) -> pd.DataFrame:
+def _score(pair: Pair, genes: list[str], interval: float) -> pd.DataFrame:
     index = pd.Index(genes, name="gene")
     n = len(pair.total)
     if n == 0:
@@ -289,7 +293,7 @@ def _ratio(measured: Any, predicted: Any) -> Any:
         return np.where(np.asarray(predicted) > 0, measured / predicted, np.nan)
 
 
-def _calibration(pair: _Pair, level: float) -> dict[str, np.ndarray]:
+def _calibration(pair: Pair, level: float) -> dict[str, np.ndarray]:
     """Return how counts fall into the intervals of their predictions, for each gene, from rows drawn at random."""
     if pair.dispersion is None:
         return {}

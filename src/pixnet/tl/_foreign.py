@@ -1,4 +1,4 @@
-"""Slides unlike those that a model was trained on."""
+"""Slides, and places of slides, unlike those that a model was trained on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pixnet._core.slide.stain import differences
 from pixnet._logging import logger
+from pixnet._sdata.novelty import EXPECTED, rare_share
 from pixnet._sdata.slide import Slide
 
 if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
     from pixnet.models import PixNet
 
 
@@ -35,3 +38,19 @@ def warn_if_foreign(slide: Slide, model: PixNet, name: str | None, found: Mappin
             slide.key,
             "; ".join(differs),
         )
+
+
+def warn_if_new(sdata: SpatialData, slide: Slide, novelty_key: str) -> None:
+    """Say which share of the predicted tissue is unlike the training tissue; warn if it is more than chance gives."""
+    far = rare_share(sdata, novelty_key)
+    if far <= 5 * EXPECTED:
+        logger.info(
+            "%.1f %% of the tissue of image %r is farther from the training tissue than 99 %% of held-out training tissue is",
+            100 * far, slide.key,
+        )  # fmt: skip
+        return
+    logger.warning(
+        "%.0f %% of the tissue of image %r is farther from the training tissue than 99 %% of held-out training tissue is (1 %% is "
+        "expected): values there are guesses. sdata.images[%r] shows where",
+        100 * far, slide.key, novelty_key,
+    )  # fmt: skip

@@ -18,7 +18,8 @@ from pixnet._sdata.gene_map import ProgramMap, program_map
 from pixnet._sdata.record import identity
 from pixnet._sdata.selection import Selection
 from pixnet._sdata.store.bound import bound
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter, store_level
 from pixnet._sdata.target import check_target
 from pixnet.tl._map_arguments import check_scale_factors
 

@@ -14,10 +14,13 @@ from pixnet._core.predict.map_grid import MapGrid, choose_map_grid
 from pixnet._logging import logger
 from pixnet._names import MOST_CHANNELS, check_genes
 from pixnet._sdata.evidence import GeneEvidence
+from pixnet._sdata.gene_map import TRUSTED
 from pixnet._sdata.loadings import loadings_table
+from pixnet._sdata.novelty import NoveltySpec
 from pixnet._sdata.region import Region, read_region
 from pixnet._sdata.slide import Slide
-from pixnet._sdata.store.map_writer import MapSpec, fingerprint
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import fingerprint
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -60,20 +63,31 @@ class MapRequest:
         found = self.model.evidence
         return None if found is None else GeneEvidence.of(found, self.model.genes).take(self.genes)
 
+    def novelty(self, prefix: str) -> NoveltySpec | None:
+        """Return the image of novelty that comes with the map; None for a model that does not know what is new to it."""
+        if not self.model.novelty.known:
+            return None
+        grid, side = self.grid.model_grid, self.model.novelty.stride
+        shape = -(-grid.shape[0] // side), -(-grid.shape[1] // side)
+        return NoveltySpec(f"{prefix}_novelty", shape, self._transformations(grid.px[0] * side, grid.px[1] * side))
+
     @property
     def transformations(self) -> dict[str, Any]:
         """Transformations of the map to each coordinate system of the image."""
-        y, x = self.grid.slide_px
+        return self._transformations(*self.grid.slide_px)
+
+    def _transformations(self, y: float, x: float) -> dict[str, Any]:
+        """Return transformations from pixels of ``(y, x)`` level-0 pixels to each coordinate system of the image."""
         to_image: list[Any] = [Scale([x, y], axes=("x", "y"))]
         margin, px = self.grid.model_grid.margin, self.grid.model_grid.px
         if any(margin):
             to_image.append(Translation([-margin[1] * px[1], -margin[0] * px[0]], axes=("x", "y")))
         return {name: Chain([*to_image, system]) for name, system in self.slide.transformations.items()}
 
-    @property
-    def spec(self) -> MapSpec:
-        """The stored element."""
-        return MapSpec(self.names, self.grid.shape, self.grid.chunk, self.scale_factors, self.transformations)
+    def spec(self, novelty: NoveltySpec | None) -> MapSpec:
+        """Return the form of the stored element, and of the image of novelty that is written with it."""
+        grid = self.grid
+        return MapSpec(self.names, grid.shape, grid.chunk, self.scale_factors, self.transformations, novelty)
 
     def asked(self, model_hash: str) -> dict[str, Any]:
         """Return everything that determines the map, apart from pixels (JSON-plain)."""
@@ -170,9 +184,24 @@ def _resolve_genes(
     """Return the genes of the map, what the model is asked for (None: all its channels), and the channels' names."""
     if store == "programs":
         return model.genes, None, model.channels
+    if isinstance(genes, str) and genes == TRUSTED and TRUSTED not in model.genes:
+        genes = _trusted(model)
     chosen = model.genes if genes is None else check_genes(genes, among=model.genes, where="the model")
     names = model.head.gene_channels(chosen)
     if names == model.channels:
         return chosen, None, names
     position = {gene: k for k, gene in enumerate(model.genes)}
     return chosen, [*(position[gene] for gene in chosen), len(model.genes)], names
+
+
+def _trusted(model: PixNet) -> list[str]:
+    """Return the genes that held-out shapes showed to be predicted, or refuse."""
+    found = [] if model.evidence is None else GeneEvidence.of(model.evidence, model.genes).trusted()
+    if not found:
+        why = (
+            "no evidence of its genes"
+            if model.evidence is None
+            else "no gene that held-out shapes showed to be predicted"
+        )
+        raise ValueError(f"genes is {TRUSTED!r}, and this model has {why}; name genes, or train with pixnet.tl.train")
+    return found

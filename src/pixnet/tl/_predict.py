@@ -13,13 +13,14 @@ from spatialdata.models import Image2DModel
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.region import RegionMask
 from pixnet._core.slide.stain import sample, statistics
+from pixnet._sdata.novelty import is_novelty
 from pixnet._sdata.record import identity
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.map_writer import fingerprint
 from pixnet._sdata.store.write_map import write_map
 from pixnet._sdata.target import check_target
 from pixnet._sdata.tissue import no_tissue, open_mask
-from pixnet.tl._foreign import warn_if_foreign
+from pixnet.tl._foreign import warn_if_foreign, warn_if_new
 from pixnet.tl._map_arguments import check_map_arguments
 from pixnet.tl._map_request import MapRequest, Store, resolve_request
 
@@ -58,8 +59,9 @@ def predict(
 
     The map is an image element that holds expected densities of transcripts, in linear space, and NaN on background: one
     channel per gene and a last channel ``__total__``, or the programs of the model, which add up to that total, with a table
-    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. The slide is predicted tile by tile, so memory does not grow
-    with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
+    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. A further image, ``"{image_key}_novelty"``
+    (or ``"{key_added}_novelty"``), says how unlike the training tissue each place is. The slide is predicted tile by tile,
+    so memory does not grow with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
     at exit. With a ``dask.distributed`` client in scope, the tiles run on its workers.
 
     Parameters
@@ -71,8 +73,8 @@ def predict(
     image_key
         The H&E image. ``None``: the recorded one, else the only one.
     genes
-        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``__total__`` is always
-        added.
+        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``"trusted"``: those whose
+        held-out correlation is above 0 with its whole 95 % interval. ``__total__`` is always added.
     store
         ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at any
         scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else programs.
@@ -143,7 +145,14 @@ def predict(
     If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
     difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
     size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
-    training slides without a mask. The log names the tissue that the model was trained on, where its
+    training slides without a mask.
+
+    Novelty is a percentile: 99 is farther from the training tissue than 99 % of held-out training tissue. The distance is
+    that of the encoder's features, averaged over its coarsest pixel (8 to 32 µm), under a probabilistic principal component
+    analysis of those of the training shapes. A warning gives the share of tissue above 99 if it is more than 5 %; 1 % is
+    expected. It replaces an earlier image of its name. A model that was trained by an earlier version has none, nor has the lazy map of ``inplace=False``.
+
+    The log names the tissue that the model was trained on, where its
     ``provenance["tissue"]`` says it; set it before you save a model.
 
     napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
@@ -163,9 +172,13 @@ def predict(
     check_map_arguments(scale_factors, tile_size, out_mpp, resume, inplace)
     request = resolve_request(slide, model, genes, store, region, out_mpp, tile_size, scale_factors, precision, device)
     key = f"{slide.key}_{request.store}" if key_added is None else key_added
-    loadings = request.loadings(key, slide.key if key_added is None else key)
+    prefix = slide.key if key_added is None else key
+    loadings, novelty = request.loadings(key, prefix), request.novelty(prefix)
     if inplace:
         check_target(sdata, key, "images", overwrite=overwrite, source=slide.key)
+        if novelty is not None:
+            replaced = novelty.key in sdata.images and is_novelty(sdata.images[novelty.key])
+            check_target(sdata, novelty.key, "images", overwrite=overwrite or replaced, source=slide.key)
         for name in loadings:
             check_target(sdata, name, "tables", overwrite=overwrite)
     mask = open_mask(slide, request.grid.model_grid.out_px, request.grid.model_grid.out_margin)
@@ -178,6 +191,7 @@ def predict(
         return {key: lazy, **loadings} if loadings else lazy
     asked = request.asked(runner.model.hash)
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
+    entries = {}
     entry = {
         "kind": "gene_map",
         "store": request.store,
@@ -188,7 +202,14 @@ def predict(
     }
     if request.evidence is not None and not loadings:
         entry["evidence"] = request.evidence.as_entry()
-    write_map(sdata, key, runner, request.spec, job, entry, tables=loadings, resume=resume, overwrite=overwrite)
+    if novelty is not None:
+        job["novelty"] = entry["novelty"] = novelty.key
+        entries[novelty.key] = novelty.entry(entry)
+    entries[key] = entry
+    spec = request.spec(novelty)
+    write_map(sdata, key, runner, spec, job, entries, tables=loadings, resume=resume, overwrite=overwrite)
+    if novelty is not None:
+        warn_if_new(sdata, slide, novelty.key)
     return None
 
 

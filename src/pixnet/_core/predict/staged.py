@@ -285,7 +285,7 @@ class StagedUnits:
         """Add the values of a part of a tile, in model output pixels."""
         if features is None:
             return
-        deepest = self.deepest
+        deepest, cell = self.deepest, self.model.cell
         for piece in _windows(part, self.grid.out_window, 1):
             tissue = tile.out_tissue[piece.within(tile.out).slices]
             if not tissue.any():
@@ -294,10 +294,15 @@ class StagedUnits:
             seen = piece.scaled(self.stride).aligned(deepest).grown(deepest)
             with self.model.running(tile.cost) as model:
                 strides = model.encoder.strides
-                cut = {level: _cut(f, features.box, seen, strides[level]) for level, f in features.maps.items()}
-                cut = model.standardise(cut)
+                raw = {level: _cut(f, features.box, seen, strides[level]) for level, f in features.maps.items()}
+                cut = model.standardise(raw)
                 decoded = [member.decoder(cut, deepest // self.stride) for member in model.members]
-            origin = seen.grown(-deepest).divided(self.stride)
+                inner = seen.grown(-deepest)
+                if cell is not None:
+                    own = {level: _cut(f, seen, inner, strides[level]) for level, f in raw.items()}
+                    novelty = self.model.values(model.novelty(own))[0]
+                    tile.add_cells(inner.divided(cell * self.stride), novelty, cell)
+            origin = inner.divided(self.stride)
             for strip in self._strips(piece, tile.out_tissue[piece.within(tile.out).slices]):
                 rows, columns = strip.within(origin).slices
                 with self.model.running(tile.cost) as model:

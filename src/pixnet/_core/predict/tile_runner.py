@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -19,7 +19,7 @@ from pixnet._core.predict.map_grid import MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.portable_model import PortableModel
 from pixnet._core.predict.staged import StagedUnits, Unit, UnitFeatures
-from pixnet._core.predict.tile import ReducedTile, Tile, TileCost
+from pixnet._core.predict.tile import Cells, ReducedTile, Tile, TileCost
 from pixnet._core.predict.whole import WholeWindows
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.pyramid import block_means
@@ -29,6 +29,14 @@ READERS, WRITERS = 2, 1
 """Threads that read ahead of the model and write behind it."""
 
 TilePlace = tuple[int, int]
+
+
+class Stored(NamedTuple):
+    """A tile that was written: its place, what it took, and the novelty of its cells."""
+
+    place: TilePlace
+    cost: TileCost
+    cells: list[Cells]
 
 
 class TileRunner:
@@ -174,8 +182,8 @@ def _lazy_tile(
 
 def store_tiles(
     runner: TileRunner, target: Any, tiles: Sequence[TilePlace], coarser: Sequence[tuple[Any, int]] = ()
-) -> Generator[tuple[TilePlace, TileCost], None, None]:
-    """Predict tiles and write them to an array ``(channels, y, x)``; yield each one's place and cost once it is there.
+) -> Generator[Stored, None, None]:
+    """Predict tiles and write them to an array ``(channels, y, x)``; yield what is known of each once it is there.
 
     ``coarser`` are arrays of coarser levels that are written with them, each with its factor to the level before, which
     divides the tiles of that level. The model runs in the caller's thread, between threads that read ahead and write behind, or the tiles of a unit run
@@ -199,11 +207,11 @@ def store_tiles(
 
 def _store_group(
     runner: TileRunner, target: Any, coarser: Sequence[tuple[Any, int]], tiles: Sequence[TilePlace]
-) -> list[tuple[TilePlace, TileCost]]:
+) -> list[Stored]:
     return [_write(target, coarser, tile) for tile in runner.predict([(i, j) for i, j in tiles])]
 
 
-def _write(target: Any, coarser: Sequence[tuple[Any, int]], tile: Tile) -> tuple[TilePlace, TileCost]:
+def _write(target: Any, coarser: Sequence[tuple[Any, int]], tile: Tile) -> Stored:
     """Write a tile and its part of the coarser levels, which is made from its pixels while they are in memory."""
     if tile.values is not None:
         start = time.perf_counter()
@@ -217,4 +225,4 @@ def _write(target: Any, coarser: Sequence[tuple[Any, int]], tile: Tile) -> tuple
             target[:, y : y + values.shape[1], x : x + values.shape[2]] = values
         tile.values = None
         tile.cost.write = time.perf_counter() - start
-    return (tile.i, tile.j), tile.cost
+    return Stored((tile.i, tile.j), tile.cost, tile.cells)

@@ -37,11 +37,14 @@ class WholeWindows:
         for batch in ahead(self._read, self._batches(tiles)):
             tile = batch.tile
             if batch.pixels is not None:
-                values = self._forward(batch.pixels, tile.cost)
-                for (i, j, part), value in zip(batch.windows, values):
-                    side = grid.out_window
-                    rows, columns = part.within(Box(i * side, j * side, side, side)).slices
-                    tile.add(part, value[:, rows, columns])
+                values, novelty = self._forward(batch.pixels, tile.cost)
+                side, cell = grid.out_window, self.model.cell
+                for n, (i, j, part) in enumerate(batch.windows):
+                    window = Box(i * side, j * side, side, side)
+                    rows, columns = part.within(window).slices
+                    tile.add(part, values[n][:, rows, columns])
+                    if cell is not None:
+                        tile.add_cells(window.divided(cell), novelty[n], cell)
             if batch.last:
                 yield tile
 
@@ -65,15 +68,22 @@ class WholeWindows:
             batch.tile.cost.add(TileCost(read=time.perf_counter() - start))
         return batch
 
-    def _forward(self, pixels: np.ndarray, cost: TileCost) -> list[np.ndarray]:
-        """Run the model: uint8 ``(n, 3, y, x)`` to float32 ``(channels, y, x)`` each, without the halo."""
+    def _forward(self, pixels: np.ndarray, cost: TileCost) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Run the model: uint8 ``(n, 3, y, x)`` to the map ``(channels, y, x)`` and novelty ``(y, x)``, without the halo."""
         found: list[np.ndarray] = []
-        crop = self.grid.halo // self.grid.model_grid.stride
+        novelty: list[np.ndarray] = []
+        crop, cell = self.grid.halo // self.grid.model_grid.stride, self.model.cell
 
         def run(part: slice) -> None:
             with self.model.running(cost) as model:
-                channels = self.model.channels_there
-                found.extend(self.model.values(model(self.model.image(pixels[part]), channels, crop)))
+                channels, image = self.model.channels_there, self.model.image(pixels[part])
+                if cell is None:
+                    found.extend(self.model.values(model(image, channels, crop)))
+                    return
+                raw = model.encoder(image)
+                found.extend(self.model.values(model.decode(model.standardise(raw), channels, crop)))
+                inner = slice(crop // cell, -(crop // cell) or None)
+                novelty.extend(self.model.values(model.novelty({i: raw[i] for i in model.levels})[:, inner, inner]))
 
         self.model.in_batches(run, len(pixels), pixels.shape[-1])
-        return found
+        return found, novelty

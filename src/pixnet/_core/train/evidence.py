@@ -141,14 +141,19 @@ def balance(model: PixNet, ratio: Floats, shapes: list[HeldOut]) -> None:
         member.shift(shift)
 
 
-def assess(shapes: list[HeldOut], ratio: Floats, seed: int) -> Evidence | None:
-    """Return what held-out shapes show of each gene; None where there are too few of them."""
+def assess(shapes: list[HeldOut], ratio: Floats, seed: int, *, balanced: bool = True) -> Evidence | None:
+    """Return what held-out shapes show of each gene; None where there are too few of them.
+
+    ``balanced`` says whether these very shapes were those that amounts were balanced with.
+    """
     n = sum(len(s.umi) for s in shapes)
     if n < LEAST_SHAPES:
         return None
     rng = np.random.default_rng(seed)
     r, low, high = _correlation(shapes, rng)
-    dispersion = _dispersion(shapes)
+    # What amounts are off by where nothing was measured is part of the error: one half of a section is balanced by the other.
+    unseen = [part for s in shapes for part in _balanced_by_the_other_half(s)] if balanced else shapes
+    dispersion = _dispersion(unseen)
     columns = {
         PEARSON: r, LOW: low, HIGH: high, RATIO: ratio, CEILING: _ceiling(shapes, rng), DISPERSION: dispersion,
     }  # fmt: skip
@@ -171,12 +176,17 @@ def _correlation(shapes: list[HeldOut], rng: np.random.Generator) -> tuple[Float
 
 def _block_moments(shapes: HeldOut) -> Floats:
     """Return sums of squares and of products of logs, less their means in the section, in each block: ``(blocks, 3, genes)``."""
-    p, m = (x - np.nanmean(x, axis=0) for x in (np.log1p(shapes.predicted), _measured_log(shapes.counts, shapes.umi)))
+    p, m = (x - _mean(x) for x in (np.log1p(shapes.predicted), _measured_log(shapes.counts, shapes.umi)))
     block = _blocks(shapes.centre_um)
     out = np.zeros((block.max() + 1, 3, p.shape[1]))
     for i, values in enumerate((p * p, m * m, p * m)):
         np.add.at(out[:, i], block, np.nan_to_num(values))
     return out
+
+
+def _mean(x: Floats) -> Floats:
+    """Return the mean of each column over what is known; 0 where nothing is."""
+    return np.nansum(x, axis=0) / np.maximum(np.isfinite(x).sum(axis=0), 1)
 
 
 def _r_of(moments: Floats) -> Floats:
@@ -225,12 +235,7 @@ def _ceiling(shapes: list[HeldOut], rng: np.random.Generator) -> Floats:
 
 
 def _dispersion(shapes: list[HeldOut]) -> Floats:
-    """Return each gene's dispersion by moments; that of rare genes is drawn to the mean of all.
-
-    Amounts were balanced with these very shapes, so one half of a section is balanced anew by the other: what amounts are
-    off by where nothing was measured is part of the error.
-    """
-    shapes = [part for s in shapes for part in _balanced_by_the_other_half(s)]
+    """Return each gene's dispersion by moments; that of rare genes is drawn to the mean of all."""
     excess, square, counts = (np.zeros(shapes[0].counts.shape[1]) for _ in range(3))
     for s in shapes:
         mean, residual = np.nan_to_num(s.mean), np.nan_to_num(s.counts - s.mean)

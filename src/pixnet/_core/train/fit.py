@@ -14,6 +14,7 @@ from pixnet._core.train.crops import Section, crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.evidence import assess, balance, predict_shapes, ratio_of
 from pixnet._core.train.features import adapt_norms, set_feature_statistics, with_features
+from pixnet._core.train.novelty import fit_novelty
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.options import TrainingOptions
 from pixnet._core.train.trainer import Row, Trainer, passes_as_far, snapshot
@@ -69,6 +70,7 @@ def fit(
     A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings their
     sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has none to be
     compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to held-out shapes.
+    ``model.novelty`` compares features with those of the training shapes, in percentiles of the held-out ones.
 
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
     (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells which pass was
@@ -162,7 +164,6 @@ def _fit(
             "training again on all sections, %d passes (the best of the first run was number %d)", passes, epochs
         )
         both = train.join(valid)
-        del train, valid
         model.load_state_dict(start)
         if fresh:
             initialise(model, both, seed)
@@ -174,6 +175,7 @@ def _fit(
         model.load_state_dict(state)
         seen = predict_shapes(model, both, device, drawn)
         balance(model, ratio_of(seen) * generalised, seen)
+    fit_novelty(model, train, valid, device, seed)
     return epochs
 
 

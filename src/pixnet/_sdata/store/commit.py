@@ -18,7 +18,7 @@ nothing that was changed meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def commit(
     overwrite: bool,
     entries: Entries | None = None,
     companions: Mapping[str, str] | None = None,
+    replaced: Collection[str] = (),
 ) -> None:
     """Move a whole new element from its work folder to its place in a store (steps 1 to 5).
 
@@ -61,11 +62,14 @@ def commit(
         What is recorded of it.
     companions
         Other elements in ``new.zarr`` that belong to it: their types by name. They go with it.
+    replaced
+        Those of them that take the place of one of the same name and type, whatever ``overwrite`` says.
     """
     finish_interrupted(root, work)
     others = dict(companions or {})
     for name in (key, *others):
-        check_free_on_disk(root, name, overwrite)
+        same = name in replaced and {*metadata.stored_elements(root, name)} <= {others[name]}
+        check_free_on_disk(root, name, overwrite or same)
     journal = {
         "kind": kind,
         "key": key,

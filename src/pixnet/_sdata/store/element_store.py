@@ -248,8 +248,8 @@ def _is_stored(element: Path, root: Path) -> bool:
     return False
 
 
-def prepare(work: Workspace, key: str, element: Any) -> None:
-    """Write a further element into the small store of a work folder."""
+def prepare(work: Workspace, key: str, element: Any) -> str:
+    """Write a further element into the small store of a work folder; return its type."""
     single = work.path / "single.zarr"
     shutil.rmtree(single, ignore_errors=True)  # of an interrupted run
     kind = _write_single(single, key, element)
@@ -260,6 +260,7 @@ def prepare(work: Workspace, key: str, element: Any) -> None:
     else:
         (single / kind).rename(place.parent)  # with the metadata of the group
     shutil.rmtree(single)
+    return kind
 
 
 def _write_single(path: Path, key: str, element: Any) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import numpy as np
 import zarr
 from anndata import AnnData
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel
-from zarr.codecs import BloscCodec
 
+from pixnet._core.predict.tile import Cells
 from pixnet._core.scratch import scratch_root
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
+from pixnet._sdata.novelty import NoveltyFile
 from pixnet._sdata.record import Entries
 from pixnet._sdata.store.commit import CommittedError, check_free_on_disk, commit
 from pixnet._sdata.store.element_store import (
@@ -30,78 +29,11 @@ from pixnet._sdata.store.element_store import (
     set_element,
     write_earlier,
 )
+from pixnet._sdata.store.map_spec import MapSpec, write_empty
 from pixnet._sdata.store.metadata import METADATA, level_paths, stamp
 from pixnet._sdata.store.scratch import bind_scratch
-from pixnet._sdata.store.workspace import DONE, JOB, NEW, Workspace, read_json, store_lock, work_folders, write_json
+from pixnet._sdata.store.workspace import DONE, JOB, NEW, NOVELTY, Workspace, store_lock, work_folders
 from pixnet._sdata.target import local_store
-
-CHANNELS = 25
-"""Channels per chunk, about: showing one gene must not read them all."""
-
-LEAST_CHUNK = 16
-"""Chunks of a coarser level have at least this many pixels a side, where its size allows."""
-
-# lz4 with byte shuffle: the only compression measured that costs less than writing the bytes it saves
-COMPRESSOR = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle")
-
-
-@dataclass(frozen=True)
-class MapSpec:
-    """The form of a stored map, float32.
-
-    Attributes
-    ----------
-    channels
-        Names of the channels.
-    shape
-        Size of the finest level ``(y, x)``.
-    chunk
-        Pixels a side of a chunk.
-    scale_factors
-        How much coarser each level is than the one before.
-    transformations
-        From the map's pixels to each coordinate system.
-    """
-
-    channels: Sequence[str]
-    shape: tuple[int, int]
-    chunk: int
-    scale_factors: Sequence[int]
-    transformations: Mapping[str, Any]
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Sizes of all levels: each is exactly reduced, and what is left of a last block is left out."""
-        shapes = [self.shape]
-        for factor in self.scale_factors:
-            shapes.append((max(1, shapes[-1][0] // factor), max(1, shapes[-1][1] // factor)))
-        return shapes
-
-    @property
-    def scales(self) -> list[tuple[int, int]]:
-        """Pixels of the finest level per pixel of each level, ``(y, x)``."""
-        scales = [(1, 1)]
-        for factor, shape in zip(self.scale_factors, self.shapes):
-            scales.append((scales[-1][0] * min(factor, shape[0]), scales[-1][1] * min(factor, shape[1])))
-        return scales
-
-    @property
-    def chunks(self) -> tuple[int, int, int]:
-        """Shape of the chunks ``(c, y, x)``; channels are shared out evenly."""
-        n = len(self.channels)
-        return (math.ceil(n / math.ceil(n / CHANNELS)), min(self.chunk, self.shape[0]), min(self.chunk, self.shape[1]))
-
-    @property
-    def level_chunks(self) -> list[tuple[int, int, int]]:
-        """Shape of the chunks of all levels: those of a coarser one lie over one chunk of the finest, if not too small."""
-        found, scale = [self.chunks], 1
-        for factor, (height, width) in zip(self.scale_factors, self.shapes[1:]):
-            scale *= factor
-            side = self.chunk // scale
-            if self.chunk % scale or side < min(LEAST_CHUNK, self.chunk):
-                side = self.chunk
-            found.append((self.chunks[0], min(side, height), min(side, width)))
-        return found
 
 
 class MapWriter:
@@ -115,16 +47,23 @@ class MapWriter:
         How much coarser each level is than the one before.
     done
         Tiles written by an earlier, interrupted run.
+    novelty
+        The novelty of the tiles so far, where the map has an image of it.
     """
 
-    def __init__(
-        self, root: Path, key: str, work: Workspace, factors: Sequence[int], *, scratch: bool, overwrite: bool
-    ) -> None:
-        self.root, self.key, self.factors, self.scratch, self.overwrite = root, key, factors, scratch, overwrite
+    def __init__(self, root: Path, key: str, work: Workspace, spec: MapSpec, *, scratch: bool, overwrite: bool) -> None:
+        self.root, self.key, self.factors, self.scratch, self.overwrite = (
+            root,
+            key,
+            spec.scale_factors,
+            scratch,
+            overwrite,
+        )
         self._work, self._placed = work, False
         self._element = work.path / NEW / "images" / key
         self.arrays = [zarr.open_array(self._element / path, mode="r+") for path in level_paths(self._element)]
         self.done = self._read_done()
+        self.novelty = None if spec.novelty is None else NoveltyFile(work.path / NOVELTY, spec.novelty)
         self._log = open(work.path / DONE, "a")  # noqa: SIM115  open as long as the writer is
 
     @classmethod
@@ -180,9 +119,9 @@ class MapWriter:
             logger.info("nothing to resume for %r: starting from the beginning", key)
         try:
             if found is None:
-                _write_empty(work.path / NEW, key, spec)
+                write_empty(work.path / NEW, key, spec)
                 (work.path / DONE).touch()
-            return cls(root, key, work, spec.scale_factors, scratch=store is None, overwrite=overwrite)
+            return cls(root, key, work, spec, scratch=store is None, overwrite=overwrite)
         except BaseException:
             if found is None:
                 work.remove()
@@ -190,8 +129,10 @@ class MapWriter:
                 work.release()
             raise
 
-    def mark(self, i: int, j: int) -> None:
-        """Note that a tile is written: a resumed run leaves it out."""
+    def mark(self, i: int, j: int, cells: Sequence[Cells] = ()) -> None:
+        """Keep the novelty of a tile that is written, and note that it is: a resumed run leaves it out."""
+        if self.novelty is not None:
+            self.novelty.add(cells)
         self._log.write(f"{i} {j}\n")
         self._log.flush()
 
@@ -235,13 +176,19 @@ class MapWriter:
     ) -> None:
         """Put the map in its place and bind it in ``sdata``, with its tables and what is recorded of it, in one step."""
         self._log.close()
-        new, tables = self._work.path / NEW, dict(tables or {})
+        new, kinds = self._work.path / NEW, {}
         for partial in new.rglob("*.partial"):  # what a killed writer left
             partial.unlink(missing_ok=True)
         what = json.dumps(self._work.job["what"], sort_keys=True)
         stamp(self._element, hashlib.sha256(what.encode()).hexdigest())
-        for name, table in tables.items() if not self.scratch else ():
-            prepare(self._work, name, table)
+        others: dict[str, Any] = dict(tables or {})
+        if self.novelty is not None:
+            others[self.novelty.key] = self.novelty.element()
+        for name, other in others.items() if not self.scratch else ():
+            kind = prepare(self._work, name, other)
+            kinds[name] = kind
+            if kind == "images":
+                stamp(new / kind / name, uuid.uuid4().hex)
         if self.scratch:
             place = self.root / f"{self._work.path.name}.zarr"
             new.rename(place)
@@ -253,16 +200,17 @@ class MapWriter:
                 try:
                     commit(
                         self.root, self._work, "images", self.key, overwrite=self.overwrite, entries=entries,
-                        companions=dict.fromkeys(tables, "tables"),
+                        companions=kinds, replaced=[] if self.novelty is None else [self.novelty.key],
                     )  # fmt: skip
                 except CommittedError:
                     self._placed = True
                     raise
                 self._placed = True
                 element = read_element(self.root, "images", self.key)
+                others |= {n: read_element(self.root, kind, n) for n, kind in kinds.items() if kind == "images"}
         self._work.remove()
-        for name, table in tables.items():
-            set_element(sdata, name, table, None)
+        for name, other in others.items():
+            set_element(sdata, name, other, None)
         set_element(sdata, self.key, element, entries)
 
     @property
@@ -361,33 +309,3 @@ def _interrupted(root: Path, key: str, job: Mapping[str, Any], resume: bool) -> 
             found.remove()
         found = work
     return found
-
-
-def _write_empty(path: Path, key: str, spec: MapSpec) -> None:
-    """Have SpatialData write the element's metadata from a tiny one, then put arrays of the right shape in place."""
-    side = 2 * math.prod(spec.scale_factors)
-    tiny = Image2DModel.parse(
-        np.zeros((len(spec.channels), side, side), dtype="float32"),
-        dims=("c", "y", "x"),
-        c_coords=list(spec.channels),
-        scale_factors=list(spec.scale_factors) or None,
-        transformations=dict(spec.transformations),
-    )
-    SpatialData(images={key: tiny}).write(path, consolidate_metadata=False)
-    element = path / "images" / key
-    for name, shape, chunks in zip(level_paths(element), spec.shapes, spec.level_chunks, strict=True):
-        zarr.create_array(
-            element / name,
-            shape=(len(spec.channels), *shape),
-            dtype="float32",
-            chunks=chunks,
-            compressors=COMPRESSOR,
-            fill_value=np.nan,
-            dimension_names=("c", "y", "x"),
-            overwrite=True,
-        )
-    content = read_json(element / METADATA)
-    for dataset, (y, x) in zip(content["attributes"]["ome"]["multiscales"][0]["datasets"], spec.scales, strict=True):
-        scale = [1.0, float(y), float(x)]
-        dataset["coordinateTransformations"] = [{"type": "scale", "scale": scale}]
-    write_json(element / METADATA, content)

@@ -22,7 +22,8 @@ except ImportError:  # Windows has no such locks: one process at a time may writ
     fcntl = None  # type: ignore[assignment]
 
 WORK = ".pixnet"
-JOB, JOURNAL, LOCK, NEW, OLD, DONE = "job.json", "commit.json", "lock", "new.zarr", "old", "done.txt"
+JOB, JOURNAL, LOCK, NEW, OLD = "job.json", "commit.json", "lock", "new.zarr", "old"
+DONE, NOVELTY = "done.txt", "novelty.npy"
 
 
 class Workspace:

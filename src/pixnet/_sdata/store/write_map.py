@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pixnet._logging import logger
-from pixnet._sdata.store.map_writer import MapSpec, MapWriter, store_level
+from pixnet._sdata.store.map_spec import MapSpec
+from pixnet._sdata.store.map_writer import MapWriter, store_level
 from pixnet._settings import settings
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def write_map(
     runner: TileRunner,
     spec: MapSpec,
     job: Mapping[str, Any],
-    entry: Mapping[str, Any],
+    entries: Mapping[str, Mapping[str, Any]],
     *,
     tables: Mapping[str, AnnData] | None = None,
     resume: bool = False,
@@ -48,8 +49,8 @@ def write_map(
         Predicts the tiles; those that an earlier run wrote are left out.
     spec, job, resume, overwrite
         See :meth:`MapWriter.open`.
-    entry
-        What is recorded of the map.
+    entries
+        What is recorded of the map, and of its novelty, by name.
     tables
         Tables that belong to it, by name: they are put in place with it.
 
@@ -62,7 +63,7 @@ def write_map(
     writer = MapWriter.open(sdata, key, spec, job, resume=resume, overwrite=overwrite)
     try:
         _run_tiles(writer, runner)
-        writer.finish(sdata, {"images": {key: entry}}, tables)
+        writer.finish(sdata, {"images": entries}, tables)
     except BaseException as error:
         if writer.committed:
             raise
@@ -102,8 +103,8 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
     coarser = list(zip(writer.arrays[1 : n + 1], writer.factors))
     # closing: whatever happens, no task writes any more when the writer is dealt with
     with closing(store_tiles(runner, writer.arrays[0], todo, coarser)) as results, progress as bar:
-        for place, cost in results:
-            writer.mark(*place)
+        for place, cost, cells in results:
+            writer.mark(*place, cells)
             total.add(cost)
             speed = total.pixels * pixel_area / 1e6 / (time.perf_counter() - started)
             bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)

@@ -14,8 +14,6 @@ from spatialdata import SpatialData
 from pixnet._core.coverage import ShapeArrays
 from pixnet._core.zonal import Mean, zonal_statistics
 from pixnet._sdata.gene_map import GeneMap, ProgramMap, ProgramSelection, Selection
-from pixnet._sdata.rasters import full_resolution
-from pixnet._sdata.transforms import affine_to_pixels
 from pixnet.pl._frame import make_frame, read_pixels
 
 MOST_SQUARES = 400_000
@@ -138,14 +136,6 @@ def squares_of(sdata: SpatialData, opened: GeneMap, genes: Sequence[str] | None,
             break
         wanted = min(n * 0.9 * most_bytes / len(found.packed), MOST_SQUARES)
     return found
-
-
-def novelty_of(sdata: SpatialData, opened: GeneMap, novelty_key: str, squares: Squares) -> NDArray[np.float32]:
-    """Return the mean of a novelty map in each square that has a prediction, NaN where it has none."""
-    shapes = squares.grid.shapes.transform(affine_to_pixels(sdata, opened.key, novelty_key))
-    data = full_resolution(sdata.images[novelty_key]).data
-    sums = zonal_statistics(data, shapes, channels=[0], validity=0, statistics=[Mean()])
-    return sums.values[Mean.name][squares.known, 0]
 
 
 def predicted(sdata: SpatialData, opened: GeneMap) -> tuple[tuple[float, float, float, float], float]:

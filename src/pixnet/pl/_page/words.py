@@ -14,12 +14,11 @@ from spatialdata import SpatialData
 
 from pixnet._evidence import CEILING, HIGH, LOW, PEARSON, RATIO
 from pixnet._sdata.gene_map import GeneMap, ProgramMap
+from pixnet._sdata.novelty import EXPECTED, RARE
 from pixnet.pl._frame import Frame
 
 EVIDENCE = {"pearson": PEARSON, "low": LOW, "high": HIGH, "ceiling": CEILING, "ratio": RATIO}
 """What a page shows of the evidence about a gene."""
-RARE, EXPECTED = 99.0, 0.01
-"""Percentile of novelty beyond which tissue is unlike the training tissue, and the share of tissue beyond it by chance."""
 
 
 def evidence_of(opened: GeneMap) -> pd.DataFrame:
