@@ -4,6 +4,7 @@
     python benchmarks/her2st.py DATA test --model src/pixnet/models/weights/her2st.safetensors --json docs/_generated/her2st.json
     python benchmarks/her2st.py DATA train --dropout 0.4 --out other.safetensors       # with another dropout, and what
     python benchmarks/her2st.py DATA test --model other.safetensors --section B4       # another patient makes of it
+    python benchmarks/her2st.py DATA train --programs 64 --out programs.safetensors    # all genes; tested on the same 250
 
 DATA is the folder that holds ST-cnts. The model is trained on three sections of patient C (C4 chooses the number of passes). Section
 C5 of that patient and B4 of another are in no training. `benchmarks/quality.py her2st` leaves out each section in turn.
@@ -40,7 +41,8 @@ def measure(model, section: str, data: str, normalised: bool, measured: dict) ->
     measured["predict_peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     px.pp.make_grid(sdata, 50)
     px.tl.aggregate(sdata, ["spots", "grid"])
-    scores = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts")
+    genes = px.models.load("her2st").genes  # a model of programs has more
+    scores = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts", genes=genes)
     measured["threads"] = torch.get_num_threads()
     measured["section"], measured["spots"] = section, int(scores["n"].max())
     measured["grid_squares"] = int(sdata["grid_genes"].n_obs)
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--out", default="her2st.safetensors")
     parser.add_argument("--model", default="her2st")
     parser.add_argument("--dropout", type=float, default=SHIPPED_DROPOUT, help="of training")
+    parser.add_argument("--programs", type=int, help="of training; none: a channel for each of 250 genes")
     parser.add_argument("--section", default="C5", choices=["C5", "B4"], help="to test on")
     parser.add_argument("--normalize-stain", action="store_true", help="before the test")
     parser.add_argument("--json")
@@ -77,7 +80,7 @@ def main() -> None:
     else:
         sections = {n: her2st(n, path=args.data) for n in TRAINING}
         start = time.perf_counter()
-        model = px.tl.train(sections, seed=args.seed, dropout=args.dropout)
+        model = px.tl.train(sections, seed=args.seed, dropout=args.dropout, n_programs=args.programs)
         model.provenance["tissue"] = "HER2-positive breast tumour"
         measured["train_s"] = round(time.perf_counter() - start)
         measured["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)

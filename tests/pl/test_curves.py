@@ -62,6 +62,8 @@ def test_training_says_which_epoch_was_kept_and_what_came_after():
         assert list(lines(ax, "kept")[0].get_xdata()) == [3, 3]
         assert lines(ax, "best-epoch")[0].get_xdata() == [3]
     assert legend(axes[0]) == ["training", "validation", "kept: epoch 3; then all data, 3 epochs"]
+    again.provenance["refit_epochs"] = 5
+    assert legend(px.pl.training(again)[0])[-1] == "kept: epoch 3; then all data, 5 epochs"
     again.provenance["options"]["refit"] = False
     assert legend(px.pl.training(again)[0])[-1] == "kept: epoch 3"
 

@@ -14,7 +14,7 @@ from pixnet._core.train.dataset import Crop, CropDataset, CropTargets
 from pixnet._core.train.fit import fit
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.split import split_block
-from pixnet._core.train.trainer import learning_rate
+from pixnet._core.train.trainer import learning_rate, passes_as_far
 from pixnet._sdata.sections import open_measured, open_section
 from pixnet.models._losses import squared_error_and_pcc
 
@@ -28,12 +28,13 @@ def sections(*slides, genes=("PINK", "BLUE", "FLAT"), mpp=0.5, stride=4, **names
     return [open_section(m, m.tables(genes), mpp, stride) for m in found]
 
 
-def fitted(*slides, objective=None, on_epoch=None, shapes=None, table_key=None, **options):
+def fitted(*slides, objective=None, on_epoch=None, shapes=None, table_key=None, n_programs=None, **options):
     """Train on all slides but the last, which validates, with the losses and the callback of the test's own."""
     options = px.tl.TrainingOptions(**{"max_epochs": 1, "variants": 1, "lr": 1e-2} | options)
     opened = sections(*slides, shapes=shapes, table_key=table_key)
     torch.manual_seed(0)
-    model = px.models.PixNet(QUICK["genes"], encoder="patch-test", hidden=16, window=256, halo=64)
+    small = {"encoder": "patch-test", "hidden": 16, "window": 256, "halo": 64}
+    model = px.models.PixNet(QUICK["genes"], n_programs=n_programs, **small)
     objective = None if objective is None else objective(options)
     found = fit(model, opened[:-1], opened[-1:], options, seed=0, device="cpu", objective=objective, on_epoch=on_epoch)
     return found
@@ -136,6 +137,15 @@ def test_the_learning_rate_rises_and_falls_to_zero():
     assert rates[-1] == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("best", "most"), [(1, 1), (2, 12), (8, 30), (17, 30), (30, 30)])
+def test_the_run_on_everything_learns_as_much_as_up_to_the_best_pass(best, most):
+    passes = passes_as_far(best, most)
+    assert best <= passes <= most
+    first = sum(learning_rate(step, 11 * most) for step in range(11 * best)) / 11
+    last = sum(learning_rate(step, 11 * passes) for step in range(11 * passes)) / 11
+    assert last == pytest.approx(first, abs=0.35)  # half of what one pass adds
+
+
 class NoBetter(Objective):
     """Validates no pass after the first as better."""
 
@@ -143,15 +153,19 @@ class NoBetter(Objective):
         return {"expression": 1.0, "total": 0.0, "pcc": 0.0}
 
 
-def test_the_run_on_everything_anneals_over_its_own_passes(slide):
-    """Else it would stop in the middle of the schedule of the run before it, at a high rate."""
+@pytest.mark.parametrize(("n_programs", "passes"), [(None, 1), (2, 2)])
+def test_the_run_on_everything_anneals_over_its_own_passes(slide, n_programs, passes):
+    """Else it would stop in the middle of the schedule of the run before it, at a high rate.
+
+    Programs learn as much as the best pass had: more passes, since the rate falls.
+    """
     rows = []
     options = {"max_epochs": 6, "patience": 3, "batch_shapes": 8, "lr": 1e-2}
-    model = fitted(slide, coloured_slide(1), objective=NoBetter, on_epoch=rows.append, **options)
+    model = fitted(slide, coloured_slide(1), objective=NoBetter, on_epoch=rows.append, n_programs=n_programs, **options)
     assert model.provenance["epochs"] == 1, "no pass after the first was better"
     first, last = ([row for row in rows if ("val_pcc" in row) == validated] for validated in (True, False))
     assert [row["epoch"] for row in first] == [1, 2, 3, 4]
-    assert [row["epoch"] for row in last] == [1]
+    assert model.provenance["refit_epochs"] == len(last) == passes
     assert first[-1]["lr"] > 0.2 * options["lr"], "the run before stopped in the middle"
     assert last[-1]["lr"] < 0.2 * options["lr"]
 

@@ -41,7 +41,7 @@ def _training(model: Any) -> str:
         "trained on": _sections(found.get("training")),
         "validated on": _sections(found.get("validation")),
         "pixel size of the slides": ", ".join(f"{k}: {v:.4g} µm/px" for k, v in (found.get("mpp") or {}).items()),
-        "passes": found.get("epochs"),
+        "passes": found.get("refit_epochs", found.get("epochs")),
         "loss": options.get("loss"),
         "seed": found.get("seed"),
         "pixnet": found.get("pixnet"),

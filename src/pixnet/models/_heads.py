@@ -69,11 +69,14 @@ class Head(nn.Module):
         Name of the channel that holds the density of all transcripts, beside channels of genes.
     gene_weights
         How genes weigh in training, unless it is told (see `TrainingOptions`).
+    refit_in_full
+        Whether the run on everything makes more passes than the best one's number, so that it learns as much.
     """
 
     unit: str
     total_name: str
     gene_weights: str = "equal"
+    refit_in_full: bool = False
 
     def __init__(self, genes: Sequence[str], n_logits: int) -> None:
         super().__init__()
@@ -236,6 +239,7 @@ class ProgramHead(Head):
 
     total_name = TOTALS["density"]
     gene_weights = "signal"  # thousands of genes, most of them with more noise than signal
+    refit_in_full = True  # a step moves a gene less through programs than by a logit of its own
     unit = "density of transcripts (the programs add up to a total that averages 1e4 over the training shapes)"
 
     def __init__(self, genes: Sequence[str], n_programs: int) -> None:

@@ -94,7 +94,8 @@ def _kept(model: PixNet, start: int) -> tuple[int | None, str]:
     if epochs is None:
         return None, ""
     again = model.provenance.get("options", {}).get("refit", False)
-    more = f"; then all data, {epochs} epoch{'s' * (epochs > 1)}" if again else ""
+    passes = model.provenance.get("refit_epochs", epochs)  # of files that do not tell: as many
+    more = f"; then all data, {passes} epoch{'s' * (passes > 1)}" if again else ""
     return start + int(epochs), f"kept: epoch {start + int(epochs)}{more}"
 
 

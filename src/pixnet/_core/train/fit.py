@@ -17,7 +17,7 @@ from pixnet._core.train.features import adapt_norms, set_feature_statistics, wit
 from pixnet._core.train.novelty import fit_novelty
 from pixnet._core.train.objective import Objective
 from pixnet._core.train.options import TrainingOptions
-from pixnet._core.train.trainer import Row, Trainer, snapshot
+from pixnet._core.train.trainer import Row, Trainer, passes_as_far, snapshot
 from pixnet._logging import logger
 from pixnet.models._pixnet import PixNet
 
@@ -73,8 +73,8 @@ def fit(
     ``model.novelty`` compares features with those of the training shapes, in percentiles of the held-out ones.
 
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
-    (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells how many passes the
-    weights have seen. Rows of one call have the same ``run``.
+    (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells which pass was
+    best, ``provenance["refit_epochs"]`` how many the last run made. Rows of one call have the same ``run``.
     """
     objective = Objective(options) if objective is None else objective
     size = crop_size([*training, *validation])
@@ -118,7 +118,7 @@ def _fit(
     save: Callable[[dict[str, Any]], None],
     saved: Mapping[str, Any],
 ) -> int:
-    """Compute features and make both runs; return the number of passes. ``saved`` is what ``save`` was given last."""
+    """Compute features and make both runs; return the pass that validated best. ``saved`` is what ``save`` was given last."""
     rng = torch.Generator().manual_seed(seed)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.encoder.requires_grad_(options.tune_encoder)
@@ -156,13 +156,18 @@ def _fit(
     balance(model, ratio, held_out)
     model.evidence = assess(predict_shapes(model, valid, device, drawn), ratio, seed)
     generalised = ratio / ratio_of(seen)
+    model.provenance.pop("refit_epochs", None)  # of an earlier training
     if options.refit:
-        logger.info("training again on all sections, %d passes", epochs)
+        passes = passes_as_far(epochs, options.max_epochs) if model.head.refit_in_full else epochs
+        model.provenance["refit_epochs"] = passes
+        logger.info(
+            "training again on all sections, %d passes (the best of the first run was number %d)", passes, epochs
+        )
         both = train.join(valid)
         model.load_state_dict(start)
         if fresh:
             initialise(model, both, seed)
-        again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=epochs, on_epoch=on_epoch)
+        again = Trainer(model, both, None, objective, rng=rng, device=device, epochs=passes, on_epoch=on_epoch)
         again.keep = lambda state: save({"first": whole, "again": state, "history": model.history[len(before) :]})
         if "again" in saved:
             again.restore(saved["again"])

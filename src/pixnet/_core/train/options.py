@@ -60,7 +60,8 @@ class TrainingOptions:
         Train the encoder too; features are then computed anew at every step.
     refit
         Once validation has told the number of passes, train again from the start on training and validation sections
-        together, with a rate that falls to zero over these passes.
+        together, with a rate that falls to zero over these passes. A model of programs makes as many passes as make the sum
+        of the rate what it was up to the best pass (13 for pass 8 of 30).
 
     Raises
     ------

@@ -53,6 +53,19 @@ def snapshot(model: PixNet) -> State:
     return model.state_dict() | {k: v.detach().clone() for k, v in changing(model).items()}
 
 
+def passes_as_far(epochs: int, most: int) -> int:
+    """Return the number of passes, with a rate that falls to zero, that learn as much as the first of a longer run.
+
+    Learning is measured by the sum of the rate: ``epochs`` of ``most`` are cut off while the rate is high, and as many
+    with a rate that falls to zero would be about half of it.
+    """
+
+    def learned(passes: int, of: int) -> float:
+        return sum(learning_rate(step, 100 * of) for step in range(100 * passes))
+
+    return min(range(epochs, most + 1), key=lambda n: abs(learned(n, n) - learned(epochs, most)))
+
+
 class WeightAverage:
     """Running average of a model's weights; early steps count for more, so that it leaves the start behind."""
 
