@@ -100,7 +100,7 @@ def test_pictures_stay_small():
         assert picture.stat().st_size <= 600_000, picture.name
 
 
-def test_the_listing_entry_agrees_with_the_package():
+def test_entries_and_citations_agree_with_the_package():
     tomllib = pytest.importorskip("tomllib")
     yaml = pytest.importorskip("yaml")
     entry = yaml.safe_load((ROOT / "docs/ecosystem/meta.yaml").read_text())
@@ -108,6 +108,10 @@ def test_the_listing_entry_agrees_with_the_package():
     assert entry["name"] == entry["install"]["pypi"] == project["name"]
     assert entry["license"] == project["license"]
     assert entry["version"] == f"v{project['version']}"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert f"version = {{{project['version']}}}" in (ROOT / "docs/project/citation.md").read_text()
     assert entry["project_home"] == project["urls"]["Homepage"]
     assert entry["documentation_home"] == project["urls"]["Documentation"]
 
