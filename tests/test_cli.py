@@ -82,7 +82,7 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert pixnet("report", out, "--out", tmp_path / "again.html", "--title", "Again") == 0
     assert "The stain is pale." in (tmp_path / "again.html").read_text()
     assert pixnet("report", out, "--out", tmp_path / "again.html") == 1
-    assert "overwrite=True" in log[-1]
+    assert "pass --overwrite to replace it" in log[-1]
     # a part of it, drawn in QuPath
     shutil.copy(source / "cells.geojson", tmp_path / "drawn.geojson")
     part = ["--region", tmp_path / "drawn.geojson", "--key-added", "part", "--genes", "FIB1", "--model", options[3]]
