@@ -3,6 +3,7 @@
     python benchmarks/quality.py kidney DATA/visium_hd_kidney          # spots -> bins of 8 to 56 µm, another part of the section
     python benchmarks/quality.py kidney DATA/visium_hd_kidney --methods dense mixed --seeds 3
     python benchmarks/quality.py her2st DATA/her2st                    # leave one section out, and across patients
+    python benchmarks/quality.py her2st DATA/her2st --protocol patient # leave one patient out, of all that are there
 
 Results go to docs/_generated/quality_{protocol}.json and figures to docs/_static. Recipes were not chosen on the test parts:
 for the kidney on the reverse split (trained below, tested above), for her2st on C2, C3, C4 and B4.
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import kidney
 import numpy as np
+import patients
 import references as ref
-from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
 import pixnet as px
@@ -183,7 +184,7 @@ def run_her2st(args) -> dict:
             sdata = px.datasets.her2st(name, path=args.data)
             pooled = ref.pool(model, sdata, ["spots"], genes, None)["spots"]
             px.pp.normalize_stain(sdata, model)
-            dense, normalised = (_predicted_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
+            dense, normalised = (ref.predicted_rows(sdata, model, image, pooled) for image in ("he", "he_normalized"))
             smooth = np.log1p(ref.smoothed(pooled, 200.0))
             found = {"trained on": others, "train_s": seconds, "spots": len(pooled.total)}
             for method, predicted in (
@@ -204,37 +205,45 @@ def run_her2st(args) -> dict:
     return {"protocol": "her2st", "seed": args.seed, "sections": results}
 
 
-def _predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: ref.Pooled) -> np.ndarray:
-    """Predict from an image and return log1p of the CP10k of the pooled spots, which are told by their centres."""
-    px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
-    px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
-    centres = np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * Slide.open(sdata, "he").mpp
-    distance, rows = cKDTree(centres).query(pooled.centres)
-    assert distance.max() < 10, "the pooled spots are not those of the table"
-    return np.log1p(sdata["spots_genes"].X[rows])
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("protocol", choices=["kidney", "her2st"])
+    parser.add_argument("data_set", choices=["kidney", "her2st"])
     parser.add_argument("data")
-    parser.add_argument("--methods", nargs="+", default=["dense", "mixed", "references"])
+    parser.add_argument(
+        "--protocol", choices=["section", "patient"], default="section", help="her2st: what is held out"
+    )
+    parser.add_argument("--methods", nargs="+", help="kidney: dense, mixed, references; patients: dense, ridge, paper")
     parser.add_argument("--seeds", type=int, default=1, help="kidney: runs of each method")
     parser.add_argument("--seed", type=int, default=0, help="her2st")
     parser.add_argument("--reverse", action="store_true", help="kidney: the split on which recipes were chosen")
-    parser.add_argument(
-        "--sections",
-        nargs="+",
-        default=["C2", "C3", "C4", "C5"],
-        choices=["C2", "C3", "C4", "C5"],
-        help="her2st: sections to hold out",
-    )
-    parser.add_argument("--keep", help="kidney: folder to keep the trained models in")
+    parser.add_argument("--sections", nargs="+", help="her2st: sections to hold out (C2 to C5), or to take (patients)")
+    parser.add_argument("--genes", type=int, default=patients.N_GENES, help="patients: genes of each choice")
+    parser.add_argument("--encoder", default="efficientnet_lite0", help="patients: of all methods")
+    parser.add_argument("--max-epochs", type=int, help="patients: passes at most; each method has its own default")
+    parser.add_argument("--keep", help="kidney: folder to keep the trained models in; patients: folder for stores")
     parser.add_argument("--json")
-    args = parser.parse_args()
-    results = run_kidney(args) if args.protocol == "kidney" else run_her2st(args)
-    path = Path(args.json) if args.json else ROOT / "_generated" / f"quality_{args.protocol}.json"
+    args = parser.parse_args(arguments)
+    name = args.data_set
+    if args.protocol == "patient":
+        if args.data_set != "her2st":
+            parser.error("--protocol patient is for her2st")
+        results = patients.run(args)
+        name = "her2st_patients"
+    elif args.data_set == "kidney":
+        args.methods = args.methods or ["dense", "mixed", "references"]
+        results = run_kidney(args)
+    else:
+        args.sections = args.sections or ["C2", "C3", "C4", "C5"]
+        results = run_her2st(args)
+    path = Path(args.json) if args.json else ROOT / "_generated" / f"quality_{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
+    if args.protocol == "patient":
+        patients.draw(
+            results["patients"], path.with_suffix(".png") if args.json else ROOT / "_static" / f"quality_{name}.png"
+        )
+        for row in patients.table(results["patients"]):
+            print(json.dumps(row))
+        return
     print(json.dumps(results, indent=1))
 
 

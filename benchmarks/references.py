@@ -15,11 +15,13 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 from torch import Tensor, nn
 
+import pixnet as px
 from pixnet._core.train.crops import crop_size
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import adapt_norms, with_features
 from pixnet._correlation import pearson as correlation
 from pixnet._sdata.sections import open_measured, open_section
+from pixnet._sdata.slide import Slide
 from pixnet.models import PixNet
 from pixnet.models._losses import shape_loss
 
@@ -68,6 +70,16 @@ def pool(
         features = np.concatenate([f for _, f in found[targets.name]])
         out[targets.name] = Pooled(features, targets.cp10k[rows], targets.umi[rows], centres)
     return out
+
+
+def predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: Pooled) -> np.ndarray:
+    """Predict from an image and return log1p of the CP10k of the pooled spots, which are told by their centres."""
+    px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
+    px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
+    centres = np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * Slide.open(sdata, "he").mpp
+    distance, rows = cKDTree(centres).query(pooled.centres)
+    assert distance.max() < 10, "the pooled spots are not those of the table"
+    return np.log1p(sdata["spots_genes"].X[rows])
 
 
 def adapt(net: PixNet, sdata: SpatialData, shapes: str, genes: list[str], total_key: str | None) -> None:

@@ -82,7 +82,7 @@ def test_a_slide_to_a_store(source, tmp_path, log):
     assert pixnet("report", out, "--out", tmp_path / "again.html", "--title", "Again") == 0
     assert "The stain is pale." in (tmp_path / "again.html").read_text()
     assert pixnet("report", out, "--out", tmp_path / "again.html") == 1
-    assert "overwrite=True" in log[-1]
+    assert "pass --overwrite to replace it" in log[-1]
     # a part of it, drawn in QuPath
     shutil.copy(source / "cells.geojson", tmp_path / "drawn.geojson")
     part = ["--region", tmp_path / "drawn.geojson", "--key-added", "part", "--genes", "FIB1", "--model", options[3]]
@@ -120,14 +120,16 @@ def other_model(source, folder):
     return folder / "other.safetensors"
 
 
-def test_many_slides_of_which_one_is_corrupt(source, tmp_path, log):
+def test_five_slides_of_which_one_is_corrupt(source, tmp_path, log):
+    small = Image.open(source / "slide.png").crop((0, 0, 256, 256))
+    for name in ("c", "d", "e"):
+        small.save(tmp_path / f"{name}.png")
     (tmp_path / "bad.png").write_bytes((source / "slide.png").read_bytes()[:5000])
     rows = [
         ("one", source / "slide.png", source / "cells.geojson"),
         ("two", tmp_path / "bad.png", ""),
-        ("three", tmp_path / "c.png", ""),
+        *((number, tmp_path / f"{name}.png", "") for number, name in zip(("three", "four", "five"), "cde")),
     ]
-    shutil.copy(source / "slide.png", tmp_path / "c.png")
     pd.DataFrame(rows, columns=["sample", "image", "shapes"]).assign(mpp=0.5).to_csv(tmp_path / "s.csv", index=False)
     command = [
         "predict",
@@ -143,21 +145,24 @@ def test_many_slides_of_which_one_is_corrupt(source, tmp_path, log):
     errors = [line for line in log if line.startswith("ERROR")]
     assert len(errors) == 2
     assert errors[0].startswith("ERROR: two failed: ValueError:")
-    assert errors[1] == "ERROR: 1 of 3 slides failed: two"
+    assert errors[1] == "ERROR: 1 of 5 slides failed: two"
     states = {p.name: json.loads(p.read_text())["state"] for p in (tmp_path / "out").glob("*.run.json")}
-    assert states == {"one.run.json": "done", "two.run.json": "failed", "three.run.json": "done"}
+    done = ("one", "three", "four", "five")
+    assert states == {"two.run.json": "failed"} | {f"{name}.run.json": "done" for name in done}
+    assert all("he_genes" in spatialdata.read_zarr(tmp_path / "out" / f"{name}.zarr") for name in done)
     assert "cells_genes" in spatialdata.read_zarr(tmp_path / "out" / "one.zarr")
+    assert not (tmp_path / "out" / "two.zarr").exists()
     # the failed one alone runs again
-    shutil.copy(source / "slide.png", tmp_path / "bad.png")
+    small.save(tmp_path / "bad.png")
     log.clear()
     assert pixnet(*command, "--resume") == 0
-    assert [line for line in log if "is done" in line] == ["INFO: one (1 of 3) is done", "INFO: three (3 of 3) is done"]
+    assert [line.split()[1] for line in log if "is done" in line] == list(done)
     assert "he_genes" in spatialdata.read_zarr(tmp_path / "out" / "two.zarr")
     # asked for more, none is done
     log.clear()
-    assert pixnet(*command, "--resume", "--grid", 100) == 0
+    assert pixnet(*command, "--resume", "--grid", 50) == 0
     assert not [line for line in log if "is done" in line]
-    assert "grid_100um_genes" in spatialdata.read_zarr(tmp_path / "out" / "one.zarr")
+    assert "grid_50um_genes" in spatialdata.read_zarr(tmp_path / "out" / "one.zarr")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import doctest
 import inspect
 import json
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_the_api_reference_lists_nothing_else():
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "docs/your-data.md",
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/concepts").glob("*.md"))),
 ]
 NOTEBOOKS = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tutorials").glob("*.ipynb"))]
@@ -95,12 +97,38 @@ def test_the_troubleshooting_page_quotes_real_messages():
     assert [text for text in quoted if not any(text in string for string in strings)] == []
 
 
+def _blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def test_the_lines_of_your_data_are_those_of_guides_that_run():
+    """tests/io/test_platforms.py runs these guides as they are printed."""
+    guides = ("slides", "visium", "visium-hd", "xenium")
+    run = {
+        line for name in guides for block in _blocks(f"docs/guides/{name}.md", "python") for line in block.split("\n")
+    }
+    lines = [line for block in _blocks("docs/your-data.md", "python") for line in block.split("\n")]
+    assert len(lines) > 20
+    assert [line for line in lines if line not in run] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md", "docs/your-data.md"])
+def test_commands_are_understood(page):
+    from pixnet.cli import app
+
+    text = "\n".join(_blocks(page, "bash")) + "\n".join(re.findall(r"`(pixnet .+?)`", (ROOT / page).read_text()))
+    commands = re.findall(r"^pixnet .+$", text, flags=re.M)
+    assert commands
+    for command in commands:
+        app.parse_args(shlex.split(command, comments=True)[1:], exit_on_error=False, print_error=False)
+
+
 def test_pictures_stay_small():
     for picture in (ROOT / "docs/_static").glob("*.png"):
         assert picture.stat().st_size <= 600_000, picture.name
 
 
-def test_the_listing_entry_agrees_with_the_package():
+def test_entries_and_citations_agree_with_the_package():
     tomllib = pytest.importorskip("tomllib")
     yaml = pytest.importorskip("yaml")
     entry = yaml.safe_load((ROOT / "docs/ecosystem/meta.yaml").read_text())
@@ -108,6 +136,10 @@ def test_the_listing_entry_agrees_with_the_package():
     assert entry["name"] == entry["install"]["pypi"] == project["name"]
     assert entry["license"] == project["license"]
     assert entry["version"] == f"v{project['version']}"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert f"version = {{{project['version']}}}" in (ROOT / "docs/project/citation.md").read_text()
     assert entry["project_home"] == project["urls"]["Homepage"]
     assert entry["documentation_home"] == project["urls"]["Documentation"]
 

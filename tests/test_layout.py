@@ -93,7 +93,7 @@ def test_benchmarks_use_no_private_name_of_a_module():
 def test_the_lowest_versions_are_those_that_the_package_allows():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    bounds = [*project["dependencies"], *extras["io"], *extras["test"], *extras["tutorials"]]
+    bounds = [*project["dependencies"], *extras["test"], *extras["tutorials"]]
     lowest = {
         requirement.replace(">=", "==") for requirement in bounds if re.fullmatch(r"[\w.-]+>=[\w.]+", requirement)
     }

@@ -32,3 +32,13 @@ def test_predict_and_aggregate(tmp_path, stored):
     assert np.isfinite(wsi.tables["tiles_genes"].X).all()
     if stored:
         assert "tables/tiles_genes" in wsi.elements_paths_on_disk()
+
+
+def test_without_its_slide_the_error_says_how_to_add_it(tmp_path):
+    path = tmp_path / "slide.tif"
+    options = {"tile": (256, 256), "resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(path, np.full((512, 512, 3), 200, dtype=np.uint8), photometric="rgb", **options)
+    wsi = wsidata.open_wsi(path, store=None)
+    for image_key, error in ((None, ValueError), ("he", KeyError)):
+        with pytest.raises(error, match=r"add it with wsi.images\['he'\] = pixnet.io.slide"):
+            px.tl.predict(wsi, px.models.PixNet(["A"], pretrained=False), image_key=image_key)

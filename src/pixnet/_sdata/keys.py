@@ -48,6 +48,8 @@ def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
         If it is not an RGB image, is a gene map, or if none is named and none or several could be meant.
     """
     if image_key is not None:
+        if isinstance(image_key, str) and not sdata.images:
+            raise KeyError(f"no image {image_key!r} (image_key=): this object has no image; {_how_to_add(sdata)}")
         _check_known(image_key, sdata.images, "image", "image_key")
         _check_he(sdata, image_key)
         return image_key
@@ -60,9 +62,17 @@ def resolve_image(sdata: SpatialData, image_key: str | None = None) -> str:
         looks_rgb = [key for key in candidates if full_resolution(sdata.images[key]).sizes.get("c") == 3]
         known = [key for key in looks_rgb if find_mpp(sdata, key) is not None]
         candidates = known or looks_rgb or candidates
-    key = _only(candidates, "H&E image", "image_key", "add one, for instance with pixnet.io.slide")
+    key = _only(candidates, "H&E image", "image_key", _how_to_add(sdata))
     _check_he(sdata, key)
     return key
+
+
+def _how_to_add(sdata: SpatialData) -> str:
+    """Return how an object gets its slide."""
+    add = "images['he'] = pixnet.io.slide(path).images['he']"
+    if type(sdata).__name__ == "WSIData":  # of LazySlide
+        return f"a WSIData object keeps its slide in a file of its own: add it with wsi.{add}"
+    return f"add one, for instance with sdata.{add}"
 
 
 def _check_he(sdata: SpatialData, key: str) -> None:

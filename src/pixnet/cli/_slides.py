@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -337,9 +338,10 @@ def _is_done(sample: Sample, request: Request) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """Return the message of an error on one line."""
+    """Return the message of an error on one line, with the command line's words for arguments."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    line = " ".join(str(text).split())
+    return re.sub(r"\bkey_added=(?=\s|$)", "--key-added", re.sub(r"\b(overwrite|resume)=True\b", r"--\1", line))
 
 
 @contextmanager

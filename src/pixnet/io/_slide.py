@@ -31,7 +31,7 @@ def slide(
 
     The formats are Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and all
     others that OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions, and
-    plain JPEG and PNG. All but JPEG and PNG need the extra ``pixnet[io]``.
+    plain JPEG and PNG.
 
     Parameters
     ----------
@@ -161,7 +161,10 @@ def _need(*modules: str) -> None:
     """Refuse to go on without the packages that read this kind of file."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise ImportError(f"reading this file needs {', '.join(missing)}: pip install 'pixnet[io]'")
+        packages = " ".join("openslide-bin openslide-python" if name == "openslide" else name for name in missing)
+        raise ImportError(
+            f"reading this file needs {', '.join(missing)}, which came with pixnet: pip install {packages}"
+        )
 
 
 def _vendor(path: Path) -> str | None:

@@ -292,7 +292,7 @@ def _check_interval(interval: float, gene_map: GeneMap | None, image_key: str, m
     """Refuse intervals where nothing is known of the error."""
     check_level(interval)
     if gene_map is None:
-        raise ValueError(f"interval= is for gene maps, and image {image_key!r} is none; leave it out")
+        raise ValueError(f"interval= is for gene maps, and image {image_key!r} is not one; leave it out")
     if gene_map.quantity != "density":
         raise ValueError(
             f"interval= is for maps of densities, and {image_key!r} holds {gene_map.quantity!r}; leave it out"
