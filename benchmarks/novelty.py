@@ -120,8 +120,8 @@ def synthetic(seed: int) -> dict[str, dict]:
         kind = cells["cell_type"].isin(kinds).to_numpy()[inside[0]]
         n = np.bincount(inside[1], minlength=len(grid))
         share = np.bincount(inside[1], kind, minlength=len(grid)) / np.maximum(n, 1)
-        px.tl.predict(test, model, overwrite=True)
-        table = px.tl.aggregate(test, "squares", inplace=False)
+        px.tl.predict(test, model, key_added="whole", overwrite=True)
+        table = px.tl.aggregate(test, "squares", image_key="whole", inplace=False)
         truth = px.tl.aggregate(test, "squares", image_key="truth", genes=model.genes, inplace=False)
         error = np.square(np.log1p(table.X) - np.log1p(truth.X)).mean(axis=1)
         novelty = table.obs["novelty"].to_numpy()
