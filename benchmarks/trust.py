@@ -71,8 +71,8 @@ def her2st(folder: Path, model: str) -> dict[str, dict]:
     net, found = px.models.load(model), {}
     for section in ("C5", "B4"):
         sdata = px.datasets.her2st(section, path=folder)
-        ranked = px.pp.select_genes(sdata, table_key="spots_counts")
-        genes = [gene for gene in ranked if gene in set(net.genes)]
+        measured = set(sdata["spots_counts"].var_names)
+        genes = [gene for gene in net.genes if gene in measured]
         px.tl.predict(sdata, net, genes=genes)
         px.tl.aggregate(sdata, "spots")
         found[section] = rows(sdata, ["spots"], genes, None)["spots"]
