@@ -47,9 +47,9 @@ def stored(names: list[str], data: Path, folder: Path) -> dict[str, Path]:
     return stores
 
 
-def chosen_genes(stores: dict[str, Path], n: int) -> dict[str, list[str]]:
-    """Return the genes of highest mean and the most variable ones of the training sections."""
-    by_mean = px.pp.select_genes(stores, n_top=None, min_fraction=0.01)
+def chosen_genes(stores: dict[str, Path], n: int, measured: set[str]) -> dict[str, list[str]]:
+    """Return the genes of highest mean and the most variable ones of the training sections, among those that all sections name."""
+    by_mean = [gene for gene in px.pp.select_genes(stores, n_top=None, min_fraction=0.01) if gene in measured]
     tables = {name: spatialdata.read_zarr(store)["spots_counts"][:, by_mean].copy() for name, store in stores.items()}
     joined = ad.concat(tables, label="section", index_unique="-")
     joined = joined[np.asarray(joined.X.sum(axis=1)).ravel() > 0].copy()
@@ -91,10 +91,11 @@ def run(args) -> dict:
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(dir=args.keep) as folder:
         stores = stored(names, data, Path(folder))
+        measured = set.intersection(*(set(spatialdata.read_zarr(s)["spots_counts"].var_names) for s in stores.values()))
         for patient in patients:
             training, validation = held_out(patients, patient)
             train = {name: stores[name] for name in training}
-            choices = chosen_genes(train, args.genes)
+            choices = chosen_genes(train, args.genes, measured)
             genes = sorted({gene for found in choices.values() for gene in found})
             mpp = Slide.open(spatialdata.read_zarr(train[training[0]])).mpp
             net = PixNet(genes, mpp=mpp, encoder=args.encoder)

@@ -31,6 +31,7 @@ def section(folder, name, seed):
     x, y = ((values.to_numpy() / 200).astype(int) for values in (spots.geometry.x, spots.geometry.y))
     counts = table.to_df().astype(int)
     counts.index = [f"{a}x{b}" for a, b in zip(x, y)]
+    counts = counts.drop(columns="TUM1") if name == "B1" else counts  # as in her2st, sections name different genes
     counts.to_csv(files["counts"], sep="\t")
     spots = spots.drop(columns="geometry").assign(
         x=x, y=y, pixel_x=spots.geometry.x, pixel_y=spots.geometry.y, selected=1
