@@ -100,27 +100,27 @@ def real(data: Path, seed: int) -> dict[str, dict]:
 
 def synthetic(seed: int) -> dict[str, dict]:
     """Leave one cell type out of training."""
-    train = px.datasets.synthetic_tissue(3000, mpp=1.0, n_genes=20, seed=seed + 1, shapes=("spots", "cells"))
-    test = px.datasets.synthetic_tissue(3000, mpp=1.0, n_genes=20, seed=seed + 2, shapes=("cells",))
+    train = px.datasets.synthetic_tissue(3000, n_genes=20, seed=seed + 1, shapes=("spots", "cells"))
+    test = px.datasets.synthetic_tissue(3000, n_genes=20, seed=seed + 2, shapes=("cells",))
     found = {}
     for name, kinds in TYPES.items():
         centres = train["cells"].centroid
         of_type = centres[train["cells"]["cell_type"].isin(kinds)]
         spots = train["spots"]
-        free = ~spots.buffer(spots["radius"] + 20).intersects(of_type.union_all())
+        free = ~spots.buffer(spots["radius"] + 40).intersects(of_type.union_all())
         slide = train.subset(["he"])
         slide["spots"] = spots[free]
         table = train["spots_counts"]
         slide["spots_counts"] = table[table.obs["instance_id"].isin(spots.index[free])].copy()
         model = px.tl.train(slide, shapes="spots", table_key="spots_counts", seed=seed, max_epochs=30)
-        squares(test, model)
+        px.tl.predict(test, model, key_added="whole", overwrite=True)
+        px.pp.make_grid(test, SQUARE_UM, key_added="squares", overwrite=True)
         grid = test["squares"]
         cells = test["cells"]
         inside = grid.sindex.query(cells.centroid, predicate="within")
         kind = cells["cell_type"].isin(kinds).to_numpy()[inside[0]]
         n = np.bincount(inside[1], minlength=len(grid))
         share = np.bincount(inside[1], kind, minlength=len(grid)) / np.maximum(n, 1)
-        px.tl.predict(test, model, key_added="whole", overwrite=True)
         table = px.tl.aggregate(test, "squares", image_key="whole", inplace=False)
         truth = px.tl.aggregate(test, "squares", image_key="truth", genes=model.genes, inplace=False)
         error = np.square(np.log1p(table.X) - np.log1p(truth.X)).mean(axis=1)
