@@ -52,6 +52,30 @@ def coverage() -> str:
     return table(head, rows)
 
 
+def of_truth() -> str:
+    """Return the share of true expression, and of thinned counts, inside intervals; empty where it was not measured."""
+    path = GENERATED / "trust_synthetic.json"
+    rows = [
+        [
+            key.removesuffix("um") + (" µm squares" if key.endswith("um") else ""),
+            *(f"{100 * v:.1f}" for v in f["truth_inside"].values()),
+        ]
+        for key, f in (json.loads(path.read_text()) if path.exists() else {}).items()
+    ]
+    return table(["shapes", "50 %", "80 %", "90 %", "95 %"], rows)
+
+
+def thinned() -> str:
+    """Return coverage of the kidney's counts, and of counts of which half was thrown away."""
+    found = json.loads((GENERATED / "trust_kidney.json").read_text())
+    rows = [
+        [ROWS[key], f"{100 * f['coverage']['0.9']:.1f}", f"{100 * f['thinned_90']:.1f}"]
+        for key, f in found.items()
+        if "thinned_90" in f
+    ]
+    return table(["shapes", "counts", "half of the counts"], rows)
+
+
 def novelty() -> str:
     """Return how well novelty tells tissue unlike that of training."""
     real = json.loads((GENERATED / "novelty_real.json").read_text())
@@ -89,5 +113,8 @@ def risk() -> str:
 
 
 if __name__ == "__main__":
-    for name, text in {"coverage": coverage(), "novelty": novelty(), "unseen": unseen(), "risk": risk()}.items():
+    for name, text in {
+        "coverage": coverage(), "truth": of_truth(), "thinned": thinned(),
+        "novelty": novelty(), "unseen": unseen(), "risk": risk(),
+    }.items():  # fmt: skip
         (GENERATED / f"trust_{name}.md").write_text(text, encoding="utf-8")

@@ -27,7 +27,10 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel, TableModel
 from spatialdata.transformations import Identity
 
+from pixnet._core.predict.map_grid import Box
+from pixnet._core.predict.tile import Cells
 from pixnet._sdata.inputs import check_sdata
+from pixnet._sdata.novelty import NoveltySpec
 from pixnet._sdata.pixel_size import find_mpp
 from pixnet._sdata.rasters import full_resolution
 from pixnet._sdata.store.commit import CommittedError
@@ -145,17 +148,18 @@ def put_mask(sdata, value):
     put(sdata, "mask", labels, overwrite=True, entries={"masks": {"he": "mask"}, "images": {"mask": {"value": value}}})
 
 
-def write_map_and_table(sdata, value):
-    write_map(sdata, value, {"beside": table(value)})
+def write_map_and_others(sdata, value):
+    """With a table and an image of novelty, which go with the map."""
+    write_map(sdata, value, {"beside": table(value)}, NoveltySpec("novelty", (2, 2), dict(IDENTITY)))
 
 
-def write_map(sdata, value, tables=None):
-    spec = MapSpec(["a", "__total__"], (16, 16), 8, (2,), dict(IDENTITY))
+def write_map(sdata, value, tables=None, novelty=None):
+    spec = MapSpec(["a", "__total__"], (16, 16), 8, (2,), dict(IDENTITY), novelty)
     writer = MapWriter.open(sdata, "map", spec, {"value": value}, overwrite=True)
     try:
         for i, j in ((0, 0), (1, 1)):
             writer.arrays[0][:, i * 8 : i * 8 + 8, j * 8 : j * 8 + 8] = value
-            writer.mark(i, j)
+            writer.mark(i, j, [Cells(Box(i, j, 1, 1), np.full((1, 1), value, np.float32))])
         for i, j in writer.level_tasks(1, 2, [(0, 0), (1, 1)], 8):
             store_level(*writer.arrays, 2, i, j)
         writer.finish(sdata, {"images": {"map": {"value": value}}}, tables)
@@ -187,7 +191,7 @@ WRITERS = {
     "table": ("counts", put_table),
     "mask": ("mask", put_mask),
     "map": ("map", write_map),
-    "map and table": ("map", write_map_and_table),
+    "map and others": ("map", write_map_and_others),
     "pixel size": (None, write_pixel_size),
     "record": (None, write_record),
 }
@@ -198,6 +202,7 @@ def state(sdata, key):
     record = sdata.attrs.get("pixnet", {})
     recorded = [record.get(role, {}).get(key or "he") for role in ("tables", "images")]
     recorded.append(float(sdata["beside"].X[0, 0]) if "beside" in sdata else None)  # the map's table goes with it
+    recorded.append(float(np.nanmax(sdata["novelty"])) if "novelty" in sdata else None)  # and its novelty
     if key is None or key not in sdata:
         return (None, *recorded)
     element = sdata[key]
@@ -213,7 +218,7 @@ def stored_state(path, key):
     """The same of a store as anybody opens it, and what else it must agree on."""
     sdata = sd.read_zarr(path)
     assert sdata.attrs["mine"] == 1
-    assert {"he"} <= set(sdata.images) <= {"he", "map"}
+    assert {"he"} <= set(sdata.images) <= {"he", "map", "novelty"}
     ome, repeated = (
         group.attrs.get("ome") for group in (zarr.open_group(path / "images/he"), zarr.open_group(path)["images/he"])
     )
@@ -262,12 +267,10 @@ class Trial:
         shutil.copytree(self.base, path)
         return path
 
-    def chosen(self, few):
-        """All steps, or those from the journal on and a few before and after."""
-        n = len(self.steps)
-        if not few:
-            return range(n)
-        others = [k for k in range(n) if k not in self.critical]
+    @property
+    def chosen(self):
+        """The steps from the journal on, and a few before and after."""
+        others = [k for k in range(len(self.steps)) if k not in self.critical]
         return sorted([*self.critical, *others[:: max(1, len(others) // 4)]])
 
     def check(self, path, sdata):
@@ -284,7 +287,7 @@ class Trial:
 
 CASES = [(what, before) for what in WRITERS for before in ((), (1,))]
 QUICK = {("mask", (1,)), ("pixel size", ())}
-QUICK_KILLS = {("map and table", (1,)), ("table", ()), ("pixel size", ())}
+QUICK_KILLS = {("map and others", (1,)), ("table", ()), ("pixel size", ())}
 
 
 def marked(quick):
@@ -312,14 +315,14 @@ def fail_with_full_disk(trial, steps, lasting):
 @pytest.mark.parametrize(("what", "before"), marked(QUICK))
 def test_a_full_disk_at_any_step(stores, tmp_path, what, before):
     trial = Trial(stores, tmp_path, what, before)
-    fail_with_full_disk(trial, trial.chosen(few=True), lasting=True)
+    fail_with_full_disk(trial, trial.chosen, lasting=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "before"), CASES)
 def test_an_error_at_really_any_step(stores, tmp_path, what, before):
     trial = Trial(stores, tmp_path, what, before)
-    fail_with_full_disk(trial, trial.chosen(few=what == "table"), lasting=False)
+    fail_with_full_disk(trial, range(len(trial.steps)), lasting=False)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +380,7 @@ def test_a_kill_at_any_step(stores, writer, tmp_path, what, before):
     kill(
         trial,
         writer,
-        [k for k in trial.chosen(few=True) if trial.steps[k].startswith(telling) or k not in trial.critical],
+        [k for k in trial.chosen if trial.steps[k].startswith(telling) or k not in trial.critical],
     )
 
 
@@ -385,7 +388,7 @@ def test_a_kill_at_any_step(stores, writer, tmp_path, what, before):
 @pytest.mark.parametrize(("what", "before"), CASES)
 def test_a_kill_at_really_any_step(stores, writer, tmp_path, what, before):
     trial = Trial(stores, tmp_path, what, before)
-    kill(trial, writer, trial.chosen(few=what == "table"))
+    kill(trial, writer, range(len(trial.steps)))
 
 
 def test_a_kill_while_a_map_is_discarded(stores, writer, tmp_path):
