@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 PYTEST_ARGS ?=
-TESTS ?= tests tutorials
+TESTS ?= tutorials tests
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
