@@ -83,7 +83,16 @@ def novelty() -> str:
     for model, slides in real.items():
         for slide, f in slides.items():
             auc = "" if f["auc"] == 0.5 else f"{f['auc']:.3f}"
-            rows.append([model.replace("um", "µm"), slide, f"{f['squares']:,}", f"{f['mean']:.0f}", f"{100 * f['above_99']:.0f} %", auc])
+            rows.append(
+                [
+                    model.replace("um", "µm"),
+                    slide,
+                    f"{f['squares']:,}",
+                    f"{f['mean']:.0f}",
+                    f"{100 * f['above_99']:.0f} %",
+                    auc,
+                ]
+            )
     return table(["model", "slide", "squares of 100 µm", "mean percentile", "above 99", "ROC area"], rows)
 
 
