@@ -140,6 +140,8 @@ def cross_validate(
         "totals": totals,
     }
     frames, held_out = [], []
+    drawn_with = settings.seed if seed is None else seed
+    n_tests = sum(len(fold.test) for fold in folds)
     for number, fold in enumerate(folds):
         logger.info("fold %d of %d: testing on %s", number + 1, len(folds), fold.group)
         trained = train(
@@ -156,7 +158,9 @@ def cross_validate(
             }
             if update is not None:
                 key, table = next(iter(tested.items()))
-                held_out.append(_held_out(work, key, table, pairs[name][key], update.genes, **measured))
+                held_out.append(
+                    _held_out(work, key, table, pairs[name][key], update.genes, n_tests, drawn_with, measured)
+                )
             for key, s in scores.items():
                 if s["n"].max() < 2:
                     logger.warning(
@@ -166,7 +170,7 @@ def cross_validate(
     if update is not None:
         from pixnet._core.train.evidence import assess, ratio_of
 
-        update.evidence = assess(held_out, ratio_of(held_out), settings.seed, balanced=False)
+        update.evidence = assess(held_out, ratio_of(held_out), drawn_with, balanced=False)
     return _tidy(pd.concat(frames), several_sections=any(len(f.test) > 1 for f in folds), several_shapes=len(names) > 1)
 
 
@@ -207,23 +211,30 @@ def _check_update(update: PixNet | None) -> None:
 
 
 def _held_out(
-    sdata: SpatialData, shapes: str, table_key: str, reference_key: str, genes: list[str], **measured: Any
+    sdata: SpatialData,
+    shapes: str,
+    table_key: str,
+    reference_key: str,
+    genes: list[str],
+    n_tests: int,
+    seed: int,
+    measured: Mapping[str, Any],
 ) -> HeldOut:
-    """Return what was predicted and measured of some genes in the shapes of a test; NaN for genes that the fold lacks."""
+    """Return what was predicted and measured of some genes in shapes of one of the tests; NaN for genes that the fold lacks."""
     from pixnet._core.train.evidence import MOST_SHAPES, HeldOut
 
     table = sdata[table_key]
     there = set(table.var_names) & set(sdata[reference_key].var_names)
     chosen = [gene for gene in genes if gene in there]
-    options = {"layer": measured["layer"], "total_key": measured["total_key"], "totals_of": measured["totals"]}
-    pair = matched(sdata, table_key, reference_key, chosen, **options)
-    drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(pair.total))[:MOST_SHAPES])
+    pair = matched(
+        sdata, table_key, reference_key, chosen, measured["layer"], measured["total_key"], measured["totals"]
+    )
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(pair.total))[: max(1, MOST_SHAPES // n_tests)])
     columns = [genes.index(gene) for gene in chosen]
     predicted, counts = np.full((2, len(drawn), len(genes)), np.nan)
     predicted[:, columns], counts[:, columns] = pair.predicted[drawn], pair.counts[drawn]
-    rows = pair.rows[drawn]
-    image_key = table.uns["pixnet"]["image_key"]
-    centres = pixel_shapes(sdata, shapes, image_key).centroids[rows] * table.uns["pixnet"]["mpp"]
+    rows, made = pair.rows[drawn], table.uns["pixnet"]
+    centres = pixel_shapes(sdata, shapes, made["image_key"]).centroids[rows] * made["mpp"]
     area = table.obs["area"].to_numpy(dtype=np.float64)[rows]
     return HeldOut(predicted, counts, np.zeros(0), pair.total[drawn], area, centres)
 
