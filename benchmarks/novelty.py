@@ -18,7 +18,6 @@ cost: prediction with and without novelty, in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import numpy as np
 import quality
 from sklearn.metrics import roc_auc_score
 from spatialdata import SpatialData
+from trust import show
 
 import pixnet as px
 
@@ -165,10 +165,7 @@ def main() -> None:
         found = synthetic(args.seed)
     else:
         found = real(args.data, args.seed) if args.task == "real" else cost(args.data)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    show(found, args.json)
 
 
 if __name__ == "__main__":

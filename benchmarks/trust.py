@@ -117,6 +117,14 @@ def her2st(folder: Path, model: str) -> dict[str, dict]:
     return found
 
 
+def show(found: dict, path: Path | None) -> None:
+    """Print what was measured, and write it to a file if there is one."""
+    text = json.dumps(found, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["kidney", "her2st", "synthetic"])
@@ -129,10 +137,7 @@ def main() -> None:
         found = synthetic(args.seed)
     else:
         found = kidney(args.data, args.seed) if args.task == "kidney" else her2st(args.data, args.model)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    show(found, args.json)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-GENERATED = Path(__file__).parent / "_generated"
+from make_quality import GENERATED, printed
+
 ROWS = {
     "bins_008um": "kidney, 8 µm bins",
     "bins_016um": "kidney, 16 µm bins",
@@ -85,7 +85,7 @@ def novelty() -> str:
             auc = "" if f["auc"] == 0.5 else f"{f['auc']:.3f}"
             rows.append(
                 [
-                    model.replace("um", "µm"),
+                    printed(model),
                     slide,
                     f"{f['squares']:,}",
                     f"{f['mean']:.0f}",
