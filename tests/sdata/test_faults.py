@@ -28,7 +28,7 @@ from spatialdata.models import Image2DModel, Labels2DModel, TableModel
 from spatialdata.transformations import Identity
 
 from pixnet._core.predict.map_grid import Box
-from pixnet._core.predict.tile import Cells
+from pixnet._core.predict.tile import NoveltyPatch
 from pixnet._sdata.inputs import check_sdata
 from pixnet._sdata.novelty import NoveltySpec
 from pixnet._sdata.pixel_size import find_mpp
@@ -159,7 +159,7 @@ def write_map(sdata, value, tables=None, novelty=None):
     try:
         for i, j in ((0, 0), (1, 1)):
             writer.arrays[0][:, i * 8 : i * 8 + 8, j * 8 : j * 8 + 8] = value
-            writer.mark(i, j, [Cells(Box(i, j, 1, 1), np.full((1, 1), value, np.float32))])
+            writer.mark(i, j, [NoveltyPatch(Box(i, j, 1, 1), np.full((1, 1), value, np.float32))])
         for i, j in writer.level_tasks(1, 2, [(0, 0), (1, 1)], 8):
             store_level(*writer.arrays, 2, i, j)
         writer.finish(sdata, {"images": {"map": {"value": value}}}, tables)

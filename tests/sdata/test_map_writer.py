@@ -97,7 +97,7 @@ def test_levels_written_with_their_tiles(sdata, shape, factors, with_tiles):
     for i, j in np.ndindex(*(-(-n // 64) for n in shape)):
         part = values[:, i * 64 : (i + 1) * 64, j * 64 : (j + 1) * 64]
         box = Box(i * 64, j * 64, *part.shape[1:])
-        _write(stream.arrays[0], coarser, SimpleNamespace(values=part, box=box, i=i, j=j, cells=[], cost=TileCost()))
+        _write(stream.arrays[0], coarser, SimpleNamespace(values=part, box=box, i=i, j=j, novelty=[], cost=TileCost()))
     arrays = [array[:] for array in stream.arrays]
     stream.discard()
     np.testing.assert_array_equal(arrays[0], values)

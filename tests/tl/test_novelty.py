@@ -25,7 +25,7 @@ def model(quick_model):
 
 
 def green(slide, half: bool = False):
-    """Paint a slide, or its left half, in a colour that no training slide has; cells are 8 px."""
+    """Paint a slide, or its left half, in a colour that no training slide has; its novelty has pixels of 8 px."""
     pixels = full_resolution(slide["he"]).values.copy()
     width = pixels.shape[2] // 2 if half else pixels.shape[2]
     pixels[:, :, :width] = np.array([60, 200, 60])[:, None, None]
@@ -84,7 +84,7 @@ class TestMaps:
 
     def test_new_tissue_is_far_and_known_tissue_is_not(self, predicted):
         found = values(predicted)
-        assert found.shape == (96, 96)  # cells of 8 px
+        assert found.shape == (96, 96)  # pixels of 8 px
         left, right = found[:, :47], found[:, 49:]
         assert (left == 100).all()
         assert 30 < right.mean() < 70
@@ -123,7 +123,7 @@ class TestMaps:
         px.tl.predict(slide, model, mask_key=False, region=(300, 100, 500, 260))
         found = values(slide)
         known = np.isfinite(found)
-        assert known.sum() == 26 * 21  # the cells that the region touches
+        assert known.sum() == 26 * 21  # the pixels that the region touches
         np.testing.assert_allclose(found[known], values(predicted)[known], atol=1e-3)
 
     def test_stages_give_what_whole_windows_give(self):

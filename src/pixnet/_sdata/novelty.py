@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from xarray import DataArray, DataTree
 
-from pixnet._core.predict.tile import Cells
+from pixnet._core.predict.tile import NoveltyPatch
 from pixnet._sdata.rasters import channel_names, full_resolution
 from pixnet._sdata.record import find_entry, identity
 from pixnet._sdata.store.bound import check_bound
@@ -51,11 +51,11 @@ class NoveltyFile:
             self._values = open_memmap(path, mode="w+", dtype=np.float32, shape=spec.shape)
             self._values[:] = np.nan
 
-    def add(self, cells: Sequence[Cells]) -> None:
-        """Keep the values of some cells; NaN leaves what is there."""
-        for box, values in cells:
+    def add(self, patches: Sequence[NoveltyPatch]) -> None:
+        """Keep the values of some parts; NaN leaves what is there."""
+        for box, values in patches:
             rows, columns = box.slices
-            there = self._values[rows, columns]  # the last cells may reach over the slide
+            there = self._values[rows, columns]  # the last pixels may reach over the slide
             new = values[: there.shape[0], : there.shape[1]]
             np.copyto(there, new, where=np.isfinite(new))
         self._values.flush()

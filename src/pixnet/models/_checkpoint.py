@@ -275,6 +275,8 @@ def _checked_tensor(path: Path, name: str, tensor: Tensor) -> Tensor:
     least = 0.0 if name.endswith("running_var") else None
     if least is not None and (tensor < least).any():
         raise ValueError(f"{path}: tensor {name!r} holds {float(tensor.min())}; a variance is not negative")
+    if name == f"{_NOVELTY}quantiles" and (tensor.diff() < 0).any():
+        raise ValueError(f"{path}: tensor {name!r} falls; quantiles rise from one to the next")
     if name.startswith(_POSITIVE) and (tensor <= 0).any():
         raise ValueError(f"{path}: tensor {name!r} holds {float(tensor.min())}; it must be positive")
     return tensor

@@ -59,10 +59,12 @@ def predict(
 
     The map is an image element that holds expected densities of transcripts, in linear space, and NaN on background: one
     channel per gene and a last channel ``__total__``, or the programs of the model, which add up to that total, with a table
-    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. A further image, ``"{image_key}_novelty"``
-    (or ``"{key_added}_novelty"``), says how unlike the training tissue each place is. The slide is predicted tile by tile,
-    so memory does not grow with it. The map streams to a zarr store: that of the object, or one under ``settings.scratch_dir`` that is deleted
-    at exit. With a ``dask.distributed`` client in scope, the tiles run on its workers.
+    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. A second image,
+    ``"{image_key}_novelty"`` (or ``"{key_added}_novelty"``), says how unlike the training tissue each place is.
+
+    The slide is predicted tile by tile, so memory does not grow with it. The map streams to a zarr store: that of the
+    object, or one under ``settings.scratch_dir`` that is deleted at exit. With a ``dask.distributed`` client in scope, the
+    tiles run on its workers.
 
     Parameters
     ----------
@@ -150,10 +152,11 @@ def predict(
     Novelty is a percentile: 99 is farther from the training tissue than 99 % of held-out training tissue. The distance is
     that of the encoder's features, averaged over its coarsest pixel (8 to 32 µm), under a probabilistic principal component
     analysis of those of the training shapes. A warning gives the share of tissue above 99 if it is more than 5 %; 1 % is
-    expected. It replaces an earlier image of its name. A model that was trained by an earlier version has none, nor has the lazy map of ``inplace=False``.
+    expected. An earlier image of novelty of that name is replaced. Models that were trained by an earlier version, or with
+    too few shapes, write none, and neither does ``inplace=False``.
 
-    The log names the tissue that the model was trained on, where its
-    ``provenance["tissue"]`` says it; set it before you save a model.
+    The log names the tissue that the model was trained on, where its ``provenance["tissue"]`` says it; set it before you
+    save a model.
 
     napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
     with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})``,
@@ -191,7 +194,6 @@ def predict(
         return {key: lazy, **loadings} if loadings else lazy
     asked = request.asked(runner.model.hash)
     job = {**asked, "mask": mask.fingerprint(), "image": fingerprint([pixels for pixels, _ in samples])}
-    entries = {}
     entry = {
         "kind": "gene_map",
         "store": request.store,
@@ -202,10 +204,10 @@ def predict(
     }
     if request.evidence is not None and not loadings:
         entry["evidence"] = request.evidence.as_entry()
+    entries = {key: entry}
     if novelty is not None:
         job["novelty"] = entry["novelty"] = novelty.key
         entries[novelty.key] = novelty.entry(entry)
-    entries[key] = entry
     spec = request.spec(novelty)
     write_map(sdata, key, runner, spec, job, entries, tables=loadings, resume=resume, overwrite=overwrite)
     if novelty is not None:

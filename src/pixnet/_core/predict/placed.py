@@ -43,8 +43,8 @@ class PlacedModel:
         self.channels = None if channels is None else torch.tensor(list(channels))
 
     @property
-    def cell(self) -> int | None:
-        """Model output pixels per cell of novelty, along an axis; None for a model that does not know what is new to it."""
+    def novelty_side(self) -> int | None:
+        """Model output pixels per pixel of novelty, along an axis; None for a model that does not know what is new to it."""
         model: Any = self.model.ready(torch.device(self.device))
         novelty = getattr(model, "novelty", None)
         return novelty.stride // model.stride if novelty is not None and novelty.known else None

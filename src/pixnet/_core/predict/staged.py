@@ -285,7 +285,7 @@ class StagedUnits:
         """Add the values of a part of a tile, in model output pixels."""
         if features is None:
             return
-        deepest, cell = self.deepest, self.model.cell
+        deepest, side = self.deepest, self.model.novelty_side
         for piece in _windows(part, self.grid.out_window, 1):
             tissue = tile.out_tissue[piece.within(tile.out).slices]
             if not tissue.any():
@@ -298,10 +298,10 @@ class StagedUnits:
                 cut = model.standardise(raw)
                 decoded = [member.decoder(cut, deepest // self.stride) for member in model.members]
                 inner = seen.grown(-deepest)
-                if cell is not None:
+                if side is not None:
                     own = {level: _cut(f, seen, inner, strides[level]) for level, f in raw.items()}
                     novelty = self.model.values(model.novelty(own))[0]
-                    tile.add_cells(inner.divided(cell * self.stride), novelty, cell)
+                    tile.add_novelty(inner.divided(side * self.stride), novelty, side)
             origin = inner.divided(self.stride)
             for strip in self._strips(piece, tile.out_tissue[piece.within(tile.out).slices]):
                 rows, columns = strip.within(origin).slices

@@ -27,8 +27,8 @@ class TileCost:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-class Cells(NamedTuple):
-    """Values of some cells: where they lie, counted in cells, and the values ``(y, x)``."""
+class NoveltyPatch(NamedTuple):
+    """A part of the image of novelty: where it lies, in that image's own pixels, and the percentiles ``(y, x)``."""
 
     box: Box
     values: np.ndarray
@@ -54,8 +54,8 @@ class Tile:
         The model output pixels behind the tile, and the tissue among them.
     values
         ``(channels, y, x)`` float32, NaN on background; None as long as no window was added.
-    cells
-        Percentiles of novelty of some cells, ``(y, x)`` float32, NaN where there is no tissue; empty if it is not known.
+    novelty
+        Parts of the image of novelty, float32, NaN on background; empty for a model that does not know what is new to it.
     cost
         What the tile has taken so far.
     """
@@ -65,7 +65,7 @@ class Tile:
         self.box = self.out = grid.box(i, j)
         self.tissue = self.out_tissue = mask.window(*self.box.bounds)
         self.values: np.ndarray | None = None
-        self.cells: list[Cells] = []
+        self.novelty: list[NoveltyPatch] = []
         self.cost = TileCost()
 
     def windows(self) -> list[tuple[int, int, Box]]:
@@ -91,14 +91,14 @@ class Tile:
             # a product is quicker than a copy of chosen pixels
             np.multiply(values, np.where(tissue, np.float32(1), np.float32(np.nan)), out=self.values[:, *here])
 
-    def add_cells(self, box: Box, values: np.ndarray, side: int) -> None:
-        """Add the novelty ``(y, x)`` of some cells of ``side`` model output pixels; those without tissue are left out."""
+    def add_novelty(self, box: Box, values: np.ndarray, side: int) -> None:
+        """Add novelty ``(y, x)``, whose pixels are ``side`` model output pixels wide; pixels without tissue become NaN."""
         behind = box.scaled(side)
         tissue, own = np.zeros((behind.height, behind.width), bool), behind.clipped(self.out)
         if own.height > 0 and own.width > 0:
             tissue[own.within(behind).slices] = self.out_tissue[own.within(self.out).slices]
         known = tissue.reshape(box.height, side, box.width, side).any(axis=(1, 3))
-        self.cells.append(Cells(box, np.where(known, values, np.float32(np.nan))))
+        self.novelty.append(NoveltyPatch(box, np.where(known, values, np.float32(np.nan))))
 
     def finish(self) -> None:
         """Count the pixels, once all windows were added."""

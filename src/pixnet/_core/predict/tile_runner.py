@@ -19,7 +19,7 @@ from pixnet._core.predict.map_grid import MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.portable_model import PortableModel
 from pixnet._core.predict.staged import StagedUnits, Unit, UnitFeatures
-from pixnet._core.predict.tile import Cells, ReducedTile, Tile, TileCost
+from pixnet._core.predict.tile import NoveltyPatch, ReducedTile, Tile, TileCost
 from pixnet._core.predict.whole import WholeWindows
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.pyramid import block_means
@@ -32,11 +32,11 @@ TilePlace = tuple[int, int]
 
 
 class Stored(NamedTuple):
-    """A tile that was written: its place, what it took, and the novelty of its cells."""
+    """A tile that was written: its place, what it took, and its novelty."""
 
     place: TilePlace
     cost: TileCost
-    cells: list[Cells]
+    novelty: list[NoveltyPatch]
 
 
 class TileRunner:
@@ -225,4 +225,4 @@ def _write(target: Any, coarser: Sequence[tuple[Any, int]], tile: Tile) -> Store
             target[:, y : y + values.shape[1], x : x + values.shape[2]] = values
         tile.values = None
         tile.cost.write = time.perf_counter() - start
-    return Stored((tile.i, tile.j), tile.cost, tile.cells)
+    return Stored((tile.i, tile.j), tile.cost, tile.novelty)

@@ -38,13 +38,13 @@ class WholeWindows:
             tile = batch.tile
             if batch.pixels is not None:
                 values, novelty = self._forward(batch.pixels, tile.cost)
-                side, cell = grid.out_window, self.model.cell
+                side, coarse = grid.out_window, self.model.novelty_side
                 for n, (i, j, part) in enumerate(batch.windows):
                     window = Box(i * side, j * side, side, side)
                     rows, columns = part.within(window).slices
                     tile.add(part, values[n][:, rows, columns])
-                    if cell is not None:
-                        tile.add_cells(window.divided(cell), novelty[n], cell)
+                    if coarse is not None:
+                        tile.add_novelty(window.divided(coarse), novelty[n], coarse)
             if batch.last:
                 yield tile
 
@@ -72,17 +72,17 @@ class WholeWindows:
         """Run the model: uint8 ``(n, 3, y, x)`` to the map ``(channels, y, x)`` and novelty ``(y, x)``, without the halo."""
         found: list[np.ndarray] = []
         novelty: list[np.ndarray] = []
-        crop, cell = self.grid.halo // self.grid.model_grid.stride, self.model.cell
+        crop, coarse = self.grid.halo // self.grid.model_grid.stride, self.model.novelty_side
 
         def run(part: slice) -> None:
             with self.model.running(cost) as model:
                 channels, image = self.model.channels_there, self.model.image(pixels[part])
-                if cell is None:
+                if coarse is None:
                     found.extend(self.model.values(model(image, channels, crop)))
                     return
                 raw = model.encoder(image)
                 found.extend(self.model.values(model.decode(model.standardise(raw), channels, crop)))
-                inner = slice(crop // cell, -(crop // cell) or None)
+                inner = slice(crop // coarse, -(crop // coarse) or None)
                 novelty.extend(self.model.values(model.novelty({i: raw[i] for i in model.levels})[:, inner, inner]))
 
         self.model.in_batches(run, len(pixels), pixels.shape[-1])

@@ -7,10 +7,11 @@ import torch
 
 from pixnet._core.train.dataset import CropDataset
 from pixnet._core.train.features import crop_halo, encode_crops
-from pixnet.models._novelty import Novelty
+from pixnet._logging import logger
+from pixnet.models._novelty import LEAST, Novelty
 from pixnet.models._pixnet import PixNet
 
-CELLS = 20_000
+PLACES = 20_000
 """Places at most whose features are looked at, of training and of held-out tissue each."""
 
 VALUES = 5e7
@@ -21,8 +22,13 @@ VALUES = 5e7
 def fit_novelty(model: PixNet, training: CropDataset, held_out: CropDataset, device: str, seed: int) -> None:
     """Fit a model's novelty, with its encoder as it is now."""
     rng = np.random.default_rng(seed)
-    features = [covered_features(model, dataset, device, rng) for dataset in (training, held_out)]
-    model.novelty.fit(features[0], features[1], seed)
+    known, unseen = (covered_features(model, dataset, device, rng) for dataset in (training, held_out))
+    model.novelty.fit(known, unseen, seed)
+    if not model.novelty.known:
+        logger.info(
+            "the model does not know what tissue is new to it: training and held-out shapes have %d and %d places, and %d of "
+            "each are needed", len(known), len(unseen), LEAST,
+        )  # fmt: skip
 
 
 def covered_features(model: PixNet, dataset: CropDataset, device: str, rng: np.random.Generator) -> np.ndarray:
@@ -30,8 +36,8 @@ def covered_features(model: PixNet, dataset: CropDataset, device: str, rng: np.r
     model.eval()
     novelty: Novelty = model.novelty
     tuned = any(p.requires_grad for p in model.encoder.parameters())
-    wanted = min(CELLS, int(VALUES / len(novelty.mean)))
-    width, cell = dataset.size // model.stride, novelty.stride // model.stride
+    wanted = min(PLACES, int(VALUES / len(novelty.mean)))
+    width, side = dataset.size // model.stride, novelty.stride // model.stride
     found: list[np.ndarray] = []
     n = 0
     for i in rng.permutation(len(dataset)).tolist():
@@ -44,7 +50,7 @@ def covered_features(model: PixNet, dataset: CropDataset, device: str, rng: np.r
         pooled = novelty.pooled(dict(zip(model.levels, raw))).cpu().numpy()[0]
         y, x = np.divmod(dataset[i].pixels, width)
         covered = np.zeros(pooled.shape[:2], bool)
-        covered[y // cell, x // cell] = True
+        covered[y // side, x // side] = True
         found.append(pooled[covered])
         n += len(found[-1])
         if n >= wanted:

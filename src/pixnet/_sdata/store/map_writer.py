@@ -15,7 +15,7 @@ import zarr
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from pixnet._core.predict.tile import Cells
+from pixnet._core.predict.tile import NoveltyPatch
 from pixnet._core.scratch import scratch_root
 from pixnet._core.slide.pyramid import block_means
 from pixnet._logging import logger
@@ -52,13 +52,8 @@ class MapWriter:
     """
 
     def __init__(self, root: Path, key: str, work: Workspace, spec: MapSpec, *, scratch: bool, overwrite: bool) -> None:
-        self.root, self.key, self.factors, self.scratch, self.overwrite = (
-            root,
-            key,
-            spec.scale_factors,
-            scratch,
-            overwrite,
-        )
+        self.root, self.key, self.scratch, self.overwrite = root, key, scratch, overwrite
+        self.factors = spec.scale_factors
         self._work, self._placed = work, False
         self._element = work.path / NEW / "images" / key
         self.arrays = [zarr.open_array(self._element / path, mode="r+") for path in level_paths(self._element)]
@@ -129,10 +124,10 @@ class MapWriter:
                 work.release()
             raise
 
-    def mark(self, i: int, j: int, cells: Sequence[Cells] = ()) -> None:
+    def mark(self, i: int, j: int, novelty: Sequence[NoveltyPatch] = ()) -> None:
         """Keep the novelty of a tile that is written, and note that it is: a resumed run leaves it out."""
         if self.novelty is not None:
-            self.novelty.add(cells)
+            self.novelty.add(novelty)
         self._log.write(f"{i} {j}\n")
         self._log.flush()
 

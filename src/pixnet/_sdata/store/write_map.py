@@ -103,8 +103,8 @@ def _run_tiles(writer: MapWriter, runner: TileRunner) -> None:
     coarser = list(zip(writer.arrays[1 : n + 1], writer.factors))
     # closing: whatever happens, no task writes any more when the writer is dealt with
     with closing(store_tiles(runner, writer.arrays[0], todo, coarser)) as results, progress as bar:
-        for place, cost, cells in results:
-            writer.mark(*place, cells)
+        for place, cost, novelty in results:
+            writer.mark(*place, novelty)
             total.add(cost)
             speed = total.pixels * pixel_area / 1e6 / (time.perf_counter() - started)
             bar.set_postfix_str(f"{speed:.2f} Mpx/s", refresh=False)
