@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +241,26 @@ class TestFiles:
         save_file({k: v for k, v in tensors.items() if k != "novelty.mean"}, path, metadata=metadata)
         with pytest.raises(ValueError, match=r"1 missing \(novelty.mean\)"):
             px.models.load(path)
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "believe.md"
+
+
+@pytest.mark.skipif(not GUIDE.exists(), reason="the documentation's sources are not here")
+def test_the_guide_runs(quick_model, tmp_path, monkeypatch):
+    """The lines of "Can I believe this gene on my slide?", in order, with quick settings of training."""
+    text = GUIDE.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    quick_model.save("model.safetensors")
+    names = {
+        "sdata": with_cells(coloured_slide(7)),
+        "measured": coloured_slide(8),
+        "slides": {name: coloured_slide(i, size=512) for i, name in enumerate("ab")},
+        "patients": ["P", "Q"],
+        "settings": QUICK | {"genes": ["PINK", "BLUE", "FLAT", "REST"], "max_epochs": 12, "seed": 0},
+    }
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code.replace("(slides", "(slides, **settings"), names)
+    assert {"PINK", "BLUE"} <= set(names["believed"].index)
+    assert "FLAT" not in names["genes"]
+    assert len(names["familiar"]) > 0.9 * names["table"].n_obs
