@@ -451,7 +451,7 @@ def test_mutated_files_are_loaded_rightly_or_refused(data, model, tmp_path):
                 part.pop(key, None)
             else:
                 part[key] = data.draw(VALUES)
-            if not isinstance(header.get("config"), dict):
+            if not header.get("config") or not isinstance(header["config"], dict):
                 break
         if data.draw(st.booleans()):
             name = data.draw(st.sampled_from(sorted(tensors)))
