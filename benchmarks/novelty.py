@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import quality
+from her2st import panel
 from sklearn.metrics import roc_auc_score
 from spatialdata import SpatialData
 from trust import show
@@ -52,11 +53,10 @@ def row(own: np.ndarray, other: np.ndarray) -> dict[str, float]:
     }
 
 
-def risk(sdata: SpatialData, model: px.models.PixNet) -> list[float]:
+def risk(sdata: SpatialData, model: px.models.PixNet, genes: list[str]) -> list[float]:
     """Return the error of spots by quarters of their novelty, over the mean error."""
-    genes = [gene for gene in model.genes if gene in set(sdata["spots_counts"].var_names)]
-    px.tl.predict(sdata, model, genes=genes, key_added="all", overwrite=True)
-    table = px.tl.aggregate(sdata, "spots", image_key="all", inplace=False)
+    px.tl.predict(sdata, model, key_added="all", overwrite=True)
+    table = px.tl.aggregate(sdata, "spots", image_key="all", genes=genes, inplace=False)
     counts = sdata["spots_counts"]
     rows = counts.obs["instance_id"].to_numpy()
     table = table[table.obs.set_index("instance_id").index.get_indexer(rows)]
@@ -90,9 +90,10 @@ def real(data: Path, seed: int) -> dict[str, dict]:
         "kidney": row(own, squares(train, breast)),
     }
     shipped = px.models.load("her2st")
+    scored = panel(str(data / "her2st"))
     own = squares(sections["C5"], shipped)
     found["her2st"] = {
-        name: row(own, squares(sections[name], shipped)) | {"risk": risk(sections[name], shipped)}
+        name: row(own, squares(sections[name], shipped)) | {"risk": risk(sections[name], shipped, scored)}
         for name in ("C5", "B4")
     }
     return found

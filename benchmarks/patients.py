@@ -108,7 +108,7 @@ def run(args) -> dict:
                 else:
                     common = {"validation": validation or None, "seed": args.seed, **quick}
                     if method == "dense":
-                        fits[method] = px.tl.train(train, genes=genes, mpp=mpp, encoder=args.encoder, **common)
+                        fits[method] = px.tl.train(train, mpp=mpp, encoder=args.encoder, **common)  # all genes
                     else:
                         start_from = PixNet.paper(genes, mpp=mpp, encoder=args.encoder, stride=4)
                         fits[method] = px.tl.train(train, model=start_from, **common)
@@ -134,8 +134,10 @@ def _score(scores: dict, name: str, store: Path, net: PixNet, genes: list[str], 
     targets = {"raw": pooled.target, "smoothed": np.log1p(ref.smoothed(pooled, PITCH_UM))}
     sdata = spatialdata.read_zarr(store)
     for method, fit in fits.items():
-        predicted = fit(pooled) if method == "ridge" else ref.predicted_rows(sdata, fit, "he", pooled)
-        known = fit.genes if method != "ridge" else genes  # genes without a count in training are in no model
+        known = (
+            genes if method == "ridge" else [gene for gene in genes if gene in set(fit.genes)]
+        )  # not those never seen
+        predicted = fit(pooled) if method == "ridge" else ref.predicted_rows(sdata, fit, "he", pooled, known)
         for target, measured in targets.items():
             columns = [genes.index(gene) for gene in known]
             r = ref.pearson(predicted, measured[:, columns])

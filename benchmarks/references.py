@@ -72,10 +72,10 @@ def pool(
     return out
 
 
-def predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: Pooled) -> np.ndarray:
+def predicted_rows(sdata: SpatialData, model: PixNet, image_key: str, pooled: Pooled, genes: list[str]) -> np.ndarray:
     """Predict from an image and return log1p of the CP10k of the pooled spots, which are told by their centres."""
     px.tl.predict(sdata, model, image_key=image_key, key_added="map", overwrite=True)
-    px.tl.aggregate(sdata, "spots", image_key="map", overwrite=True)
+    px.tl.aggregate(sdata, "spots", image_key="map", genes=genes, overwrite=True)
     centres = np.stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y], axis=1) * Slide.open(sdata, "he").mpp
     distance, rows = cKDTree(centres).query(pooled.centres)
     assert distance.max() < 10, "the pooled spots are not those of the table"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import quality
+from her2st import panel
 from scipy import sparse
 from spatialdata import SpatialData
 
@@ -106,13 +107,11 @@ def synthetic(seed: int) -> dict[str, dict]:
 
 def her2st(folder: Path, model: str) -> dict[str, dict]:
     """Test a model on a section of its patient and on one of another."""
-    net, found = px.models.load(model), {}
+    net, genes, found = px.models.load(model), panel(str(folder)), {}
     for section in ("C5", "B4"):
         sdata = px.datasets.her2st(section, path=folder)
-        measured = set(sdata["spots_counts"].var_names)
-        genes = [gene for gene in net.genes if gene in measured]
-        px.tl.predict(sdata, net, genes=genes)
-        px.tl.aggregate(sdata, "spots")
+        px.tl.predict(sdata, net)
+        px.tl.aggregate(sdata, "spots", genes=genes)
         found[section] = rows(sdata, ["spots"], genes, None)["spots"]
     return found
 

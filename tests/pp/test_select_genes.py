@@ -130,9 +130,9 @@ def test_mitochondrial_genes_are_known_by_symbols_in_var_and_by_ensembl_id():
 
 
 def in_training(sdata):
-    """Return the genes that `tl.train` chooses by default."""
+    """Return the genes that `tl.train` gives a channel each where no programs are asked for."""
     table = MeasuredTable.read(sdata["spots_counts"], "spots_counts", None, None)
-    return choose_genes(None, None, {"0": {"spots": table}}, {}, all_genes=False)[0]
+    return choose_genes(None, None, {"0": {"spots": table}}, {}, every=False)[0]
 
 
 def test_only_a_number_that_was_asked_for_warns(caplog, monkeypatch):

@@ -6,11 +6,13 @@ import dataclasses
 import inspect
 import json
 
+import anndata as ad
 import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from shapely import Point, box
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
@@ -85,9 +87,36 @@ def test_the_seed_is_that_of_the_settings_unless_given(slide, monkeypatch):
     assert not torch.equal(left.members[0].last.weight, other.members[0].last.weight)
 
 
-def test_genes_default_to_those_of_highest_mean(slide):
-    model = px.tl.train(slide, **{k: v for k, v in QUICK.items() if k != "genes"}, max_epochs=1)
+NO_GENES = {k: v for k, v in QUICK.items() if k != "genes"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_programs": 0}, {"quantity": "log_sum"}])
+def test_few_genes_have_a_channel_each(slide, settings):
+    model = px.tl.train(slide, **NO_GENES, **settings, max_epochs=1)
+    assert model.loadings is None
     assert model.genes == px.pp.select_genes(slide)
+
+
+def test_a_whole_transcriptome_is_held_by_programs():
+    slide, rng = coloured_slide(1), np.random.default_rng(0)
+    table = slide["spots_counts"]
+    names = [f"G{i}" for i in range(1100)]
+    rare = (np.arange(table.n_obs) == 0)[:, None]  # in one of 225 spots
+    counts = np.hstack(
+        [table.X.toarray() if sparse.issparse(table.X) else table.X, rng.poisson(0.1, (table.n_obs, 1100)), rare]
+    )
+    wide = ad.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=table.obs, uns=table.uns)
+    wide.var_names = [*table.var_names, *names, "RARE"]
+    slide["spots_counts"] = wide
+    model = px.tl.train(slide, **NO_GENES, max_epochs=1, refit=False)
+    assert len(model.genes) == 1104
+    assert len(model.loadings) == 64  # less than a third of 225
+    assert "RARE" not in model.genes
+    assert {"PINK", "BLUE", *names} <= set(model.genes)
+    panel = px.tl.train(slide, **NO_GENES, max_epochs=1, refit=False, n_programs=0)
+    assert panel.loadings is None
+    assert panel.genes == px.pp.select_genes(slide)
+    assert len(panel.genes) == 250
 
 
 def test_mpp_defaults_to_half_a_um_or_the_coarsest_slide(slide):

@@ -5,6 +5,7 @@ A head is the only place that knows this. Everything else asks it.
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -339,6 +340,7 @@ def factorise(shares: sparse.csr_array, n_programs: int, seed: int) -> tuple[np.
         Mean share of each program, ``(programs,)``, and each program's share of every gene, ``(programs, genes)``.
     """
     from sklearn.decomposition import NMF, MiniBatchNMF
+    from sklearn.exceptions import ConvergenceWarning
 
     mean = np.asarray(shares.mean(axis=0)).ravel()
     scale = np.sqrt(np.maximum(mean, LEAST_SHARE))
@@ -348,7 +350,9 @@ def factorise(shares: sparse.csr_array, n_programs: int, seed: int) -> tuple[np.
         nmf = NMF(n_programs, max_iter=200, tol=1e-3, **options)
     else:
         nmf = MiniBatchNMF(n_programs, batch_size=2048, max_iter=20, **options)
-    weights = nmf.fit_transform(scaled).astype(np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a start: training goes on from it
+        weights = nmf.fit_transform(scaled).astype(np.float64)
     loadings = nmf.components_.astype(np.float64) * scale
     amount = loadings.sum(axis=1)
     empty = amount <= LEAST_SHARE

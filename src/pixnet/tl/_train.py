@@ -17,7 +17,7 @@ from pixnet._sdata.inputs import SpatialDatas, is_same, named_objects
 from pixnet._sdata.placement import check_placement
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
-from pixnet.tl._training_genes import Tables, check_panels, check_programs, choose_genes
+from pixnet.tl._training_genes import Tables, check_panels, choose_genes, number_of_programs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,8 +96,9 @@ def train(
         The measured shapes and their tables of raw counts; ``shapes[i]`` pairs with ``table_key[i]``, in every object
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
-        Gene or genes to predict. None: the 250 of highest mean that all training tables have (see
-        `pixnet.pp.select_genes`); with ``n_programs``, all that are detected in at least 1 % of the shapes.
+        Gene or genes to predict. None: all that the training tables have and that are detected in at least 1 % of the
+        shapes; the 250 of highest mean (`pixnet.pp.select_genes`) where ``n_programs=0`` or ``quantity="log_sum"`` asks
+        for a channel for each gene.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -145,7 +146,8 @@ def train(
     n_programs
         Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
         to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
-        measured shapes; 64 served well where there were a thousand shapes or more. None: a channel for each gene.
+        measured shapes. 0: a channel for each gene. None: 64, or a third of the training shapes where that is less, if there
+        are more than 1,000 genes to predict; else a channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
         Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
 
@@ -201,9 +203,11 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    chosen, tables = choose_genes(genes, model, tables, held_out, n_programs is not None)
+    by_gene = n_programs == 0 or quantity == "log_sum"
+    chosen, tables = choose_genes(genes, model, tables, held_out, every=not by_gene)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
-    check_programs(n_programs, n_shapes)
+    if model is None:
+        build["n_programs"] = None if by_gene else number_of_programs(n_programs, len(chosen), n_shapes)
     check_panels(tables, quantity if model is None else model.quantity)
 
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pixnet._names import check_genes, listed
+from pixnet._names import MOST_CHANNELS, check_genes, listed
 from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_genes
 
 if TYPE_CHECKING:
@@ -15,7 +15,11 @@ Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
 
 LEAST_DETECTED = 0.01
-"""Share of the training shapes in which a gene is detected, at least, to be among all genes of a model of programs."""
+"""Share of the training shapes in which a gene is detected, at least, to be among all genes."""
+
+N_PROGRAMS = 64
+SHAPES_PER_PROGRAM = 3
+"""Training shapes at least for each program, where their number is not given."""
 
 
 def choose_genes(
@@ -23,9 +27,10 @@ def choose_genes(
     model: PixNet | None,
     tables: Tables,
     held_out: Mapping[str, Any],
-    all_genes: bool,
+    *,
+    every: bool,
 ) -> tuple[list[str], Tables]:
-    """Return the genes to predict and their counts: as given, the model's, those of highest mean, or all.
+    """Return the genes to predict and their counts: as given, the model's, all that are detected, or those of highest mean.
 
     Genes without a count in the training tables are left out, except those of a model that was trained before.
     """
@@ -36,8 +41,8 @@ def choose_genes(
         chosen = model.genes
     else:
         own = [table for name in names for table in tables[name].values()]
-        every: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
-        chosen = rank_genes(own, **(every if all_genes else {}))
+        detected: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
+        chosen = rank_genes(own, **(detected if every else {}))
         others = [set(table.genes) for name in held_out for table in tables[name].values()]
         chosen = [gene for gene in chosen if all(gene in known for known in others)]
     _check_measured(chosen, [table for name in names for table in tables[name].values()])
@@ -52,13 +57,16 @@ def choose_genes(
     return [chosen[i] for i in columns], tables
 
 
-def check_programs(n_programs: int | None, n_shapes: int) -> None:
-    """Refuse more programs than there are shapes to tell them apart."""
+def number_of_programs(n_programs: int | None, n_genes: int, n_shapes: int) -> int | None:
+    """Return the number of programs of a new model, None for a channel for each gene; refuse more than there are shapes."""
+    if n_programs is None:
+        return None if n_genes <= MOST_CHANNELS else max(2, min(N_PROGRAMS, n_shapes // SHAPES_PER_PROGRAM))
     if isinstance(n_programs, int) and n_programs > n_shapes:
         raise ValueError(
             f"n_programs is {n_programs}, and there are {n_shapes} shapes to train on: ask for fewer programs, a third of the "
             "shapes or less"
         )
+    return n_programs
 
 
 def check_panels(tables: Tables, quantity: str | None) -> None:
