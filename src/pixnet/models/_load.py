@@ -52,8 +52,8 @@ def load(path: str | Path) -> PixNet:
     --------
     >>> import pixnet as px
     >>> model = px.models.load("her2st")
-    >>> len(model.genes)
-    250
+    >>> len(model.genes), len(model.loadings)
+    (13898, 64)
     """
     path = file_of(path)
     header, tensors = read_checkpoint(path, _layout_of)
