@@ -50,11 +50,14 @@ def main() -> None:
         "|---|---|---|---|---|---|",
         *(
             f"| {name} | {s['pcc_mean']:.3f} | {s['pcc_median']:.3f} | {s['pcc_q1']:.3f} | {s['mse']:.3f} | {s['mae']:.3f} |"
-            for name, s in (("the 250 of highest mean in training", score), (f"all {every['n_genes']:,} that vary", every))
+            for name, s in (
+                ("the 250 of highest mean in training", score),
+                (f"all {every['n_genes']:,} that vary", every),
+            )
         ),
         "",
         f"Most genes cannot be told from H&E: {measured['above_0.3']:,} have r above 0.3. The total of all transcripts has {measured['total_pcc']:.2f}.",
-        "The model says which genes held-out spots showed to be predicted (`model.evidence`, `genes=\"trusted\"`).",
+        'The model says which genes held-out spots showed to be predicted (`model.evidence`, `genes="trusted"`).',
         "",
         f"On section B4, from another patient, the mean PCC of the 250 is {other['pcc_mean']:.3f}, and {normalised['pcc_mean']:.3f} after `pixnet.pp.normalize_stain`. B4 has 650 UMI",
         "per spot, against 8,000 to 12,000 in training. Expect this, not the scores above, on your own slides.",
