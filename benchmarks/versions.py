@@ -14,7 +14,8 @@ predict
     Section C5 of her2st with the shipped model (needs the data; see ``PIXNET_DATA_DIR``), to a store.
 kidney, her2st, folds
     `tl.train` with the defaults on the spots of the kidney's upper half, and on C2 to C4 of her2st; `tl.cross_validate` over
-    C2 to C5. Minutes each: name them with ``--only``. ``--passes 2`` makes that many passes in place of all.
+    C2 to C5. Minutes each: name them with ``--only``. ``--passes 2`` makes that many passes in place of all. The kidney
+    needs two versions that have `datasets.kidney`.
 
 The table gives the least and the median over repeats of wall time, and the least CPU time, each with its ratio new / old.
 """
