@@ -20,6 +20,9 @@ SCALES = {
     "spots": "55 µm spots",
 }
 ORDER = (
+    "PixNet on spots, all genes in 64 programs",
+    "PixNet on spots, all genes in 32 programs",
+    "PixNet on spots, all genes in 128 programs",
     "PixNet on spots",
     "PixNet on spots and bins",
     "ridge on spots",

@@ -15,7 +15,7 @@ from pixnet.models._config import ModelConfig
 from pixnet.models._pixnet import PixNet
 from pixnet.models._remote import fetch, is_remote
 
-SHIPPED = {"her2st": Path(__file__).parent / "weights" / "her2st.safetensors"}
+SHIPPED = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("her2st", "kidney")}
 """Models that come with the package."""
 
 
@@ -25,7 +25,7 @@ def load(path: str | Path) -> PixNet:
     Parameters
     ----------
     path
-        A ``.safetensors`` checkpoint of pixnet; the name of a model that ships with the package: ``"her2st"``; a URL with the
+        A ``.safetensors`` checkpoint of pixnet; the name of a model that ships with the package: ``"her2st"``, ``"kidney"``; a URL with the
         SHA-256 hash of its file, ``"https://.../model.safetensors#sha256:HASH"``; or a repository of the Hugging Face Hub,
         ``"hf://owner/name"`` (``pixnet[hub]``), whose file is ``model.safetensors`` unless it is named, and
         ``"hf://owner/name@revision"``. What was downloaded is kept in ``settings.cache_dir``, or in the Hub's own cache.
