@@ -20,6 +20,8 @@ import pixnet as px
 
 STATIC = Path(__file__).parent / "_static"
 MOST_BYTES = 600_000
+SHOWN = ["CD24", "IGHA1", "HLA-DRA"]
+"""Genes of tumour, plasma cells and immune cells, among those with much evidence on held-out spots."""
 
 
 def save(figure: plt.Figure, name: str) -> None:
@@ -46,21 +48,19 @@ def idea() -> None:
 
 
 def readme(section: str = "C5") -> None:
-    """A section that the shipped model never saw: H&E, predicted maps, and predicted beside measured."""
-    sdata = px.datasets.her2st(section)
-    px.tl.predict(sdata)
+    """A section that the shipped model never saw: H&E, predicted maps, predicted beside measured, and what to trust."""
+    sdata, model = px.datasets.her2st(section), px.models.load("her2st")
+    px.tl.predict(sdata, model)
     px.tl.aggregate(sdata, "spots")
-    score = px.tl.evaluate(sdata, table_key="spots_genes", reference_key="spots_counts")
-    best = list(score["pearson"].sort_values(ascending=False).index[:3])
     figure = plt.figure(figsize=(11.5, 5.2), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
-    px.pl.gene_map(sdata, best, ax=list(top.subplots(1, 4)))
-    measured, predicted, ranked = bottom.subplots(1, 3, width_ratios=[1, 1, 0.9])
+    px.pl.gene_map(sdata, SHOWN, show="cp10k", ax=list(top.subplots(1, 4)))
+    measured, predicted, trusted = bottom.subplots(1, 3, width_ratios=[1, 1, 0.9])
     twice = bottom.add_axes((0, 0, 0.1, 0.1))  # takes the H&E, which is already shown above
     tables = {"table_key": "spots_genes", "reference_key": "spots_counts"}
-    px.pl.compare(sdata, best[0], **tables, ax=[twice, measured, predicted], scalebar=False)
+    px.pl.compare(sdata, SHOWN[0], **tables, ax=[twice, measured, predicted], scalebar=False)
     twice.remove()
-    px.pl.evaluation(score, n_named=3, ax=ranked)
+    px.pl.trust(model, ax=trusted)
     save(figure, "her2st_c5.png")
 
 
@@ -69,7 +69,7 @@ def lines() -> None:
     sdata = px.datasets.her2st("C5")
     px.tl.predict(sdata)
     px.tl.aggregate(sdata, "spots")
-    axes = px.pl.gene_map(sdata, ["CD24", "HLA-DRA"], shapes="spots")
+    axes = px.pl.gene_map(sdata, ["CD24", "IGHA1"], shapes="spots", show="cp10k")
     save(axes[0].figure, "lines_c5.png")
 
 

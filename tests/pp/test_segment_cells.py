@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import dask
 import numpy as np
@@ -153,6 +155,20 @@ def test_own_method(slide):
     assert len(a) == 0
     hit = shapely.STRtree(found.geometry.to_numpy()).query(shapely.points(centres), predicate="intersects")[0]
     assert len(set(hit)) >= 0.97 * len(centres)
+
+
+@pytest.mark.parametrize("package", ["cellpose", "stardist", "instanseg"])
+def test_the_networks_of_the_guide(slide, package):
+    """The guide's own lines, where the network is installed and its weights can be had."""
+    pytest.importorskip(package)
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "cells.md"
+    (lines,) = [block for block in re.findall(r"```py\n(.*?)```", guide.read_text(), re.S) if package in block]
+    sdata = SpatialData(images=dict(slide[0].images))
+    try:
+        exec(lines, {"px": px, "sdata": sdata})
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"the weights of {package} cannot be had: {error}")
+    assert len(sdata["cells"]) > 20
 
 
 def test_cells_that_two_tiles_found_are_kept_once():

@@ -1,0 +1,72 @@
+"""Do tables that measured different genes teach as much as tables that measured all?
+
+    python benchmarks/panels.py
+
+Two synthetic slides of 50 genes, measured in spots. One model sees all genes of both; one sees genes 1 to 30 of the first and 21 to 50
+of the second (`totals="panel"`). Both predict a third slide, whose true expression is known: Pearson's r of log1p CP10k over its
+spots, gene by gene.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from trust import show
+
+import pixnet as px
+from pixnet._correlation import pearson
+
+
+def with_genes(sdata, genes: list[str]):
+    """Return a slide whose table measured some genes only."""
+    part = sdata.subset(["he", "spots"])
+    part["spots_counts"] = sdata["spots_counts"][:, genes].copy()
+    return part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-um", type=float, default=2500)
+    parser.add_argument("--programs", type=int, default=0, help="0: a channel for each gene")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    px.settings.progress = False
+    first, second, test = (
+        px.datasets.synthetic_tissue(args.size_um, n_genes=50, seed=seed, shapes="spots") for seed in (1, 2, 3)
+    )
+    genes = list(first["spots_counts"].var_names)
+    truth = np.log1p(px.tl.aggregate(test, "spots", image_key="truth", genes=genes, inplace=False).X)
+    panels = {"first": with_genes(first, genes[:30]), "second": with_genes(second, genes[20:])}
+    found: dict[str, list] = {"all": [], "panels": []}
+    for seed in range(args.seeds):
+        for name, slides, totals in (("all", {"first": first, "second": second}, None), ("panels", panels, "panel")):
+            common = {"genes": genes, "totals": totals, "seed": seed, "n_programs": args.programs}
+            model = px.tl.train(slides, shapes="spots", table_key="spots_counts", **common)
+            px.tl.predict(test, model, key_added="map", store="genes", overwrite=True)
+            table = px.tl.aggregate(test, "spots", image_key="map", genes=genes, inplace=False)
+            known = np.isfinite(table.X).all(axis=1) & np.isfinite(truth).all(axis=1)
+            found[name].append(pearson(np.log1p(table.X[known]), truth[known]).tolist())
+    every, partial = (np.mean(found[name], axis=0) for name in ("all", "panels"))
+    parts = {
+        "1 to 20, in the first": slice(0, 20),
+        "21 to 30, in both": slice(20, 30),
+        "31 to 50, in the second": slice(30, 50),
+    }
+    rows = {
+        name: {
+            "all": round(float(every[part].mean()), 3),
+            "panels": round(float(partial[part].mean()), 3),
+            "largest_loss": round(float((every - partial)[part].max()), 3),
+            "within_0.02": round(float(((every - partial)[part] < 0.02).mean()), 2),
+        }
+        for name, part in parts.items()
+    }
+    noise = float(np.abs(np.subtract(*found["all"][:2])).max()) if args.seeds > 1 else None
+    show({"genes": rows, "largest_difference_of_two_seeds": noise}, args.json)
+
+
+if __name__ == "__main__":
+    main()
