@@ -100,7 +100,7 @@ def test_benchmarks_use_no_private_name_of_a_module():
                 assert not private, f"{path.name} imports {private} of {node.module}"
 
 
-OPTIONAL = {"distributed", "timm", "huggingface_hub"}
+OPTIONAL = {"distributed", "timm", "huggingface_hub", "spatialdata_io"}
 """Packages that are used where they are there."""
 INSTALLED_AS = {
     "PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "openslide": "openslide-python",
