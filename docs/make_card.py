@@ -26,7 +26,13 @@ def kidney() -> None:
     def mean(key: str, value: str = "pcc_mean") -> float:
         return sum(run[key][value] for run in runs) / len(runs)
 
-    scales = {"bins_008um": "8 µm", "bins_016um": "16 µm", "bins_032um": "32 µm", "bins_056um": "56 µm", "spots": "55 µm spots"}
+    scales = {
+        "bins_008um": "8 µm",
+        "bins_016um": "16 µm",
+        "bins_032um": "32 µm",
+        "bins_056um": "56 µm",
+        "spots": "55 µm spots",
+    }
     ratios = [mean(key, "ratio") for key in scales]
     lines = [
         card.strip(),
