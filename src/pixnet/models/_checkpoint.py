@@ -36,7 +36,7 @@ models had before there was the setting; defaults of new models may change, thes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _FLOATS, _INTEGERS = {"F64", "F32", "F16", "BF16"}, {"I64", "I32"}
-_POSITIVE = ("feature_sd_", "head.area_um2", "novelty.sd", "novelty.variance", "novelty.noise")
+_POSITIVE = ("feature_sd_", "head.area_um2", "novelty.sd")
 _RENAMED = ((re.compile(r"^(members\.\d+)\.head\."), r"\1.last."), (re.compile(r"^area_um2$"), "head.area_um2"))
 """Names that tensors had in earlier versions."""
 _NOVELTY = "novelty."
