@@ -19,7 +19,7 @@ GENERATED = Path(__file__).parent / "_generated"
 
 def kidney() -> None:
     """Write the card of the kidney model, as the model itself gives it, and what its recipe reached on hidden tissue."""
-    card = px.models.load("kidney").card().split("\n", 2)[2].replace("\n## ", "\n#### ")
+    card = px.models.load("kidney").card().split("\n", 2)[2].replace("\n## ", "\n### ")
     methods = json.loads((GENERATED / "quality_kidney.json").read_text())["methods"]
     runs = methods["PixNet on spots, all genes in 64 programs"]
 
@@ -37,7 +37,7 @@ def kidney() -> None:
     lines = [
         card.strip(),
         "",
-        "#### On hidden tissue",
+        "### On hidden tissue",
         "",
         "The same recipe, trained on the upper part of the section and tested on the lower one: mean Pearson's r over the 250 genes of",
         f"highest mean, and measured over predicted amounts. Means of {len(runs)} seeds.",
