@@ -15,6 +15,9 @@ from pixnet._sdata.evidence import GeneEvidence
 TOP_GENES = 4
 """Genes that name a program."""
 
+LEAST_SHARE = 1e-3
+"""Part of a program's transcripts that such a gene has at least."""
+
 
 def is_loadings(table: AnnData) -> bool:
     """Whether a table holds the loadings of a model's programs."""
@@ -58,8 +61,10 @@ def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:
 def lift(loadings: np.ndarray) -> np.ndarray:
     """Return each gene's share of a program over its mean share of all programs, ``(programs, genes)``.
 
-    It is 0 for genes of which a program has less than of the average gene: rarer ones come and go with the seed.
+    It is 0 for genes of which a program has less than of the average gene, or less than a thousandth of its transcripts
+    (its ten largest apart): rarer ones come and go with the seed.
     """
     values = np.asarray(loadings, dtype=np.float64)
-    enough = values >= values.mean(axis=1, keepdims=True)
+    largest = np.sort(values, axis=1)[:, -10:][:, :1]
+    enough = values >= np.maximum(values.mean(axis=1, keepdims=True), np.minimum(LEAST_SHARE, largest))
     return np.where(enough, values / np.maximum(values.mean(axis=0), 1e-12), 0.0)
