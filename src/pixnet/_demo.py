@@ -141,7 +141,7 @@ def real(out: Path) -> None:
     r, low = score["pearson"], sdata["spots_genes"].var["validation_pearson_low"].reindex(score.index)
     say(f"  {len(r):,} genes over {len(sdata['spots'])} spots: {int((r > 0.3).sum()):,} with Pearson's r above 0.3")
     say(f"  mean r {r[low > 0].mean():.2f} of the {int((low > 0).sum()):,} genes that training found to be predicted,")
-    say(f"  and {r[~(low > 0)].mean():.2f} of the others: px.pl.trust(model) shows which")
+    say(f"  and {r[~(low > 0)].mean():.2f} of the others: px.pl.trust(px.models.load('her2st')) shows which")
     say()
 
 

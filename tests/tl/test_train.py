@@ -97,6 +97,11 @@ def test_few_genes_have_a_channel_each(slide, settings):
     assert model.genes == px.pp.select_genes(slide)
 
 
+def test_programs_of_logs_are_refused(slide):
+    with pytest.raises(ValueError, match="n_programs is 4; programs hold densities"):
+        px.tl.train(slide, **NO_GENES, n_programs=4, quantity="log_sum", max_epochs=1)
+
+
 def test_a_whole_transcriptome_is_held_by_programs():
     slide, rng = coloured_slide(1), np.random.default_rng(0)
     table = slide["spots_counts"]

@@ -8,7 +8,7 @@ import spatialdata as sd
 from scipy import stats
 
 import pixnet as px
-from pixnet._core.train.evidence import HeldOut, assess
+from pixnet._core.train.evidence import HeldOut, assess, most_shapes
 from pixnet._core.uncertainty import at_area, count_cdf, gamma_quantile, mean_correlation, randomised_pit
 from pixnet._evidence import COLUMNS
 from pixnet._sdata.evidence import GeneEvidence
@@ -161,6 +161,12 @@ def held_out(rng, dispersion, length, n=30, pitch=100.0, area=2376.0):
     umi = rng.uniform(2000, 6000, len(centre))
     counts = rng.poisson(predicted * np.maximum(1 + field, 0) * umi[:, None] / 1e4).astype(float)
     return HeldOut(predicted, counts, np.zeros(1), umi, np.full(len(umi), area), centre)
+
+
+def test_tables_of_whole_transcriptomes_stay_small():
+    assert most_shapes(250) == 4000
+    assert most_shapes(20_000) * 20_000 <= 2e7
+    assert most_shapes(100_000) == 500, "fewer say too little"
 
 
 def test_what_held_out_shapes_show_is_what_they_were_made_with():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -212,9 +213,13 @@ class ProgramMap(GeneMap):
         """Return the name of a program without its fingerprint."""
         return self.programs[i].split(".")[0]
 
+    @cached_property
+    def _lift(self) -> np.ndarray:
+        return lift(self.loadings)
+
     def lift(self, i: int, n: int) -> tuple[list[str], np.ndarray]:
         """Return the top genes of a program, and their share over the mean of all programs."""
-        found = lift(self.loadings)[i]
+        found = self._lift[i]
         order = np.argsort(-found, kind="stable")[:n]
         return [self.genes[j] for j in order], found[order]
 

@@ -61,10 +61,11 @@ def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:
 def lift(loadings: np.ndarray) -> np.ndarray:
     """Return each gene's share of a program over its mean share of all programs, ``(programs, genes)``.
 
-    It is 0 for genes of which a program has less than of the average gene, or less than a thousandth of its transcripts
-    (its ten largest apart): rarer ones come and go with the seed.
+    It is 0 for genes of which a program has less than of the average gene, or less than a thousandth of its transcripts:
+    rarer ones come and go with the seed. Where fewer than ten reach the thousandth, the ten largest take its place.
     """
     values = np.asarray(loadings, dtype=np.float64)
-    largest = np.sort(values, axis=1)[:, -10:][:, :1]
-    enough = values >= np.maximum(values.mean(axis=1, keepdims=True), np.minimum(LEAST_SHARE, largest))
+    kth = max(values.shape[1] - 10, 0)
+    tenth = np.partition(values, kth, axis=1)[:, kth, None]
+    enough = values >= np.maximum(values.mean(axis=1, keepdims=True), np.minimum(LEAST_SHARE, tenth))
     return np.where(enough, values / np.maximum(values.mean(axis=0), 1e-12), 0.0)

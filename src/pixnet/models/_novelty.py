@@ -30,8 +30,8 @@ STEPS = 200
 REGULARISATION = 0.1
 """Added to the variances of each Gaussian; those of the features are 1."""
 
-NEVER = -1e6
-"""Log weight of a Gaussian that is not there."""
+FAR = 1e6
+"""Stands for infinity, which checkpoints do not hold: the surprise of a Gaussian that is not there, for instance."""
 
 LEAST = 100
 """Places at least of training tissue, and of held-out tissue, for percentiles."""
@@ -128,21 +128,19 @@ class Novelty(nn.Module):
             return
         mean, sd = training.mean(axis=0), training.std(axis=0).clip(1e-3)
         rank = min(len(self.components), len(training) // 4)
-        pca = PCA(rank, random_state=seed).fit((training - mean) / sd)
-        mixture = _mixture(pca.transform((training - mean) / sd), seed)
-        k = len(mixture.weights_)
-        self.components.zero_()
-        self.factors.zero_()
-        self.offsets.zero_()
-        self.weights.fill_(NEVER)
-        factors = mixture.precisions_cholesky_
-        shift = pca.mean_ @ pca.components_.T  # components are of features as they are, a mixture's of centred ones
-        offsets = np.einsum("kr,krs->ks", mixture.means_ + shift, factors)
+        standard = (training - mean) / sd
+        components = PCA(rank, random_state=seed).fit(standard).components_
+        mixture = _mixture(standard @ components.T, seed)
+        factors, k = mixture.precisions_cholesky_, len(mixture.weights_)
+        offsets = np.einsum("kr,krs->ks", mixture.means_, factors)
         weights = np.log(mixture.weights_) + np.log(np.einsum("krr->kr", factors)).sum(axis=1)
+        for buffer in (self.components, self.factors, self.offsets):
+            buffer.zero_()
+        self.weights.fill_(-FAR)
         for buffer, value in (
             (self.mean, mean),
             (self.sd, sd),
-            (self.components[:rank], pca.components_),
+            (self.components[:rank], components),
             (self.factors[:k, :rank, :rank], factors),
             (self.offsets[:k, :rank], offsets),
             (self.weights[:k], weights),
@@ -151,7 +149,7 @@ class Novelty(nn.Module):
         unseen = torch.from_numpy(held_out).to(self.mean.device)
         scales = [_median_and_spread(surprise.double().cpu().numpy()) for surprise in self._surprise(unseen)]
         if rank == len(mean):  # nothing is off the components
-            scales[1] = (-float(NEVER), 1.0)
+            scales[1] = (FAR, 1.0)
         self.scales.copy_(torch.tensor([*scales[0], *scales[1]]))
         distance = self.distance(unseen).double().cpu().numpy()
         self.quantiles.copy_(torch.from_numpy(np.quantile(distance, np.linspace(0, 1, STEPS + 1))))

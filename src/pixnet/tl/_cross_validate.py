@@ -221,7 +221,7 @@ def _held_out(
     measured: Mapping[str, Any],
 ) -> HeldOut:
     """Return what was predicted and measured of some genes in shapes of one of the tests; NaN for genes that the fold lacks."""
-    from pixnet._core.train.evidence import MOST_SHAPES, HeldOut
+    from pixnet._core.train.evidence import HeldOut, most_shapes
 
     table = sdata[table_key]
     there = set(table.var_names) & set(sdata[reference_key].var_names)
@@ -229,8 +229,11 @@ def _held_out(
     pair = matched(
         sdata, table_key, reference_key, chosen, measured["layer"], measured["total_key"], measured["totals"]
     )
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(pair.total))[: max(1, MOST_SHAPES // n_tests)])
-    columns = [genes.index(gene) for gene in chosen]
+    drawn = np.sort(
+        np.random.default_rng(seed).permutation(len(pair.total))[: max(1, most_shapes(len(genes)) // n_tests)]
+    )
+    position = {gene: k for k, gene in enumerate(genes)}
+    columns = [position[gene] for gene in chosen]
     predicted, counts = np.full((2, len(drawn), len(genes)), np.nan)
     predicted[:, columns], counts[:, columns] = pair.predicted[drawn], pair.counts[drawn]
     rows, made = pair.rows[drawn], table.uns["pixnet"]

@@ -203,7 +203,7 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    by_gene = n_programs == 0 or quantity == "log_sum"
+    by_gene = n_programs == 0 or (n_programs is None and quantity == "log_sum")
     chosen, tables = choose_genes(genes, model, tables, held_out, every=not by_gene)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
     if model is None:

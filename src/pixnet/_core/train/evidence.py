@@ -22,8 +22,10 @@ from pixnet.models._pixnet import PixNet
 
 Floats = NDArray[np.float64]
 
-MOST_SHAPES = 4000
-"""Shapes at most that are looked at: a table of them, with all genes, is held in memory."""
+MOST_SHAPES, FEWEST_SHAPES = 4000, 500
+MOST_VALUES = 2e7
+"""Shapes at most that are looked at, and numbers at most that they are for: tables of them, with all genes, are held in
+memory (160 MB each)."""
 
 PRIOR_COUNTS = 20.0
 """Counts by which a gene's ratio of amounts is drawn to that of all genes."""
@@ -76,6 +78,11 @@ class HeldOut:
         return self.predicted * self.umi[:, None] / 1e4
 
 
+def most_shapes(n_genes: int) -> int:
+    """Return how many held-out shapes are looked at, at most."""
+    return int(np.clip(MOST_VALUES // n_genes, FEWEST_SHAPES, MOST_SHAPES))
+
+
 @torch.no_grad()
 def predict_shapes(model: PixNet, dataset: CropDataset, device: str, rng: np.random.Generator) -> list[HeldOut]:
     """Predict the shapes of the first element of each section, or of crops drawn from them."""
@@ -86,7 +93,7 @@ def predict_shapes(model: PixNet, dataset: CropDataset, device: str, rng: np.ran
     for i in rng.permutation(len(dataset)).tolist():
         drawn.append(i)
         n += max(len(t.rows) for t in dataset[i].targets.values())
-        if n >= MOST_SHAPES:
+        if n >= most_shapes(len(model.genes)):
             break
     parts: dict[int, list[HeldOut]] = {}
     for indices in _batches(dataset, sorted(drawn)):
