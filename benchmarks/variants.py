@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixnet.models import PixNet
+from pixnet.models import _losses as losses
 from pixnet.models._decoder import BLOCK_PX, ChannelNorm, StackDecoder, droppable_halo, enlarge, trim
-from pixnet.models._heads import GeneHead, LogSumHead, MeasuredShapes
+from pixnet.models._heads import GeneHead, LogSumHead, MeasuredShapes, ProgramHead
 from pixnet.models._losses import PCC_WEIGHT, cp10k_of
 from pixnet.models._paper import SeparableAttentionFusion
 
@@ -150,6 +152,21 @@ def squared_error(predicted: Tensor, cp10k: Tensor, pcc: Tensor, **counts: Tenso
 def correlation(predicted: Tensor, cp10k: Tensor, pcc: Tensor, **counts: Tensor | None) -> Tensor:
     """Return the correlation's part alone."""
     return 1 - pcc
+
+
+def correlation_of_first(n: int, predicted: Tensor, cp10k: Tensor, pcc: Tensor, **counts: Tensor | None) -> Tensor:
+    """Return the mean correlation of the first ``n`` genes, to score them alone."""
+    return losses.correlation(predicted[:, :n], torch.log1p(cp10k[:, :n])).nanmean()
+
+
+def start_at_the_mean(head: ProgramHead, measured: MeasuredShapes) -> tuple[Tensor, float]:
+    """Start all programs from the mean expression, each gene of each program shaken by a factor of about e**0.5."""
+    share = torch.from_numpy(np.asarray(measured.shares.mean(axis=0), dtype=np.float32).ravel()).clamp(min=1e-8)
+    rest = (1 - share.sum()).clamp(min=1e-8)
+    logits = torch.cat([share, rest[None]]).log().expand_as(head.loading_logits)
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(measured.seed))
+    head.loading_logits.data.copy_(logits + 0.5 * noise)
+    return torch.zeros(head.n_logits - 1), 0.0
 
 
 def poisson_and_pcc(predicted: Tensor, cp10k: Tensor, pcc: Tensor, **counts: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 
 class TissueMask:
@@ -64,9 +65,9 @@ class TissueMask:
         out = np.empty((height, width), dtype=bool)
         rows = max(1, int(4e6 // max(1, width * k * k)))  # bounds the samples held at once
         for start in range(0, height, rows):
-            stop = min(start + rows, height)
-            share = self._samples(y0 + start, x0, stop - start, width, k)
-            out[start:stop] = share.reshape(stop - start, k, width, k).mean(axis=(1, 3)) >= 0.5
+            part = y0 + start, x0, min(rows, height - start), width
+            counts = self._upright(*part, k) if not linear[0, 1] and not linear[1, 0] else self._turned(*part, k)
+            out[start : start + rows] = counts >= 0.5 * k * k
         return out
 
     def _on_slide(self, y0: int, x0: int, height: int, width: int) -> np.ndarray:
@@ -78,22 +79,28 @@ class TissueMask:
             inside.append(np.clip(np.minimum(last, pixels + 1) - np.maximum(first, pixels), 0, 1))
         return inside[0][:, None] * inside[1][None, :] >= 0.5 - 1e-9
 
-    def _samples(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
-        """Return the mask at ``k`` x ``k`` points in each pixel, ``(height * k, width * k)``."""
+    def _upright(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
+        """Return how many of ``k`` x ``k`` points in each pixel are tissue, by rows and by columns: the mask is not rotated."""
+        points, seen = [], []
+        for axis, start, size in ((1, y0, height), (0, x0, width)):
+            at = start + (np.arange(size * k) + 0.5) / k
+            found = np.floor(self.to_mask[axis, axis] * at + self.to_mask[axis, 2] + 1e-9).astype(int)
+            inside = np.flatnonzero((found >= 0) & (found < self.mask.shape[1 - axis]))
+            first, last = (found[inside].min(), found[inside].max() + 1) if len(inside) else (0, 0)
+            entries = np.ones(len(inside), np.float32), (inside // k, found[inside] - first)
+            points.append(sparse.csr_array(entries, shape=(size, last - first)))
+            seen.append(slice(first, last))
+        return (points[1] @ (points[0] @ self.mask[*seen].astype(np.float32)).T).T
+
+    def _turned(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
+        """Return how many of ``k`` x ``k`` points in each pixel are tissue, for any affine."""
         ys = y0 + (np.arange(height * k) + 0.5) / k
         xs = x0 + (np.arange(width * k) + 0.5) / k
         (a, b, c), (d, e, f) = self.to_mask[0], self.to_mask[1]
         rows, cols = self.mask.shape
-        if b == 0 and d == 0:  # no rotation: rows and columns separate
-            i = np.floor(e * ys + f + 1e-9).astype(int)
-            j = np.floor(a * xs + c + 1e-9).astype(int)
-            inside_i, inside_j = (i >= 0) & (i < rows), (j >= 0) & (j < cols)
-            found = np.zeros((len(i), len(j)), dtype=bool)
-            found[np.ix_(inside_i, inside_j)] = self.mask[np.ix_(i[inside_i], j[inside_j])]
-            return found
         j = np.floor(a * xs[None, :] + b * ys[:, None] + c + 1e-9).astype(int)
         i = np.floor(d * xs[None, :] + e * ys[:, None] + f + 1e-9).astype(int)
         inside = (i >= 0) & (i < rows) & (j >= 0) & (j < cols)
         found = np.zeros(inside.shape, dtype=bool)
         found[inside] = self.mask[i[inside], j[inside]]
-        return found
+        return found.reshape(height, k, width, k).sum(axis=(1, 3))
