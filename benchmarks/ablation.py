@@ -87,7 +87,8 @@ def sections(train, test, genes: list[str], mpp: float, stride: int) -> tuple[Se
     def opened(sdata, shapes: list[str]) -> Section:
         tables = [f"{s}_counts" for s in shapes]
         (slide,) = open_measured({"kidney": sdata}, None, shapes, tables, kidney.TOTAL_KEY)
-        return open_section(slide, slide.tables(genes, total_key=kidney.TOTAL_KEY), mpp, stride)
+        measured = slide.tables(total_key=kidney.TOTAL_KEY)  # bins have some of the genes that spots have
+        return open_section(slide, {key: t.select(genes, partial=True) for key, t in measured.items()}, mpp, stride)
 
     near, far = split_block(opened(train, ["spots", "bins_016um", "bins_032um"]))
     return near, far, opened(test, [*BINS, "spots"])
@@ -103,8 +104,7 @@ def with_the_others(genes: list[str], train) -> list[str]:
         exclude_prefixes=(),
         min_fraction=LEAST_DETECTED,
     )
-    known = set(train.tables["bins_008um_counts"].var_names) - set(genes)
-    return genes + [gene for gene in every if gene in known]
+    return genes + sorted(set(every) - set(genes))
 
 
 def build(row: dict, net: PixNet, tune_encoder: bool) -> PixNet:

@@ -1,8 +1,8 @@
 """A demonstration of every step on data that needs no download: ``python -m pixnet._demo --out demo``.
 
-It trains on the spots of one synthetic slide, predicts another that the model has not seen, sums the map over spots, cells
-and an 8 µm grid, and compares each with the truth. Where ``PIXNET_DATA_DIR`` holds real data, it also runs the shipped
-model on a real section.
+It trains on the spots of one synthetic slide, predicts another that the model has not seen, sums the map over spots,
+cells and an 8 µm grid, and compares each with the truth. Where ``PIXNET_DATA_DIR`` holds real data, it also runs the
+shipped model on a real section.
 """
 
 from __future__ import annotations

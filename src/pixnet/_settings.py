@@ -23,8 +23,8 @@ class Settings:
     Attributes
     ----------
     device
-        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA where there is a GPU, for
-        prediction also Apple's GPU, else the CPU.
+        Torch device such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``; ``None`` takes CUDA where there is a GPU,
+        for prediction also Apple's GPU, else the CPU.
     precision
         Arithmetic of prediction: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` takes bfloat16 where the
         device computes in it natively, else float32.
@@ -33,8 +33,8 @@ class Settings:
     cache_dir
         Folder of downloads. Environment variable ``PIXNET_CACHE_DIR``.
     scratch_dir
-        Folder of the maps of objects in memory and of the features of training slides, which are deleted at exit, and of the
-        state of a training that was interrupted. Environment variable ``PIXNET_SCRATCH_DIR``.
+        Folder of the maps of objects in memory and of the features of training slides, which are deleted at exit, and
+        of the state of a training that was interrupted. Environment variable ``PIXNET_SCRATCH_DIR``.
     seed
         Seed of functions whose own ``seed`` is left at ``None``.
     verbosity

@@ -100,7 +100,8 @@ def compare_placements(
     Returns
     -------
     DataFrame
-        Index ``placement``: "as given", the others, and of the shifts the best. Columns ``on_tissue`` and ``correlation``.
+        Index ``placement``: "as given", the others, and of the shifts the best. Columns ``on_tissue`` and
+        ``correlation``.
     """
     places = placements(x, y, *size, mpp)
     if total is not None:

@@ -1,8 +1,8 @@
 """How far off a prediction may be: shapes of any size, from what shapes of one size showed.
 
-The expression of a shape is Gamma distributed around its prediction, so that its counts are negative binomial. The error of
-the model is a field in space whose correlation falls exponentially with distance. A shape sees its mean, so its
-dispersion is the field's variance times the mean correlation between two points of the shape.
+The expression of a shape is Gamma distributed around its prediction, so that its counts are negative binomial. The
+error of the model is a field in space whose correlation falls exponentially with distance. A shape sees its mean, so
+its dispersion is the field's variance times the mean correlation between two points of the shape.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def count_quantile(share: float, mean: Floats, dispersion: Floats) -> Floats:
 def randomised_pit(counts: Floats, mean: Floats, dispersion: Floats, rng: np.random.Generator) -> Floats:
     """Return the randomised probability integral transform of counts: uniform on 0 to 1 where the distribution is right.
 
-    A count stands for the range of probabilities between the one below it and its own, in which a point is drawn, so that
-    few counts do not look better covered than they are (Czado, Gneiting & Held, Biometrics 2009).
+    A count stands for the range of probabilities between the one below it and its own, in which a point is drawn, so
+    that few counts do not look better covered than they are (Czado, Gneiting & Held, Biometrics 2009).
     """
     low, high = count_cdf(counts - 1, mean, dispersion), count_cdf(counts, mean, dispersion)
     return low + rng.random(counts.shape) * (high - low)

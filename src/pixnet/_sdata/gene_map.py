@@ -72,8 +72,8 @@ class GeneMap(ABC):
         TypeError
             If it is not a SpatialData object.
         ValueError
-            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made with;
-            or if none is named and none or several could be meant.
+            If the image is not a map of pixnet's, what it holds is unknown, or its loadings are not those it was made
+            with; or if none is named and none or several could be meant.
         """
         check_sdata(sdata)
         image_key = resolve_any_image(sdata, image_key)

@@ -61,8 +61,9 @@ def top_genes(loadings: pd.DataFrame, n: int = TOP_GENES) -> list[str]:
 def lift(loadings: np.ndarray) -> np.ndarray:
     """Return each gene's share of a program over its mean share of all programs, ``(programs, genes)``.
 
-    It is 0 for genes of which a program has less than of the average gene, or less than a thousandth of its transcripts:
-    rarer ones come and go with the seed. Where fewer than ten reach the thousandth, the ten largest take its place.
+    It is 0 for genes of which a program has less than of the average gene, or less than a thousandth of its
+    transcripts: rarer ones come and go with the seed. Where fewer than ten reach the thousandth, the ten largest take
+    its place.
     """
     values = np.asarray(loadings, dtype=np.float64)
     kth = max(values.shape[1] - 10, 0)

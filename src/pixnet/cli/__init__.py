@@ -82,8 +82,8 @@ def predict(
         separated by ";"). Each goes to OUT/{sample}.zarr, with a record OUT/{sample}.run.json; one that fails does not
         stop the others.
     out
-        The store to write, with a copy of the slide in it; for --samples, a folder. A store given as SLIDE is extended in
-        place without it.
+        The store to write, with a copy of the slide in it; for --samples, a folder. A store given as SLIDE is extended
+        in place without it.
     model
         Path of a model, or the name of one that ships.
     mpp

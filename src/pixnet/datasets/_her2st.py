@@ -28,9 +28,10 @@ ATTEMPTS = 3
 def her2st(section: str = "C2", *, path: str | PathLike[str] | None = None) -> SpatialData:
     """Load a section of the HER2-positive breast tumours of Andersson et al. (Nature Communications 2021).
 
-    There are 36 sections of 8 patients (A to H), measured by legacy Spatial Transcriptomics: spots of 100 µm, 200 µm apart,
-    with the H&E picture of the same section. Files come from the public repository ``almaan/her2st`` at a fixed commit
-    (about 5 MB per section), are kept under ``settings.cache_dir`` and checked against the repository's hashes at each use.
+    There are 36 sections of 8 patients (A to H), measured by legacy Spatial Transcriptomics: spots of 100 µm, 200 µm
+    apart, with the H&E picture of the same section. Files come from the public repository ``almaan/her2st`` at a fixed
+    commit (about 5 MB per section), are kept under ``settings.cache_dir`` and checked against the repository's hashes
+    at each use.
 
     Parameters
     ----------

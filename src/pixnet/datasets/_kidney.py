@@ -59,9 +59,9 @@ def kidney(
 ) -> SpatialData:
     """Load 10x Genomics' public Visium HD section of a human kidney (FFPE), in bins and in spots.
 
-    Visium HD counts in bins of 8 µm. Coarser bins are sums of whole blocks of these; blocks that lack bins are left out.
-    Spots are what Visium would have measured on the section: sums of the bins inside discs of 55 µm, 100 µm apart on a
-    hexagonal grid. So a model can be trained on spots and tested at finer scales.
+    Visium HD counts in bins of 8 µm. Coarser bins are sums of whole blocks of these; blocks that lack bins are left
+    out. Spots are what Visium would have measured on the section: sums of the bins inside discs of 55 µm, 100 µm apart
+    on a hexagonal grid. So a model can be trained on spots and tested at finer scales.
 
     Nothing is downloaded: get *Visium HD Spatial Gene Expression Library, Human Kidney (FFPE)* from the `datasets page
     <https://www.10xgenomics.com/datasets>`_ of 10x Genomics.
@@ -86,8 +86,8 @@ def kidney(
     -------
     SpatialData
         Image ``"he"`` (multiscale, its pixel size recorded), and for each name of ``shapes`` the element (circles or
-        squares, in pixels of ``"he"``) and the table ``"{name}_counts"`` of raw counts. ``obs["total_counts"]`` holds all
-        UMI of each row, also those of genes that the table lacks: the ``total_key`` of :mod:`pixnet.tl`.
+        squares, in pixels of ``"he"``) and the table ``"{name}_counts"`` of raw counts. ``obs["total_counts"]`` holds
+        all UMI of each row, also those of genes that the table lacks: the ``total_key`` of :mod:`pixnet.tl`.
 
     Raises
     ------

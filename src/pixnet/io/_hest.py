@@ -65,9 +65,9 @@ def hest(
 
     Notes
     -----
-    TENX128 and TENX155 are the same section: keep one of them out, lest a test section is trained on. The metadata gives
-    TENX153 to TENX156 to one patient, and their study to several. Both are warned of. Xenium tables hold a panel, so train
-    with ``totals="panel"``.
+    TENX128 and TENX155 are the same section: keep one of them out, lest a test section is trained on. The metadata
+    gives TENX153 to TENX156 to one patient, and their study to several. Both are warned of. Xenium tables hold a panel,
+    so train with ``totals="panel"``.
 
     Examples
     --------

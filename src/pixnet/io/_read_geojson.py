@@ -77,8 +77,8 @@ def read_geojson(
     KeyError
         If there is no such image.
     ValueError
-        If the file is damaged, is not GeoJSON, holds nothing with an area, or most of its objects lie outside the image;
-        if it looks as if it were in µm; or if ``key_added`` exists.
+        If the file is damaged, is not GeoJSON, holds nothing with an area, or most of its objects lie outside the
+        image; if it looks as if it were in µm; or if ``key_added`` exists.
 
     See Also
     --------

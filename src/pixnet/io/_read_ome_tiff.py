@@ -29,8 +29,8 @@ def read_ome_tiff(
 ) -> DataArray | DataTree | None:
     """Read a map from OME-TIFF, such as one of :func:`write_ome_tiff` or of another program, over its slide.
 
-    The map has to cover the slide, at any pixel size. :func:`pixnet.tl.aggregate` sums it over shapes like any image; one
-    with a channel ``"__total__"`` is a gene map.
+    The map has to cover the slide, at any pixel size. :func:`pixnet.tl.aggregate` sums it over shapes like any image;
+    one with a channel ``"__total__"`` is a gene map.
 
     Parameters
     ----------
@@ -59,7 +59,8 @@ def read_ome_tiff(
     KeyError
         If there is no such slide.
     ValueError
-        If the file is not a readable TIFF or not a plane of channels, does not cover the slide, or ``key_added`` exists.
+        If the file is not a readable TIFF or not a plane of channels, does not cover the slide, or ``key_added``
+        exists.
 
     Examples
     --------

@@ -29,9 +29,9 @@ def slide(
 ) -> SpatialData:
     """Open a whole-slide image; pixels are read when they are used.
 
-    The formats are Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and all
-    others that OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions, and
-    plain JPEG and PNG.
+    The formats are Aperio SVS, Hamamatsu NDPI, MIRAX, Leica SCN, Philips, Ventana, DICOM (any file of the series) and
+    all others that OpenSlide reads, OME-TIFF and generic (pyramidal) TIFF with JPEG, JPEG 2000 and other compressions,
+    and plain JPEG and PNG.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def slide(
     -------
     SpatialData
         One multiscale image ``uint8 (3, y, x)`` in coordinate systems ``"global"`` (pixels of the finest level) and
-        ``"um"``, with the pixel size recorded as by :func:`pixnet.pp.set_mpp`. Transparent pixels are white. An image of
-        one row or column has a single scale.
+        ``"um"``, with the pixel size recorded as by :func:`pixnet.pp.set_mpp`. Transparent pixels are white. An image
+        of one row or column has a single scale.
 
     Raises
     ------
@@ -57,8 +57,8 @@ def slide(
     TypeError
         If ``mpp`` is not a number, False or None.
     ValueError
-        If the file is truncated or damaged, is not 8-bit RGB, cannot be read tile by tile and is too large to be decoded
-        at once, or states no pixel size where ``mpp`` is None.
+        If the file is truncated or damaged, is not 8-bit RGB, cannot be read tile by tile and is too large to be
+        decoded at once, or states no pixel size where ``mpp`` is None.
     OSError
         When pixels are read, if the file is damaged there.
     ImportError

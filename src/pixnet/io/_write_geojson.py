@@ -45,8 +45,8 @@ def write_geojson(
 ) -> None:
     """Write shapes as GeoJSON that QuPath opens, each with its genes as measurements.
 
-    Drop the file on the open slide in QuPath, or take ``File > Import objects from file``. Coordinates are pixels of the
-    slide at full resolution. The file is written a few thousand objects at a time, and replaced in one step.
+    Drop the file on the open slide in QuPath, or take ``File > Import objects from file``. Coordinates are pixels of
+    the slide at full resolution. The file is written a few thousand objects at a time, and replaced in one step.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def write_geojson(
     path
         The file; packed with gzip if its name ends in ``.gz`` (QuPath opens ``.geojson.gz``).
     table_key
-        Table that annotates the shapes, whose values are written as measurements. ``None`` takes ``"{shapes}_genes"`` if
-        it is there; ``False`` takes none. Shapes that it has no row for get no measurement from it.
+        Table that annotates the shapes, whose values are written as measurements. ``None`` takes ``"{shapes}_genes"``
+        if it is there; ``False`` takes none. Shapes that it has no row for get no measurement from it.
     genes
         Gene or genes to write; ``None``: all of the table.
     layer

@@ -55,9 +55,9 @@ def write_ome_tiff(
     channels
         Channel or channels to write, in this order; ``None``: all.
     dtype
-        ``None`` keeps the image's own. ``"uint16"`` is for viewers that take no fractions, such as Xenium Explorer: each
-        channel is scaled so that its largest value becomes 65,535, and background becomes 0. The factor by which a pixel
-        has to be multiplied to get its value is written into the OME metadata (``Description``) for each channel.
+        ``None`` keeps the image's own. ``"uint16"`` is for viewers that take no fractions, such as Xenium Explorer:
+        each channel is scaled so that its largest value becomes 65,535, and background becomes 0. The factor by which a
+        pixel has to be multiplied to get its value is written into the OME metadata (``Description``) for each channel.
     overwrite
         Replace the file if it exists.
 

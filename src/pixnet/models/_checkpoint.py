@@ -93,8 +93,8 @@ def write_checkpoint(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
 
-    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds. So do means and spreads of
-    # features, small differences of which count.
+    # Single numbers, such as an area in µm², stay in float32: they may exceed what float16 holds. So do means and
+    # spreads of features, small differences of which count.
     def stored(name: str, t: Tensor) -> Tensor:
         exact = t.ndim == 0 or (name.startswith(_NOVELTY) and t.ndim == 1)
         return (t if exact or not t.is_floating_point() else t.to(_DTYPES[dtype])).contiguous().cpu()

@@ -46,7 +46,8 @@ class StackDecoder(nn.Module):
     """All maps of the encoder brought to the output stride and stacked, then one linear layer on each pixel.
 
     The layer is applied to each map at its own size, and sums are enlarged level by level: the same for less work.
-    ``channels`` and ``strides`` are those of the encoder's maps, finest first; ``width`` is the number of output channels.
+    ``channels`` and ``strides`` are those of the encoder's maps, finest first; ``width`` is the number of output
+    channels.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int, stride: int) -> None:

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 class Encoder(nn.Module):
     """An encoder as PixNet sees it: a pyramid of features of an RGB image. Encoders need not be derived from it.
 
-    ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most 64, and
-    maps may share one, as those of a ViT do.
-    Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It
-    normalises the image itself. It must not mix pixels over the whole image (no global pooling, no batch statistics).
+    ``strides`` and ``channels`` have one entry per feature map, finest first; every stride is a power of 2 of at most
+    64, and maps may share one, as those of a ViT do. Calling it with an image ``(N, 3, H, W)`` in 0 to 1 (H and W
+    multiples of 64) gives the maps ``(N, C, H/s, W/s)``. It normalises the image itself. It must not mix pixels over
+    the whole image (no global pooling, no batch statistics).
 
-    An encoder may state its ``reach``: for each of its stages, by the stride of the last map of the stage, the number of image
-    pixels that the stage sees beyond the edges of what it computes. ``stage(k, x)`` then gives the maps of stage ``k``, from
-    the last map of the stage before it (the first: from the image). A slide is predicted stage by stage.
+    An encoder may state its ``reach``: for each of its stages, by the stride of the last map of the stage, the number
+    of image pixels that the stage sees beyond the edges of what it computes. ``stage(k, x)`` then gives the maps of
+    stage ``k``, from the last map of the stage before it (the first: from the image). A slide is predicted stage by
+    stage.
 
     An encoder that sees its image in square blocks, each by itself, may state their side in pixels, ``block``.
     """
@@ -85,13 +86,14 @@ def register_encoder(
 ) -> None:
     """Register your encoder under a name, so that checkpoints that use it can be loaded.
 
-    An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a list of
-    feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as attributes. Strides are
-    powers of 2 up to 64; maps may share one. It normalises the image itself, and a feature depends only on what lies near its pixel: there
-    is no pooling over the whole image and no statistics of the batch. A model refuses an encoder that gives wrong shapes.
+    An encoder is an `nn.Module` that turns an RGB image ``(N, 3, H, W)`` in 0 to 1 (H and W multiples of 64) into a
+    list of feature maps ``(N, C, H/s, W/s)``, finest first, and states their ``strides`` and ``channels`` as
+    attributes. Strides are powers of 2 up to 64; maps may share one. It normalises the image itself, and a feature
+    depends only on what lies near its pixel: there is no pooling over the whole image and no statistics of the batch. A
+    model refuses an encoder that gives wrong shapes.
 
-    A convolutional encoder may also state its ``reach`` and have a method ``stage(k, x)``: slides are then predicted stage by
-    stage, without seams. See :doc:`/concepts/encoders`.
+    A convolutional encoder may also state its ``reach`` and have a method ``stage(k, x)``: slides are then predicted
+    stage by stage, without seams. See :doc:`/concepts/encoders`.
 
     An encoder that is only used, not stored, needs no name: pass the module as ``encoder=``.
 
@@ -146,8 +148,8 @@ def encoders() -> pd.DataFrame:
     DataFrame
         Index ``name``, as ``encoder=`` takes it; columns ``mpp`` (µm/px of their training images, NaN for natural
         images), ``licence``, ``weights`` (where they come from), ``parameters`` (millions) and ``needs`` (the extra to
-        install). Those of timm listed here are examples: any other CNN or ViT of timm can be named as ``"timm/NAME"`` too,
-        ``"timm/hf-hub:OWNER/NAME"`` from Hugging Face, or ``"timm/local-dir:/path"`` from a folder with its files.
+        install). Those of timm listed here are examples: any other CNN or ViT of timm can be named as ``"timm/NAME"``
+        too, ``"timm/hf-hub:OWNER/NAME"`` from Hugging Face, or ``"timm/local-dir:/path"`` from a folder with its files.
 
     Examples
     --------

@@ -234,8 +234,8 @@ class ProgramHead(Head):
     Attributes
     ----------
     loading_logits
-        ``(programs, genes + 1)``: a softmax over each row gives the loadings; the last column is that of all transcripts
-        that the model does not name.
+        ``(programs, genes + 1)``: a softmax over each row gives the loadings; the last column is that of all
+        transcripts that the model does not name.
     """
 
     total_name = TOTALS["density"]

@@ -28,8 +28,8 @@ def load(path: str | Path) -> PixNet:
         A ``.safetensors`` checkpoint of pixnet; the name of a model that ships with the package (``"her2st"`` or
         ``"kidney"``); a URL with the SHA-256 hash of its file, ``"https://.../model.safetensors#sha256:HASH"``; or a
         repository of the Hugging Face Hub, ``"hf://owner/name"`` (``pixnet[hub]``), whose file is ``model.safetensors``
-        unless it is named, and ``"hf://owner/name@revision"``. What was downloaded is kept in ``settings.cache_dir``, or
-        in the Hub's own cache.
+        unless it is named, and ``"hf://owner/name@revision"``. What was downloaded is kept in ``settings.cache_dir``,
+        or in the Hub's own cache.
 
     Returns
     -------

@@ -40,10 +40,10 @@ LEAST = 100
 class Novelty(nn.Module):
     """Percentile of the distance of features from those of the training tissue.
 
-    Features of all levels are averaged over a pixel of the coarsest. Principal components of the training tissue split them
-    in two: along the components, the surprise is the negative log density of a mixture of Gaussians, which stand for kinds
-    of tissue; off them, it is the squared distance. The distance is the larger of the two, each in spreads of held-out
-    tissue above its median, and 99 is farther than 99 % of held-out training tissue.
+    Features of all levels are averaged over a pixel of the coarsest. Principal components of the training tissue split
+    them in two: along the components, the surprise is the negative log density of a mixture of Gaussians, which stand
+    for kinds of tissue; off them, it is the squared distance. The distance is the larger of the two, each in spreads of
+    held-out tissue above its median, and 99 is farther than 99 % of held-out training tissue.
 
     Parameters
     ----------

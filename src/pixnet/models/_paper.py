@@ -121,15 +121,15 @@ class SeparableAttentionFusion(nn.Module):
 class PaperDecoder(nn.Module):
     """U-Net decoder with depth-to-space blocks at the deep levels and attention fusion at the three shallow ones.
 
-    Levels double their stride from the output's to 32. The deepest starts from the encoder's last map and is unfolded, without
-    skips, to the third; there, and at the two finer levels, an encoder map is fused in. Each encoder map is brought to its
-    level's channels by a 1x1 convolution and to its size by interpolation.
+    Levels double their stride from the output's to 32. The deepest starts from the encoder's last map and is unfolded,
+    without skips, to the third; there, and at the two finer levels, an encoder map is fused in. Each encoder map is
+    brought to its level's channels by a 1x1 convolution and to its size by interpolation.
 
     Parameters
     ----------
     channels, strides
-        Of the encoder's maps, finest first; the deepest level takes the last, the shallow ones those that follow from the one
-        nearest to the output stride.
+        Of the encoder's maps, finest first; the deepest level takes the last, the shallow ones those that follow from
+        the one nearest to the output stride.
     widths
         Channels of the levels, finest first: one for each.
     stride

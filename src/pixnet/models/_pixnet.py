@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 class PixNet(nn.Module):
     """Dense prediction of gene expression from H&E: encoder, decoder, and a head that says what the channels mean.
 
-    The densities are those of transcripts in linear space, so they add up over any shape. A head of genes has a channel for
-    each gene, and the last, ``__total__``, is the density of all transcripts, which averages 10,000 over the training
-    shapes. A head of programs (``n_programs=``) has a few nonnegative channels that add up to that total, and ``loadings``
-    that say which share of each program every gene has: any number of genes for the cost of a few channels.
+    The densities are those of transcripts in linear space, so they add up over any shape. A head of genes has a channel
+    for each gene, and the last, ``__total__``, is the density of all transcripts, which averages 10,000 over the
+    training shapes. A head of programs (``n_programs=``) has a few nonnegative channels that add up to that total, and
+    ``loadings`` that say which share of each program every gene has: any number of genes for the cost of a few
+    channels.
 
     Parameters
     ----------
@@ -55,18 +56,18 @@ class PixNet(nn.Module):
     members
         Decoders side by side on the one encoder; the map is their mean. None: 1.
     quantity
-        Quantity that a gene's channel holds. ``"density"``: linear density of its transcripts. ``"log_sum"``: a value per µm²
-        whose sum over a shape is its log1p CP10k (the published way; right at the size of the training shapes), and may be
-        negative. The total is a linear density in both cases. None: ``"density"``.
+        Quantity that a gene's channel holds. ``"density"``: linear density of its transcripts. ``"log_sum"``: a value
+        per µm² whose sum over a shape is its log1p CP10k (the published way; right at the size of the training shapes),
+        and may be negative. The total is a linear density in both cases. None: ``"density"``.
     n_programs
         Number of programs that the map holds in place of genes; 2 or more. None: a channel for each gene.
     zoom
         Factor by which an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to
         1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
     window, halo
-        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what they see
-        beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64. An encoder that states its
-        reach sees as far as it reaches, whatever the halo.
+        Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what
+        they see beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64. An encoder
+        that states its reach sees as far as it reaches, whatever the halo.
     pretrained
         Load the encoder's pretrained weights.
 
@@ -75,7 +76,8 @@ class PixNet(nn.Module):
     TypeError
         If genes are not strings.
     ValueError
-        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` do not fit the decoder.
+        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` do not fit the
+        decoder.
 
     References
     ----------
@@ -166,12 +168,12 @@ class PixNet(nn.Module):
     ) -> PixNet:
         """Build PixNet as published, to be trained with ``pixnet.tl.train(sdata, model=...)``.
 
-        A ViT's tokens after its groups of blocks 2, 4 and 6 of 8 and after the last become a pyramid. The last is unfolded by
-        depth-to-space blocks, the three intermediate ones are fused in by separable attention at the three finest levels,
-        and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the shape's
-        library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model carries these
-        settings in ``training_options``; `pixnet.tl.train` uses them unless told otherwise, and logs them.
-        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
+        A ViT's tokens after its groups of blocks 2, 4 and 6 of 8 and after the last become a pyramid. The last is
+        unfolded by depth-to-space blocks, the three intermediate ones are fused in by separable attention at the three
+        finest levels, and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the
+        shape's library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model
+        carries these settings in ``training_options``; `pixnet.tl.train` uses them unless told otherwise, and logs
+        them. :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Parameters
         ----------
@@ -182,8 +184,9 @@ class PixNet(nn.Module):
         mpp, members, zoom, window, halo, pretrained
             As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
-            Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has the
-            levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three fusions.
+            Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has
+            the levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three
+            fusions.
         widths
             Filters of the levels, finest first; as many of them as there are levels are used.
         quantity
@@ -310,7 +313,8 @@ class PixNet(nn.Module):
         image
             RGB in 0 to 1, ``(N, 3, H, W)``; H and W multiples of 64.
         channels
-            Indices of the wanted genes (of `genes`), followed by the total's, which is the number of genes; None: `channels`.
+            Indices of the wanted genes (of `genes`), followed by the total's, which is the number of genes; None:
+            `channels`.
         crop
             Map pixels to leave out at each edge: those of a halo, most of which is needed by the encoder alone.
 

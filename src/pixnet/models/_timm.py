@@ -23,14 +23,15 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 class TimmEncoder(nn.Module):
     """A timm model as a feature pyramid.
 
-    CNNs give their own feature maps. Of a ViT, the tokens after each quarter of its blocks become four maps, all at the stride of
-    its tokens, 16: decoders enlarge them. A ViT with patches of 14 sees its blocks reduced to 14/16, so that a token stands
-    for 16 pixels.
+    CNNs give their own feature maps. Of a ViT, the tokens after each quarter of its blocks become four maps, all at the
+    stride of its tokens, 16: decoders enlarge them. A ViT with patches of 14 sees its blocks reduced to 14/16, so that
+    a token stands for 16 pixels.
 
     Parameters
     ----------
     name
-        As `timm.create_model` takes it, such as ``"resnet18"``, ``"hf-hub:MahmoodLab/UNI2-h"`` or ``"local-dir:/path"``.
+        As `timm.create_model` takes it, such as ``"resnet18"``, ``"hf-hub:MahmoodLab/UNI2-h"`` or
+        ``"local-dir:/path"``.
     pretrained
         Load its weights (from the hub, timm's cache or the folder).
     **options

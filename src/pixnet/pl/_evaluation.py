@@ -30,8 +30,8 @@ def evaluation(
     ----------
     df
         The result of :func:`pixnet.tl.evaluate`, or several by name, for instance one for each scale. A table with a
-        column ``section`` gives a curve for each of its sections, the result of :func:`pixnet.tl.cross_validate` one for
-        each held-out group.
+        column ``section`` gives a curve for each of its sections, the result of :func:`pixnet.tl.cross_validate` one
+        for each held-out group.
     n_named
         Number of the best and of the worst genes to name of each curve; ``None``: 5 of a single one, 2 of each of up to
         four, none of more.

@@ -47,8 +47,9 @@ def gene_map(
     """Show the map of one or several genes, with the H&E beside or under it.
 
     The picture is read from the pyramid level that fits the figure, so that slides of any size show at once. Pixels
-    without a prediction (background) are transparent. Where the map knows it, the title tells Pearson's r of the gene on
-    held-out shapes, in another colour where its 95 % interval reaches 0: such a map says nothing, however crisp it looks.
+    without a prediction (background) are transparent. Where the map knows it, the title tells Pearson's r of the gene
+    on held-out shapes, in another colour where its 95 % interval reaches 0: such a map says nothing, however crisp it
+    looks.
 
     Parameters
     ----------

@@ -38,20 +38,22 @@ def programs(
 ) -> Axes | np.ndarray:
     """Show the maps of programs beside the H&E, each named by its top genes, or bars of these genes.
 
-    Programs are the channels of a map that `pixnet.tl.predict` writes with ``store="programs"``. Each is drawn as its part of
-    10,000 transcripts. Its top genes are those of which it has most, relative to the mean over all programs (the lift).
+    Programs are the channels of a map that `pixnet.tl.predict` writes with ``store="programs"``. Each is drawn as its
+    part of 10,000 transcripts. Its top genes are those of which it has most, relative to the mean over all programs
+    (the lift).
 
     Parameters
     ----------
     sdata
         Object with a program map and the table of its loadings.
     programs
-        Programs by number, from 1, or by name (``"P03"``), in the order of the panels. None: those that differ most from
-        place to place, at most 12.
+        Programs by number, from 1, or by name (``"P03"``), in the order of the panels. None: those that differ most
+        from place to place, at most 12.
     image_key
         The program map. None: the only one.
     he_key
-        The H&E image for the first panel. None: the one that the map was made from, or the object's only one. False: none.
+        The H&E image for the first panel. None: the one that the map was made from, or the object's only one. False:
+        none.
     n_genes
         Genes in a bar list.
     kind
@@ -63,8 +65,8 @@ def programs(
     ax
         Axes to draw in: one, which is divided, or one for each panel. None: a new figure.
     box
-        Part of the slide to show, ``(x0, y0, x1, y1)`` in µm from the upper left corner of the H&E (of the map where none is
-        shown). None: the part with predictions; ``"slide"``: all.
+        Part of the slide to show, ``(x0, y0, x1, y1)`` in µm from the upper left corner of the H&E (of the map where
+        none is shown). None: the part with predictions; ``"slide"``: all.
     percentiles
         Lower and upper percentile of the shown pixels at which colours end.
     scalebar

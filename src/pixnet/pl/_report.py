@@ -52,13 +52,13 @@ def report(
 ) -> None:
     """Write a page (HTML) in which any gene of a map can be typed and seen over the slide.
 
-    The page is one file of at most 15 MB that needs no network: the H&E with pan and zoom, over it the map of the gene that
-    is typed, which the page computes from the programs and their loadings. It lists the most trusted genes first, each with
-    its evidence from held-out tissue, and shows the novelty of the tissue as a layer where `pixnet.tl.predict` wrote one.
-    What to beware of comes first, in plain words.
+    The page is one file of at most 15 MB that needs no network: the H&E with pan and zoom, over it the map of the gene
+    that is typed, which the page computes from the programs and their loadings. It lists the most trusted genes first,
+    each with its evidence from held-out tissue, and shows the novelty of the tissue as a layer where
+    `pixnet.tl.predict` wrote one. What to beware of comes first, in plain words.
 
-    Values are CP10k in squares as small as the size of the file allows. Each square is summed as `pixnet.tl.aggregate` sums
-    a shape. The page states how far rounding may have moved them.
+    Values are CP10k in squares as small as the size of the file allows. Each square is summed as `pixnet.tl.aggregate`
+    sums a shape. The page states how far rounding may have moved them.
 
     Parameters
     ----------
@@ -71,8 +71,8 @@ def report(
     he_key
         The H&E image. None: the one that the map was predicted from, or the object's only one. False: none.
     genes
-        Genes that can be typed; ``"trusted"``: those that held-out shapes showed to be predicted. None: all genes of a program map; of a map with a channel for each gene the most trusted
-        ones, as many as fit (about 200).
+        Genes that can be typed; ``"trusted"``: those that held-out shapes showed to be predicted. None: all genes of a
+        program map; of a map with a channel for each gene the most trusted ones, as many as fit (about 200).
     title
         Title of the page. None: the name of the store, or of the slide.
     warnings

@@ -34,9 +34,9 @@ def training(model: PixNet, *, ax: Axes | Sequence[Axes] | None = None) -> Axes 
     Axes or ndarray of Axes
         Loss of expression, Pearson's r, loss of totals; a single Axes where the history has one of them only. A dashed
         line and a ring mark the epoch that validation chose. The legend says whether the model was then trained anew on
-        all data, as :func:`pixnet.tl.train` does by default: the curves are of the run with held-out shapes, the weights
-        of the one after it. Epochs of a model that was trained further are counted on, and a solid line marks where its
-        next training began.
+        all data, as :func:`pixnet.tl.train` does by default: the curves are of the run with held-out shapes, the
+        weights of the one after it. Epochs of a model that was trained further are counted on, and a solid line marks
+        where its next training began.
 
     Raises
     ------

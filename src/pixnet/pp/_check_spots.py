@@ -35,11 +35,12 @@ def check_spots(
 ) -> pd.DataFrame:
     """Check that spots, bins or cells lie on the slide where they were measured.
 
-    Coordinates that are mirrored, turned, in µm, or whose x and y are exchanged, train a model on the wrong pixels without
-    any error. Where tissue is round, most of them still lie on it. So two things are compared for the eight orientations
-    and for small shifts: how many shapes are on tissue, and how well the transcripts that were measured in each follow
-    the haematoxylin under it, which is high where cells are dense. The placement as given should fit best. A warning is
-    logged where another fits clearly better, or where few shapes are on tissue. Look at the picture as well.
+    Coordinates that are mirrored, turned, in µm, or whose x and y are exchanged, train a model on the wrong pixels
+    without any error. Where tissue is round, most of them still lie on it. So two things are compared for the eight
+    orientations and for small shifts: how many shapes are on tissue, and how well the transcripts that were measured in
+    each follow the haematoxylin under it, which is high where cells are dense. The placement as given should fit best.
+    A warning is logged where another fits clearly better, or where few shapes are on tissue. Look at the picture as
+    well.
 
     Parameters
     ----------
@@ -50,13 +51,13 @@ def check_spots(
     image_key
         The H&E image; ``None``: the recorded one, else the only one.
     table_key
-        Table of measured counts of the shapes. ``None``: the recorded one, else the only one that annotates them; without
-        any, only tissue is compared. ``False``: only tissue.
+        Table of measured counts of the shapes. ``None``: the recorded one, else the only one that annotates them;
+        without any, only tissue is compared. ``False``: only tissue.
     total_key
         Column of the table's ``obs`` that holds all transcripts of each shape; ``None``: the sum over its genes.
     mask_key
-        Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it; ``False`` takes the whole image
-        for tissue, so that only shapes outside the image are found.
+        Labels that mark tissue; ``None`` takes ``"{image_key}_tissue"``, else computes it; ``False`` takes the whole
+        image for tissue, so that only shapes outside the image are found.
     coordinate_system
         The coordinate system that shapes and image share; ``None`` takes "global" if shared, else the first shared one.
     plot

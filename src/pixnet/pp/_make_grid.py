@@ -70,8 +70,8 @@ def make_grid(
     KeyError
         If an element is missing.
     ValueError
-        If ``size_um`` is not positive, ``shape`` is unknown, the pixel size is unknown, ``key_added`` exists, or no shape would
-        be on tissue.
+        If ``size_um`` is not positive, ``shape`` is unknown, the pixel size is unknown, ``key_added`` exists, or no
+        shape would be on tissue.
 
     Examples
     --------

@@ -31,9 +31,10 @@ def normalize_stain(
     """Bring the stain of a slide to that of the slides a model was trained on, for slides of another laboratory or patient.
 
     Mean and standard deviation of the optical density of the tissue, in R, G and B, become those that the model keeps
-    of its training slides. Predict from the new image then: ``pixnet.tl.predict(sdata, model, image_key="he_normalized")``.
-    The benchmarks say when it helps (a new patient) and when not (a section like those trained on). It makes tissue of
-    another organ look familiar, too: how the stain differed before is recorded, and `pixnet.tl.predict` warns of it.
+    of its training slides. Predict from the new image then: ``pixnet.tl.predict(sdata, model,
+    image_key="he_normalized")``. The benchmarks say when it helps (a new patient) and when not (a section like those
+    trained on). It makes tissue of another organ look familiar, too: how the stain differed before is recorded, and
+    `pixnet.tl.predict` warns of it.
 
     Parameters
     ----------
@@ -55,8 +56,8 @@ def normalize_stain(
     Returns
     -------
     DataArray, DataTree or None
-        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its pixel size and its
-        tissue mask, if it has one, are those of the image.
+        RGB ``uint8 (c, y, x)`` with the levels and coordinate systems of the image; lazy, unless stored. Its pixel size
+        and its tissue mask, if it has one, are those of the image.
 
     Raises
     ------
@@ -65,8 +66,8 @@ def normalize_stain(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If the pixel size is unknown, the slide has no tissue, the name is taken, or the model does not know the stain of its training
-        slides.
+        If the pixel size is unknown, the slide has no tissue, the name is taken, or the model does not know the stain
+        of its training slides.
 
     Notes
     -----

@@ -51,8 +51,8 @@ def segment_cells(
 
     The slide is read in tiles that overlap, so that no cell is cut where two tiles meet. Without ``method``, nuclei are
     found by their haematoxylin and cut apart with a watershed, and the result does not depend on the tiles. That is
-    quick and right for most nuclei. Trained networks are better where nuclei are pale or lie on one another; any of them
-    can be the ``method``.
+    quick and right for most nuclei. Trained networks are better where nuclei are pale or lie on one another; any of
+    them can be the ``method``.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def segment_cells(
     TypeError
         If ``method`` returns anything but integers of a tile's size.
     ValueError
-        If the pixel size is unknown or above 1 µm/px, a value is out of range, ``key_added`` exists, there is no tissue,
-        or no cell is found.
+        If the pixel size is unknown or above 1 µm/px, a value is out of range, ``key_added`` exists, there is no
+        tissue, or no cell is found.
 
     See Also
     --------

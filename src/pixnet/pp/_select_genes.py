@@ -61,8 +61,8 @@ def select_genes(
     KeyError
         If a table, layer or ``obs`` column is missing.
     ValueError
-        If no gene qualifies, names are repeated, values are not raw counts, or totals without ``total_key`` would be sums
-        over very different numbers of genes.
+        If no gene qualifies, names are repeated, values are not raw counts, or totals without ``total_key`` would be
+        sums over very different numbers of genes.
 
     Examples
     --------

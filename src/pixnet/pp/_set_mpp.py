@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def set_mpp(sdata: SpatialData, image_key: str, mpp: float) -> None:
     """Set the pixel size (µm/px) of an image.
 
-    It becomes the transformation of the image to the coordinate system ``"pixnet_um"``, so that crops and copies keep it.
-    No other coordinate system implies a pixel size. The readers of :mod:`pixnet.io` and :mod:`pixnet.datasets` set it if
-    the file states it.
+    It becomes the transformation of the image to the coordinate system ``"pixnet_um"``, so that crops and copies keep
+    it. No other coordinate system implies a pixel size. The readers of :mod:`pixnet.io` and :mod:`pixnet.datasets` set
+    it if the file states it.
 
     Parameters
     ----------

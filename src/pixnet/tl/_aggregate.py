@@ -95,22 +95,23 @@ def aggregate(
 
         ``X``
             float32. From a gene map: CP10k, counts per 10,000 transcripts, as the ratio of sums
-            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). A map of the published model
-            (``PixNet.paper``), whose total is called ``__total_log_sum__``: ``expm1`` of its sum over the predicted area in
-            µm². From any other image: the (first) statistic of each channel.
+            ``1e4 * sum(gene) / sum(__total__)`` (take ``log1p`` yourself, after aggregation). A map of the published
+            model (``PixNet.paper``), whose total is called ``__total_log_sum__``: ``expm1`` of its sum over the
+            predicted area in µm². From any other image: the (first) statistic of each channel.
         ``layers``
-            From a gene map: ``"density"``, the area mean of its values; with ``interval``, ``"lower"`` and ``"upper"`` in
-            CP10k; statistics other than the mean are layers of
-            these values (``"sum"`` times µm²). From any other image: the further statistics; ``"sum"`` is over pixels.
+            From a gene map: ``"density"``, the area mean of its values; with ``interval``, ``"lower"`` and ``"upper"``
+            in CP10k; statistics other than the mean are layers of these values (``"sum"`` times µm²). From any other
+            image: the further statistics; ``"sum"`` is over pixels.
         ``obs``
             ``region`` and ``instance_id``, which link rows to shapes; ``area`` of the whole shape in µm²;
             ``coverage``, the share of it that has predictions; from a gene map ``total``, the mean of ``__total__``
-            over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities; and ``novelty``, the
-            mean percentile of how unlike the training tissue it is, where `pixnet.tl.predict` wrote that.
+            over the predicted pixels / 1e4, so that ``X = density / total`` where the map holds densities; and
+            ``novelty``, the mean percentile of how unlike the training tissue it is, where `pixnet.tl.predict` wrote
+            that.
         ``var``
-            From a gene map whose model knows: what held-out shapes showed of each gene. ``validation_pearson`` with the ends
-            of its 95 % interval (``_low``, ``_high``), ``validation_ratio`` (measured over predicted amounts, before they
-            were balanced), ``noise_ceiling`` (the r of a perfect prediction) and ``dispersion``.
+            From a gene map whose model knows: what held-out shapes showed of each gene. ``validation_pearson`` with the
+            ends of its 95 % interval (``_low``, ``_high``), ``validation_ratio`` (measured over predicted amounts,
+            before they were balanced), ``noise_ceiling`` (the r of a perfect prediction) and ``dispersion``.
         ``obsm["spatial"]``
             Centroids in the coordinate system.
         ``uns["pixnet"]``
@@ -124,20 +125,22 @@ def aggregate(
         If an argument or a geometry is of the wrong type.
     ValueError
         If an argument has a wrong value, no coordinate system is shared, ids repeat, geometries are invalid, the name
-        of a table is taken, or sums need the pixel size and it is not known. All of this is checked before any pixel is read.
+        of a table is taken, or sums need the pixel size and it is not known. All of this is checked before any pixel is
+        read.
 
     Notes
     -----
     A quantile is the value below which that share of a shape's area lies; where a range of values does it, its middle,
     so that the median of whole pixels is numpy's. Quantiles are exact. For this the pixels of shapes that reach over
-    several tiles of the image (512 px, or its chunks if larger) are kept until the last tile of the shape, which may take
-    2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are those of
-    its densities, pixel by pixel.
+    several tiles of the image (512 px, or its chunks if larger) are kept until the last tile of the shape, which may
+    take 2 GB; an aggregation that would take more is refused before any pixel is read. Quantiles of a gene map are
+    those of its densities, pixel by pixel.
 
-    Intervals: the expression of a shape is taken to be Gamma distributed around the prediction, so that counts of a shape
-    are negative binomial. A gene's dispersion is what held-out shapes had beyond counting noise. The error of the model is
-    taken to be a field in space whose correlation falls exponentially with distance, over a length that neighbouring
-    held-out shapes tell; a shape sees its mean, so smaller shapes have more dispersion and larger ones less.
+    Intervals: the expression of a shape is taken to be Gamma distributed around the prediction, so that counts of a
+    shape are negative binomial. A gene's dispersion is what held-out shapes had beyond counting noise. The error of the
+    model is taken to be a field in space whose correlation falls exponentially with distance, over a length that
+    neighbouring held-out shapes tell; a shape sees its mean, so smaller shapes have more dispersion and larger ones
+    less.
 
     If a ``dask.distributed`` client is in scope, its workers do the work, with the same result. Where the pixel size of
     the image is unknown, ``area`` is in pixels, and ``uns["pixnet"]["area_unit"]`` says so.

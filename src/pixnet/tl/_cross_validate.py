@@ -81,8 +81,8 @@ def cross_validate(
         A model that was never trained (such as `pixnet.models.PixNet.paper` gives), to start from in each fold.
     update
         A model that `pixnet.tl.train` made of all objects with the same arguments. Its ``evidence`` becomes that of the
-        groups that were held out, over all folds: what to expect on the next patient, if the groups are patients. Ratios
-        and dispersions then hold for slides that no amount was balanced with.
+        groups that were held out, over all folds: what to expect on the next patient, if the groups are patients.
+        Ratios and dispersions then hold for slides that no amount was balanced with.
     image_key, shapes, table_key, genes, layer, total_key, totals, mask_key, seed, device
         As for `pixnet.tl.train`. ``genes=None`` chooses them in each fold.
     **train_options
@@ -91,9 +91,9 @@ def cross_validate(
     Returns
     -------
     DataFrame
-        Tidy: columns ``fold``, ``group``, ``gene``, ``metric`` ("pearson", "mse", "mae") and ``value``; also ``section``
-        where a group has several objects, and ``shapes`` where several elements are tested. Correlations are within a
-        section.
+        Tidy: columns ``fold``, ``group``, ``gene``, ``metric`` ("pearson", "mse", "mae") and ``value``; also
+        ``section`` where a group has several objects, and ``shapes`` where several elements are tested. Correlations
+        are within a section.
 
     Raises
     ------

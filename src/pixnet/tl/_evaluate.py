@@ -63,8 +63,8 @@ def evaluate(
     total_key
         Column of the measured table's obs with all UMI. None: the sum over all its columns.
     totals
-        ``"all"``: the measured total is that of all transcripts. ``"panel"``: it is that of the genes that both tables have,
-        and the prediction is compared within them.
+        ``"all"``: the measured total is that of all transcripts. ``"panel"``: it is that of the genes that both tables
+        have, and the prediction is compared within them.
     interval
         Probability (between 0 and 1) of the intervals whose coverage is told.
 
@@ -101,10 +101,10 @@ def evaluate(
 
     Notes
     -----
-    Counts are negative binomial around the prediction, with the dispersion that held-out shapes had, brought to the area of
-    each shape (see `pixnet.tl.aggregate`). A count is put at a random place within its own probability (randomised PIT:
-    Czado, Gneiting & Held, Biometrics 2009), so that coverage is not flattered where counts are few. At most some
-    thousand rows, drawn at random, are looked at for it.
+    Counts are negative binomial around the prediction, with the dispersion that held-out shapes had, brought to the
+    area of each shape (see `pixnet.tl.aggregate`). A count is put at a random place within its own probability
+    (randomised PIT: Czado, Gneiting & Held, Biometrics 2009), so that coverage is not flattered where counts are few.
+    At most some thousand rows, drawn at random, are looked at for it.
 
     Per-section and pooled figures differ: pooled correlations include differences between sections. The first quartile,
     median and mean are PCC@F, PCC@S and PCC@M of EGN and PixNet (arXiv 2503.01347).

@@ -61,8 +61,8 @@ def gene_channels(
     overwrite
         Replace an image of that name.
     inplace
-        Store the map, add it to ``sdata`` and return None. False returns it as a lazy, single-scale DataArray and writes
-        nothing.
+        Store the map, add it to ``sdata`` and return None. False returns it as a lazy, single-scale DataArray and
+        writes nothing.
 
     Returns
     -------

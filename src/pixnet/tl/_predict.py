@@ -57,14 +57,14 @@ def predict(
 ) -> DataArray | dict[str, DataArray | AnnData] | None:
     """Predict dense gene maps of a slide.
 
-    The map is an image element that holds expected densities of transcripts, in linear space, and NaN on background: one
-    channel per gene and a last channel ``__total__``, or the programs of the model, which add up to that total, with a table
-    of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. A second image,
+    The map is an image element that holds expected densities of transcripts, in linear space, and NaN on background:
+    one channel per gene and a last channel ``__total__``, or the programs of the model, which add up to that total,
+    with a table of their loadings. `pixnet.tl.aggregate` and `pixnet.pl` answer for genes from both. A second image,
     ``"{image_key}_novelty"`` (or ``"{key_added}_novelty"``), says how unlike the training tissue each place is.
 
     The slide is predicted tile by tile, so memory does not grow with it. The map streams to a zarr store: that of the
-    object, or one under ``settings.scratch_dir`` that is deleted at exit. With a ``dask.distributed`` client in scope, the
-    tiles run on its workers.
+    object, or one under ``settings.scratch_dir`` that is deleted at exit. With a ``dask.distributed`` client in scope,
+    the tiles run on its workers.
 
     Parameters
     ----------
@@ -75,16 +75,17 @@ def predict(
     image_key
         The H&E image. ``None``: the recorded one, else the only one.
     genes
-        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``"trusted"``: those whose
-        held-out correlation is above 0 with its whole 95 % interval. ``__total__`` is always added.
+        Genes of the map, in this order: one name or several. ``None``: all genes of the model. ``"trusted"``: those
+        whose held-out correlation is above 0 with its whole 95 % interval. ``__total__`` is always added.
     store
-        ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at any
-        scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else programs.
+        ``"genes"``: a channel for each gene. ``"programs"``: the programs of the model, which give any of its genes at
+        any scale, exactly. ``None``: genes where there are at most 1,000 of them or the model has no programs, else
+        programs.
     region
-        The part of the slide to predict: a shapes or labels element, a GeoDataFrame, a shapely polygon, or a bounding box
-        ``(x0, y0, x1, y1)``; polygons and boxes in pixels of the image at full resolution. The map has the size of the whole
-        slide: pixels that the region touches have the values that they have in the map of the whole slide, others are NaN,
-        and so is background. ``None``: the whole slide.
+        The part of the slide to predict: a shapes or labels element, a GeoDataFrame, a shapely polygon, or a bounding
+        box ``(x0, y0, x1, y1)``; polygons and boxes in pixels of the image at full resolution. The map has the size of
+        the whole slide: pixels that the region touches have the values that they have in the map of the whole slide,
+        others are NaN, and so is background. ``None``: the whole slide.
     mask_key
         Labels element that marks tissue (nonzero), of any resolution. ``None``: ``"{image_key}_tissue"``, else computed
         and not kept. ``False``: everything is tissue. A map pixel is tissue when at least half of it is.
@@ -92,17 +93,17 @@ def predict(
         Pixel size of the map (µm/px). ``None``: that of the model's output, its pixel size times its stride. In a
         coarser map, a pixel is the mean over its tissue, weighted by area.
     tile_size
-        Side of the tiles in model pixels, rounded up to whole windows of the model. It changes the memory that is needed
-        and not the result. ``None``: about 256 map pixels.
+        Side of the tiles in model pixels, rounded up to whole windows of the model. It changes the memory that is
+        needed and not the result. ``None``: about 256 map pixels.
     precision
-        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only). ``None``: ``settings.precision``, else bfloat16 if the
-        device computes in it natively, else float32. The map is stored as float32 in any case.
+        ``"float32"``, ``"bfloat16"`` or ``"float16"`` (GPU only). ``None``: ``settings.precision``, else bfloat16 if
+        the device computes in it natively, else float32. The map is stored as float32 in any case.
     key_added
-        Name of the map; ``None`` is ``"{image_key}_genes"``, of programs ``"{image_key}_programs"``. Their loadings are the
-        table ``"{image_key}_loadings"``, or ``"{key_added}_loadings"``.
+        Name of the map; ``None`` is ``"{image_key}_genes"``, of programs ``"{image_key}_programs"``. Their loadings are
+        the table ``"{image_key}_loadings"``, or ``"{key_added}_loadings"``.
     scale_factors
-        How much coarser each level of the map's pyramid is than the one before. A pixel is the mean of a block of pixels
-        of that level; what is left of a last block is left out.
+        How much coarser each level of the map's pyramid is than the one before. A pixel is the mean of a block of
+        pixels of that level; what is left of a last block is left out.
     device
         Torch device. ``None``: ``settings.device``, else a GPU if there is one.
     overwrite
@@ -116,8 +117,8 @@ def predict(
     Returns
     -------
     DataArray, dict or None
-        ``(c, y, x)`` with gene names on ``c``, in the coordinate systems of the image. Of programs, a dict of two elements by
-        their names: the map, and its loadings.
+        ``(c, y, x)`` with gene names on ``c``, in the coordinate systems of the image. Of programs, a dict of two
+        elements by their names: the map, and its loadings.
 
     Raises
     ------
@@ -128,13 +129,14 @@ def predict(
     PermissionError
         If the store cannot be written to.
     RuntimeError
-        If a part of the image cannot be read (the message says which part), if one window of the model does not fit into
-        the memory of the device, or if another process is writing the same map.
+        If a part of the image cannot be read (the message says which part), if one window of the model does not fit
+        into the memory of the device, or if another process is writing the same map.
     TypeError
         If an argument or the image's pixels are of the wrong type.
     ValueError
         If the pixel size is unknown or more than 2 times coarser than that of the model, if there is no tissue, if
-        ``region`` is empty or outside the slide, if ``key_added`` exists, if programs are asked of a model that has none, or an argument is out of range.
+        ``region`` is empty or outside the slide, if ``key_added`` exists, if programs are asked of a model that has
+        none, or an argument is out of range.
 
     Notes
     -----
@@ -145,22 +147,22 @@ def predict(
     if one of them was interrupted and resumed. Other processors, precisions or thread counts round differently.
 
     If the stain or the sharpness of the slide lies far outside that of the training slides, a warning names the
-    difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong pixel
-    size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
+    difference: the mean optical density, its spread, the share of a colour, or the amount of detail, which a wrong
+    pixel size changes. Without a mask (``mask_key=False``), glass counts as tissue, and the slide is compared only with
     training slides without a mask.
 
-    Novelty is a percentile: 99 is farther from the training tissue than 99 % of held-out training tissue. The distance is
-    that of the encoder's features, averaged over its coarsest pixel (8 to 32 µm), under a probabilistic principal component
-    analysis of those of the training shapes. A warning gives the share of tissue above 99 if it is more than 5 %; 1 % is
-    expected. An earlier image of novelty of that name is replaced. Models that were trained by an earlier version, or with
-    too few shapes, write none, and neither does ``inplace=False``.
+    Novelty is a percentile: 99 is farther from the training tissue than 99 % of held-out training tissue. The distance
+    is that of the encoder's features, averaged over its coarsest pixel (8 to 32 µm), under a probabilistic principal
+    component analysis of those of the training shapes. A warning gives the share of tissue above 99 if it is more than
+    5 %; 1 % is expected. An earlier image of novelty of that name is replaced. Models that were trained by an earlier
+    version, or with too few shapes, write none, and neither does ``inplace=False``.
 
-    The log names the tissue that the model was trained on, where its ``provenance["tissue"]`` says it; set it before you
-    save a model.
+    The log names the tissue that the model was trained on, where its ``provenance["tissue"]`` says it; set it before
+    you save a model.
 
-    napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a copy
-    with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level: level.fillna(0))})``,
-    then ``.pl.render_images("map", channel="ERBB2").pl.show("global")``.
+    napari-spatialdata shows the map as it is, with a slider for the gene. spatialdata-plot refuses NaN, so give it a
+    copy with 0 on background: ``SpatialData(images={"map": sdata["he_genes"].map_over_datasets(lambda level:
+    level.fillna(0))})``, then ``.pl.render_images("map", channel="ERBB2").pl.show("global")``.
 
     Examples
     --------

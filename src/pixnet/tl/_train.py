@@ -79,12 +79,14 @@ def train(
     """Train a model that predicts dense gene maps from H&E, on counts measured in shapes of any size.
 
     The map is summed over each shape, with exact pixel areas, and compared with the shape's counts: mean squared error
-    plus ``0.5 (1 - PCC)`` on log1p of CP10k, and the log of the depth per area relative to the section's mean. So spots,
-    bins and cells can train together, and the map answers at any scale. The encoder is frozen. Its features are computed
-    once, in several turned and restained versions, and the decoder learns on them. They are kept on disk
-    (``settings.scratch_dir``) until Python exits: the next training on the same slides with the same encoder finds them.
+    plus ``0.5 (1 - PCC)`` on log1p of CP10k, and the log of the depth per area relative to the section's mean. So
+    spots, bins and cells can train together, and the map answers at any scale. The encoder is frozen. Its features are
+    computed once, in several turned and restained versions, and the decoder learns on them. They are kept on disk
+    (``settings.scratch_dir``) until Python exits: the next training on the same slides with the same encoder finds
+    them.
 
-    Shapes are compared with their slides as in `pixnet.pp.check_spots`, and a warning is logged where they seem misplaced.
+    Shapes are compared with their slides as in `pixnet.pp.check_spots`, and a warning is logged where they seem
+    misplaced.
 
     Parameters
     ----------
@@ -104,21 +106,21 @@ def train(
     total_key
         Column of obs with all UMI of each observation. None: the sum over all columns of the table.
     totals
-        ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the predicted genes that the table
-        has, such as those of a Xenium panel; expression is then compared within them, and ``total_key`` is not used. A dict says it by the
-        name of an object or a table. Tables of different panels, and of whole transcriptomes, train together: a gene that a
-        table did not measure has no term there. None: ``"all"``.
+        ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the predicted genes that the
+        table has, such as those of a Xenium panel; expression is then compared within them, and ``total_key`` is not
+        used. A dict says it by the name of an object or a table. Tables of different panels, and of whole
+        transcriptomes, train together: a gene that a table did not measure has no term there. None: ``"all"``.
     mask_key
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
-        Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single one
-        a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then trained
-        again on everything, validation included, for as many (``refit=False`` leaves that out).
+        Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single
+        one a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then
+        trained again on everything, validation included, for as many (``refit=False`` leaves that out).
     model
-        A model to start from; it is not changed. It excludes ``encoder``, ``mpp`` and the other settings of the model. A
-        model that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of the
-        training shapes; a trained model keeps what it has learned. The settings in its ``training_options`` hold unless
-        they are given here.
+        A model to start from; it is not changed. It excludes ``encoder``, ``mpp`` and the other settings of the model.
+        A model that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of
+        the training shapes; a trained model keeps what it has learned. The settings in its ``training_options`` hold
+        unless they are given here.
     encoder
         Name of a registered encoder (`pixnet.models.encoders`), ``"timm/NAME"``, or a module. None:
         ``"efficientnet_lite0"``.
@@ -127,34 +129,40 @@ def train(
         coarser.
     max_epochs
         Largest number of passes over the shapes; training stops earlier when validation stops improving. The best pass
-        gives the number of passes of the last run (``refit=False``: its weights are kept). None: the model's own, else 30.
+        gives the number of passes of the last run (``refit=False``: its weights are kept). None: the model's own, else
+        30.
     seed
         Seed of everything random; the same seed gives the same weights on the same CPU and threads (a ``model`` that is
         given starts from its own weights). None: ``settings.seed``.
     device
         Torch device. None: ``settings.device``, else a CUDA GPU where there is one, else the CPU.
     resume
-        Go on with the same call that was interrupted, after its last whole pass: the weights are those of a run that was not.
-        The state of training is kept in ``settings.scratch_dir`` after each pass. Without such a run, start from the beginning.
+        Go on with the same call that was interrupted, after its last whole pass: the weights are those of a run that
+        was not. The state of training is kept in ``settings.scratch_dir`` after each pass. Without such a run, start
+        from the beginning.
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
-    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
-        Settings of training: see `TrainingOptions`. None: those of ``options``, else the model's own, else the defaults.
+    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout,
+    ema
+        Settings of training: see `TrainingOptions`. None: those of ``options``, else the model's own, else the
+        defaults.
     adapt_norms, tune_encoder, refit
         The same.
     n_programs
-        Number of programs of a new model, at most the number of training shapes: its map has as many channels, which add up
-        to all transcripts, and answers for any number of genes. They start from a nonnegative matrix factorisation of the
-        measured shapes. 0: a channel for each gene. None: 64, or a third of the training shapes where that is less, if there
-        are more than 1,000 genes to predict; else a channel for each gene.
+        Number of programs of a new model, at most the number of training shapes: its map has as many channels, which
+        add up to all transcripts, and answers for any number of genes. They start from a nonnegative matrix
+        factorisation of the measured shapes. 0: a channel for each gene. None: 64, or a third of the training shapes
+        where that is less, if there are more than 1,000 genes to predict; else a channel for each gene.
     stride, decoder, widths, hidden, members, quantity, zoom, window, halo
-        Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its defaults.
+        Settings of a new model (``stride``, ``window`` and ``halo`` in px): see `pixnet.models.PixNet`. None: its
+        defaults.
 
     Returns
     -------
     PixNet
-        Its ``history`` has one dict for each pass of the run with held-out shapes, its ``provenance`` tells how it was trained.
+        Its ``history`` has one dict for each pass of the run with held-out shapes, its ``provenance`` tells how it was
+        trained.
 
     Raises
     ------
@@ -163,8 +171,8 @@ def train(
     TypeError
         If an image is not uint8, or an argument is of the wrong type.
     ValueError
-        If a pixel size is unknown, tables hold no raw counts or do not match their shapes, totals cannot be compared, a setting
-        is out of range, or nothing is left to train or validate with.
+        If a pixel size is unknown, tables hold no raw counts or do not match their shapes, totals cannot be compared, a
+        setting is out of range, or nothing is left to train or validate with.
     FloatingPointError
         If the loss becomes NaN; the pass, the batch and its sections are named.
     FileNotFoundError

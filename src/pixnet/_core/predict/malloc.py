@@ -1,8 +1,8 @@
 """The memory of forward passes, kept by the process between one pass and the next.
 
-It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s without (medians of 3 interleaved runs; 38 %)
-for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Of the alternatives, huge pages
-for torch (``THP_MEM_ALLOC_ENABLE=1``) took 27 s and have to be set before Python starts.
+It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s without (medians of 3 interleaved runs;
+38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Of the alternatives,
+huge pages for torch (``THP_MEM_ALLOC_ENABLE=1``) took 27 s and have to be set before Python starts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def memory_kept() -> Iterator[None]:
     """Have glibc keep freed memory until the end of the block.
 
     A forward pass allocates and frees hundreds of megabytes over and over. By default glibc asks the kernel for each
-    large array anew, and the kernel clears its pages. glibc keeps large arrays of the main thread only, so the model has
-    to run in that thread. The setting holds for the whole process; afterwards it is close to what glibc chooses itself.
+    large array anew, and the kernel clears its pages. glibc keeps large arrays of the main thread only, so the model
+    has to run in that thread. The setting holds for the whole process; afterwards it is close to what glibc chooses
+    itself.
     """
     libc = _glibc()
     if libc is not None:

@@ -68,8 +68,8 @@ class MapGrid:
     model_grid
         The slide in model pixels.
     window, halo
-        Side of the model's windows, which start at the slide's origin, and the margin that they see beyond their edges, in
-        model pixels.
+        Side of the model's windows, which start at the slide's origin, and the margin that they see beyond their edges,
+        in model pixels.
     ratio
         Model output pixels per map pixel, at least 1.
     tile

@@ -91,7 +91,8 @@ def fold_norms(module: nn.Module) -> nn.Module:
 class FusedConv(nn.Module):
     """A convolution that clamps its output in the same pass over memory, where oneDNN runs it in float32.
 
-    It gives what the two layers give one after the other, up to rounding. The operator is the one that torch.compile uses.
+    It gives what the two layers give one after the other, up to rounding. The operator is the one that torch.compile
+    uses.
     """
 
     def __init__(self, conv: nn.Conv2d, lowest: float, largest: float) -> None:

@@ -1,9 +1,10 @@
 """Tiles of a map from the stages of an encoder: each stage runs once on all that the next ones need.
 
-A unit of a slide is a square of several windows, anchored at the slide's origin. Each stage runs on all that the next one
-sees of the unit, in windows that see as far beyond their edges as the stage reaches: little for the first stage, and more
-for the deeper ones, whose windows are larger. So a unit has the values of one pass over the whole slide. What two units
-both need, on either side of the edge between them, has windows of its own: whichever comes first computes them for both.
+A unit of a slide is a square of several windows, anchored at the slide's origin. Each stage runs on all that the next
+one sees of the unit, in windows that see as far beyond their edges as the stage reaches: little for the first stage,
+and more for the deeper ones, whose windows are larger. So a unit has the values of one pass over the whole slide. What
+two units both need, on either side of the edge between them, has windows of its own: whichever comes first computes
+them for both.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ class Tile:
     values
         ``(channels, y, x)`` float32, NaN on background; None as long as no window was added.
     novelty
-        Parts of the image of novelty, float32, NaN on background; empty for a model that does not know what is new to it.
+        Parts of the image of novelty, float32, NaN on background; empty for a model that does not know what is new to
+        it.
     cost
         What the tile has taken so far.
     """

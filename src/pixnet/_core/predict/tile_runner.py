@@ -59,7 +59,8 @@ class TileRunner:
     device, precision
         Device and arithmetic of the model.
     batch
-        Windows of a tile that run at once. It is halved, with a line in the log, where the device's memory is too small.
+        Windows of a tile that run at once. It is halved, with a line in the log, where the device's memory is too
+        small.
     """
 
     def __init__(
@@ -186,8 +187,8 @@ def store_tiles(
     """Predict tiles and write them to an array ``(channels, y, x)``; yield what is known of each once it is there.
 
     ``coarser`` are arrays of coarser levels that are written with them, each with its factor to the level before, which
-    divides the tiles of that level. The model runs in the caller's thread, between threads that read ahead and write behind, or the tiles of a unit run
-    where `pixnet._core.parallel.run` runs tasks.
+    divides the tiles of that level. The model runs in the caller's thread, between threads that read ahead and write
+    behind, or the tiles of a unit run where `pixnet._core.parallel.run` runs tasks.
     """
     if not runs_here():
         groups: dict[Any, list[TilePlace]] = {}

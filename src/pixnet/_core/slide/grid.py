@@ -37,8 +37,8 @@ class ModelGrid:
     mpp
         Size of a model pixel on this slide (µm).
     margin
-        Model pixels above and to the left of the slide, ``(y, x)``, which belong to the grid and are white. A crop has as
-        many as bring its blocks to where they lie on the slide that it was cut from.
+        Model pixels above and to the left of the slide, ``(y, x)``, which belong to the grid and are white. A crop has
+        as many as bring its blocks to where they lie on the slide that it was cut from.
     """
 
     level: int
@@ -107,8 +107,8 @@ def choose_grid(
     stride
         Model pixels per output pixel.
     origin
-        Where the slide begins on the one that it was cut from, in level-0 pixels ``(y, x)``: blocks lie as they do there, to
-        the next model pixel.
+        Where the slide begins on the one that it was cut from, in level-0 pixels ``(y, x)``: blocks lie as they do
+        there, to the next model pixel.
 
     Raises
     ------

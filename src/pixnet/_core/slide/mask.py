@@ -59,7 +59,8 @@ class TissueMask:
         if not self.masked:
             return self._on_slide(y0, x0, height, width)
         linear = self.to_mask[:2, :2]
-        # Sample points per pixel and axis: a multiple of the mask's pixels in it, so that aligned masks are counted exactly.
+        # Sample points per pixel and axis: a multiple of the mask's pixels in it, so that aligned masks are counted
+        # exactly.
         whole = max(1, math.ceil(np.abs(linear).sum(axis=0).max() - 1e-6))
         k = whole * max(1, math.ceil(4 / whole))
         out = np.empty((height, width), dtype=bool)

@@ -16,10 +16,11 @@ CELLS_PX = (256, 64, 16)
 
 Samples = Sequence[tuple[np.ndarray, np.ndarray]]
 
-# Measured at 0.69 µm/px. Sections of one laboratory (her2st C and B): means 0.2 of a training slide's own sd apart, sd 1.3-fold,
-# shares 0.02, detail 1.05-fold. H&E of other laboratories: 0.4, 2-fold, 0.10 to 0.12, 1.3 to 1.6-fold. Kidney with pale
-# haematoxylin, and a faint, blurred brain: 0.9 and more, 4-fold and more, 0.3. A slide whose pixel size is stated twice
-# too high: 1.9-fold. An optical density of a third: 0.85. Hues turned by 60 degrees: 0.09 to 0.11; by 120: 0.19.
+# Measured at 0.69 µm/px. Sections of one laboratory (her2st C and B): means 0.2 of a training slide's own sd apart, sd
+# 1.3-fold, shares 0.02, detail 1.05-fold. H&E of other laboratories: 0.4, 2-fold, 0.10 to 0.12, 1.3 to 1.6-fold. Kidney
+# with pale haematoxylin, and a faint, blurred brain: 0.9 and more, 4-fold and more, 0.3. A slide whose pixel size is
+# stated twice too high: 1.9-fold. An optical density of a third: 0.85. Hues turned by 60 degrees: 0.09 to 0.11; by 120:
+# 0.19.
 FAR_MEAN, FAR_SD, FAR_SHARE, FAR_DETAIL = 0.75, 2.5, 0.08, 1.75
 DETAIL_PX = 4
 CHANNELS = ("red", "green", "blue")
@@ -75,8 +76,8 @@ def statistics(samples: Samples, masked: bool = True) -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        JSON-plain: ``od_mean`` and ``od_sd`` of the optical density of tissue in R, G and B; ``detail``, the share of its sd
-        that lies within squares of 4 model pixels; ``masked``.
+        JSON-plain: ``od_mean`` and ``od_sd`` of the optical density of tissue in R, G and B; ``detail``, the share of
+        its sd that lies within squares of 4 model pixels; ``masked``.
     """
     samples = [(optical_density(pixels), tissue) for pixels, tissue in samples if tissue.any()]
     if not samples:

@@ -73,7 +73,8 @@ def turn_back(x: Tensor, symmetry: int) -> Tensor:
 def jitter(image: Tensor, strength: float, generator: torch.Generator | None) -> Tensor:
     """Vary the stain of each image: amounts of haematoxylin and eosin and their background, in HED space.
 
-    Images are RGB in 0 to 1, ``(N, 3, H, W)``. ``strength`` is the standard deviation of the factors; shifts have a tenth.
+    Images are RGB in 0 to 1, ``(N, 3, H, W)``. ``strength`` is the standard deviation of the factors; shifts have a
+    tenth.
     """
     n = image.shape[0]
     factor = 1 + strength * torch.randn(n, 3, generator=generator).clamp(-2, 2)

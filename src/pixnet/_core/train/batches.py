@@ -22,8 +22,8 @@ TRAINED_PX, VALIDATED_PX = 24, 96
 class SectionBatchSampler(Sampler[list[int]]):
     """Batches of crops of one section each, the sections taking turns.
 
-    A batch ends once every element in it has ``shapes`` shapes, or once it has ``crops`` crops. With a ``generator`` the
-    crops are shuffled anew at each pass.
+    A batch ends once every element in it has ``shapes`` shapes, or once it has ``crops`` crops. With a ``generator``
+    the crops are shuffled anew at each pass.
     """
 
     def __init__(self, dataset: CropDataset, shapes: int, crops: int, generator: torch.Generator | None = None) -> None:
@@ -142,8 +142,8 @@ def _sampled(
 ) -> tuple[np.ndarray, dict[str, sparse.csr_array]]:
     """Return a crop's pixels and weights, of its pixels those on a lattice: the smallest shape keeps ``enough``, about.
 
-    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. ``rng`` shifts it; ``side`` is that
-    of the crop in pixels.
+    A lattice has the mean of a shape more nearly than as many pixels drawn one by one. ``rng`` shifts it; ``side`` is
+    that of the crop in pixels.
     """
     weights = {name: targets.weights for name, targets in crop.targets.items()}
     fewest = min(int(np.diff(w.indptr).min()) for w in weights.values())

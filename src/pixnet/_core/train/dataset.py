@@ -169,7 +169,7 @@ class CropDataset(Dataset[Crop]):
                 out[name] = out.get(name, 0) + len(targets.rows)
         return out
 
-    # what was measured, for the start of training and the loss ----------------------------------------------------------
+    # what was measured, for the start of training and the loss --------------------------------------------------------
 
     def measured(self, seed: int) -> MeasuredShapes:
         """Return what was measured in the shapes of the first element; a head starts from it.

@@ -158,7 +158,8 @@ def assess(shapes: list[HeldOut], ratio: Floats, seed: int, *, balanced: bool = 
         return None
     rng = np.random.default_rng(seed)
     r, low, high = _correlation(shapes, rng)
-    # What amounts are off by where nothing was measured is part of the error: one half of a section is balanced by the other.
+    # What amounts are off by where nothing was measured is part of the error: one half of a section is balanced by the
+    # other.
     unseen = [part for s in shapes for part in _balanced_by_the_other_half(s)] if balanced else shapes
     dispersion = _dispersion(unseen)
     columns = {
@@ -271,8 +272,8 @@ def _correlation_length(shapes: list[HeldOut], dispersion: Floats, area_um2: flo
     """Return the distance over which the error is alike, from that of neighbouring shapes.
 
     The covariance of neighbours over the dispersion of one shape is that of the field at their distance over its mean
-    within a shape; the length at which the exponential has this ratio is sought. Where neighbours are unlike, or nothing
-    is known, it is the radius of a shape.
+    within a shape; the length at which the exponential has this ratio is sought. Where neighbours are unlike, or
+    nothing is known, it is the radius of a shape.
     """
     moments, distances = np.zeros(4), []
     for s in shapes:

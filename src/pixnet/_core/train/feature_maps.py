@@ -15,8 +15,8 @@ from pixnet._core.predict.map_grid import Box
 class FeatureMaps:
     """Features of one version of a slide.
 
-    Files are as large as the slide and have holes where nothing was written, so they take no more disk than what is there.
-    They are written as files and read as memory maps: a full disk is an error, not the end of the process.
+    Files are as large as the slide and have holes where nothing was written, so they take no more disk than what is
+    there. They are written as files and read as memory maps: a full disk is an error, not the end of the process.
 
     Parameters
     ----------

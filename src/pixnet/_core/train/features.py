@@ -58,8 +58,8 @@ def encode_crops(
 def adapt_norms(model: PixNet, dataset: CropDataset, rng: torch.Generator, device: str) -> None:
     """Give the encoder's batch norms the statistics of the training tissue, in place; an encoder without any stays as it is.
 
-    Encoders come with the statistics of the images that they were trained on: others than those of stained tissue, and of
-    tissue seen enlarged. No measurement is looked at. (AdaBN: Li et al., arXiv 1603.04779.)
+    Encoders come with the statistics of the images that they were trained on: others than those of stained tissue, and
+    of tissue seen enlarged. No measurement is looked at. (AdaBN: Li et al., arXiv 1603.04779.)
     """
     norms = [m for m in model.encoder.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:

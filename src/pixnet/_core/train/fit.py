@@ -50,7 +50,8 @@ def fit(
     device
         Torch device.
     fresh
-        Whether the decoder is new: batch norms, feature statistics and baseline are then set from the training sections.
+        Whether the decoder is new: batch norms, feature statistics and baseline are then set from the training
+        sections.
     resume
         Go on with a run of the same model, settings and sections that was interrupted, after the last of its passes.
     objective
@@ -67,10 +68,11 @@ def fit(
 
     Notes
     -----
-    A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings their
-    sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has none to be
-    compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to held-out shapes.
-    ``model.novelty`` compares features with those of the training shapes, in percentiles of the held-out ones.
+    A loss of logs of noisy counts leaves amounts too low; one factor for each gene, from the held-out shapes, brings
+    their sums to what was measured. What these shapes then show of each gene is ``model.evidence``. The last run has
+    none to be compared with: its own ratio over all shapes is multiplied by what the first run's rose from seen to
+    held-out shapes. ``model.novelty`` compares features with those of the training shapes, in percentiles of the
+    held-out ones.
 
     ``model.history`` gets one row for each pass that was validated; the passes of the last run on everything
     (``refit``) have nothing to be validated with and leave none. ``provenance["epochs"]`` tells which pass was

@@ -32,13 +32,13 @@ class TrainingOptions:
     weight_decay
         Weight decay of AdamW.
     loss
-        ``"mse+pcc"``: mean squared error on log1p of CP10k plus ``0.5 (1 - PCC)``, PCC per gene over the shapes of a batch
-        (PixNet). ``"nb+pcc"``: half the negative binomial deviance of the raw counts in place of the error, with each
-        gene's dispersion taken from the training shapes, so that shapes of few transcripts weigh less.
+        ``"mse+pcc"``: mean squared error on log1p of CP10k plus ``0.5 (1 - PCC)``, PCC per gene over the shapes of a
+        batch (PixNet). ``"nb+pcc"``: half the negative binomial deviance of the raw counts in place of the error, with
+        each gene's dispersion taken from the training shapes, so that shapes of few transcripts weigh less.
     gene_weights
         ``"signal"``: genes weigh in the loss of expression by the share of their variance that is not counting noise.
-        ``"equal"``: all genes weigh the same. None: ``"signal"`` for a model of programs, which is trained on thousands of
-        genes, else ``"equal"``.
+        ``"equal"``: all genes weigh the same. None: ``"signal"`` for a model of programs, which is trained on thousands
+        of genes, else ``"equal"``.
     total_weight
         Weight of the loss of totals, the squared error of the log depth.
     batch_shapes
@@ -54,14 +54,14 @@ class TrainingOptions:
     ema
         Decay per step of the running average of the weights, which is what is validated and kept; 0: no average.
     adapt_norms
-        Give the batch norms of an encoder that was never trained on tissue the statistics of the training tissue (AdaBN).
-        None: where the model enlarges images (``zoom``), since it gained there and lost a little elsewhere.
+        Give the batch norms of an encoder that was never trained on tissue the statistics of the training tissue
+        (AdaBN). None: where the model enlarges images (``zoom``), since it gained there and lost a little elsewhere.
     tune_encoder
         Train the encoder too; features are then computed anew at every step.
     refit
         Once validation has told the number of passes, train again from the start on training and validation sections
-        together, with a rate that falls to zero over these passes. A model of programs makes as many passes as make the sum
-        of the rate what it was up to the best pass (13 for pass 8 of 30).
+        together, with a rate that falls to zero over these passes. A model of programs makes as many passes as make the
+        sum of the rate what it was up to the best pass (13 for pass 8 of 30).
 
     Raises
     ------
@@ -101,8 +101,8 @@ def resolve_options(
 ) -> tuple[TrainingOptions, dict[str, Any]]:
     """Return the options in force and, of them, those that come from the model.
 
-    Single settings that are given come first, then ``options``, then the model's ``own``, then the defaults. Settings of
-    the model's own that this version does not know are ignored, since a later version may have written them.
+    Single settings that are given come first, then ``options``, then the model's ``own``, then the defaults. Settings
+    of the model's own that this version does not know are ignored, since a later version may have written them.
     """
     if isinstance(options, TrainingOptions):
         return replace(options, **given), {}

@@ -152,7 +152,8 @@ class Trainer:
         self.epochs = options.max_epochs if epochs is None else epochs
         self.sampler = SectionBatchSampler(train, options.batch_shapes, options.batch_crops, rng)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        # Loadings are logits: decay would pull all genes to one share, and at the rate of the rest they would hardly move.
+        # Loadings are logits: decay would pull all genes to one share, and at the rate of the rest they would hardly
+        # move.
         loadings = [p for p in model.head.parameters() if p.requires_grad]
         others = [p for p in self.trained if not any(p is other for other in loadings)]
         groups: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
 """Statistics of the pixels of shapes. Each is one class, and this file is the only one that knows it.
 
 A tile's pixels are handed to a statistic channel by channel (`Statistic.update`). What comes back describes the pixels
-of each shape in that tile. For a shape within one tile this is all there is, and `Statistic.finish` makes a number of it;
-for others the tiles' parts are collected first (`Statistic.start`, `merge` and `take`), in the order of the tiles.
+of each shape in that tile. For a shape within one tile this is all there is, and `Statistic.finish` makes a number of
+it; for others the tiles' parts are collected first (`Statistic.start`, `merge` and `take`), in the order of the tiles.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ class Max(Min):
 class Quantile(Statistic):
     """Value below which a share of a shape's area lies; where a range of values does it, the middle of that range.
 
-    Without weights it is numpy's ``quantile(..., method="averaged_inverted_cdf")``, and for a share of 0.5 its ``median``.
-    It is exact: pixels of shapes in several tiles are kept until their last tile.
+    Without weights it is numpy's ``quantile(..., method="averaged_inverted_cdf")``, and for a share of 0.5 its
+    ``median``. It is exact: pixels of shapes in several tiles are kept until their last tile.
 
     Parameters
     ----------

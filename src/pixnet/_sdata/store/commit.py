@@ -11,9 +11,9 @@ of the store:
 5. The journal is deleted, and then the work folder with the old element.
 
 A failure before step 1 leaves the old element as it was. What a failure after it left undone is completed by
-`pixnet._sdata.store.element_store.heal`, which every pixnet function calls before it looks at an object. Each step looks at the files to tell
-whether it was done. The journal names the new element and its own entries of the record only, so healing brings back
-nothing that was changed meanwhile.
+`pixnet._sdata.store.element_store.heal`, which every pixnet function calls before it looks at an object. Each step
+looks at the files to tell whether it was done. The journal names the new element and its own entries of the record
+only, so healing brings back nothing that was changed meanwhile.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ TYPES = (
 )
 EPI, TUM, FIB, TCELL, BCELL, PLASMA, MACRO, ENDO, MUSCLE, ADIPO = range(10)
 
-# Look of a nucleus and its cytoplasm: stain of the nucleus, contrast of its texture, darkness of its rim; stain that the
-# cytoplasm adds to the ground, paleness of its border.
+# Look of a nucleus and its cytoplasm: stain of the nucleus, contrast of its texture, darkness of its rim; stain that
+# the cytoplasm adds to the ground, paleness of its border.
 _LOOK = [(name, float) for name in ("h", "e", "contrast", "rim", "tint_h", "tint_e", "border")]
 LOOK = np.dtype(_LOOK)
 # Semi-axes of the nucleus (µm), their spread, waves of its outline; semi-axes of the cell (µm); radius that the cell

@@ -111,7 +111,8 @@ class Panel:
 class Platform(NamedTuple):
     """A way to measure: transcripts caught per µm² of average tissue, spread of that (sd of its log), noise, and shapes.
 
-    Counts are negative binomial with the size parameter ``nb_size``. Spots have a pitch and a diameter (µm), bins an edge.
+    Counts are negative binomial with the size parameter ``nb_size``. Spots have a pitch and a diameter (µm), bins an
+    edge.
     """
 
     depth: float
