@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, dataclass_transform
@@ -14,6 +15,9 @@ from pydantic.dataclasses import dataclass
 from pixnet._names import listed
 
 T = TypeVar("T")
+
+_SHORT = reprlib.Repr()
+"""Shows the first few of the thousands of genes that a setting may name."""
 
 _WRONG_NAMES = {"missing", "missing_argument", "unexpected_keyword_argument", "unexpected_positional_argument"}
 
@@ -34,7 +38,11 @@ def checked(cls: type[T]) -> type[T]:
             wrong_name = first["type"] in _WRONG_NAMES
             raise (TypeError if wrong_name else ValueError)(explain(first, made)) from None
 
-    made.__init__ = __init__
+    def __repr__(self: Any) -> str:
+        values = (f"{field.name}={_SHORT.repr(getattr(self, field.name))}" for field in fields(made))
+        return f"{made.__name__}({', '.join(values)})"
+
+    made.__init__, made.__repr__ = __init__, __repr__
     return made
 
 

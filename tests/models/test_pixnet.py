@@ -289,3 +289,10 @@ def test_without_timm_the_call_that_installs_it_for_this_torch_is_named(monkeypa
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match=said):
         PixNet(["A"], encoder="timm/resnet18", pretrained=False)
+
+
+def test_settings_of_many_genes_read_in_one_line():
+    config = PixNet([f"G{i}" for i in range(5000)], mpp=0.5, n_programs=4, pretrained=False).config
+    assert "'G0', 'G1'" in repr(config)
+    assert "n_programs=4" in repr(config)
+    assert len(repr(config)) < 400
