@@ -411,6 +411,16 @@ class TestPanels:
         assert (found > 0.8).all()
         assert (found > expected - 0.08).all()
 
+    def test_a_block_of_each_panel_validates(self):
+        """Had the last slide validated alone, genes that it alone measured would have been left out."""
+        slides = {"a": self.panel(1, ["PINK", "FLAT", "REST"]), "b": self.panel(2, ["BLUE", "FLAT", "REST"])}
+        net = px.tl.train(slides, totals="panel", **self.OPTIONS)
+        assert sorted(net.genes) == ["BLUE", "FLAT", "PINK", "REST"]
+        assert sorted(net.provenance["validation"]) == ["a (held-out block)", "b (held-out block)"]
+        assert (self.scores(net)["pearson"][["PINK", "BLUE"]] > 0.8).all()
+        known = net.evidence.frame(net.genes)["validation_pearson"]
+        assert (known[["PINK", "BLUE"]] > 0.5).all()
+
     def test_a_panel_beside_a_whole_transcriptome(self):
         slides = {"a": self.panel(1, ["PINK", "BLUE"]), "b": coloured_slide(2)}
         options = self.OPTIONS | {"validation": {"v": coloured_slide(3)}, "genes": ["PINK", "BLUE", "FLAT"]}

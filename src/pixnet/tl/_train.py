@@ -98,8 +98,8 @@ def train(
         The measured shapes and their tables of raw counts; ``shapes[i]`` pairs with ``table_key[i]``, in every object
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
-        Gene or genes to predict. None: all that the training tables have and that are detected in at least 1 % of the
-        shapes; the 250 of highest mean (`pixnet.pp.select_genes`) where ``n_programs=0`` or ``quantity="log_sum"`` asks
+        Gene or genes to predict. None: all that the training tables have (any of them where they are of panels, else
+        all of them) and that are detected in at least 1 % of the shapes; the 250 of highest mean (`pixnet.pp.select_genes`) where ``n_programs=0`` or ``quantity="log_sum"`` asks
         for a channel for each gene.
     layer
         Layer of the tables that holds raw counts. None: X.
@@ -114,8 +114,9 @@ def train(
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
         Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single
-        one a block in space, a fifth of its shapes at one end. It chooses the number of passes; the model is then
-        trained again on everything, validation included, for as many (``refit=False`` leaves that out).
+        one, and of each where tables are of panels, a block in space, a fifth of its shapes at one end. It chooses the
+        number of passes; the model is then trained again on everything, validation included, for as many
+        (``refit=False`` leaves that out).
     model
         A model to start from; it is not changed. It excludes ``encoder``, ``mpp`` and the other settings of the model.
         A model that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of
@@ -210,6 +211,8 @@ def train(
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
+    if validation is None and any(m.panels for m in slides):
+        held_out = {}  # the last object may be the only one with some of the genes: a block of each is held out
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
     by_gene = n_programs == 0 or (n_programs is None and quantity == "log_sum")
     chosen, tables = choose_genes(genes, model, tables, held_out, every=not by_gene)
@@ -232,8 +235,9 @@ def train(
         training = [section for name, section in sections.items() if name not in held_out]
         valid = [sections[name] for name in held_out]
         if not valid:
-            near, far = split_block(training[0])
-            training, valid = [near], [replace(far, name=f"{far.name} (held-out block)")]
+            parts = [split_block(section) for section in training]
+            training = [near for near, _ in parts]
+            valid = [replace(far, name=f"{far.name} (held-out block)") for _, far in parts]
         for m in slides:
             check_placement(m.slide, m.pairs, {key: t.total for key, t in tables[m.name].items()})
         fresh = model is None or not model.history

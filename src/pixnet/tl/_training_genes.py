@@ -35,6 +35,7 @@ def choose_genes(
     Genes without a count in the training tables are left out, except those of a model that was trained before.
     """
     names = [name for name in tables if name not in held_out]
+    partial = any(t.within_panel for found in tables.values() for t in found.values())
     if genes is not None:
         chosen = check_genes(genes)
     elif model is not None:
@@ -42,11 +43,13 @@ def choose_genes(
     else:
         own = [table for name in names for table in tables[name].values()]
         detected: dict[str, Any] = {"n_top": None, "exclude_prefixes": (), "min_fraction": LEAST_DETECTED}
-        chosen = rank_genes(own, **(detected if every else {}))
-        others = [set(table.genes) for name in held_out for table in tables[name].values()]
-        chosen = [gene for gene in chosen if all(gene in known for known in others)]
+        wanted = detected if every else {}
+        if partial:
+            chosen = list(dict.fromkeys(gene for table in own for gene in rank_genes([table], **wanted)))
+        else:
+            others = [set(table.genes) for name in held_out for table in tables[name].values()]
+            chosen = [gene for gene in rank_genes(own, **wanted) if all(gene in known for known in others)]
     _check_measured(chosen, [table for name in names for table in tables[name].values()])
-    partial = any(t.within_panel for found in tables.values() for t in found.values())
     tables = {
         name: {key: t.select(chosen, partial=partial) for key, t in found.items()} for name, found in tables.items()
     }
