@@ -411,6 +411,19 @@ class TestPanels:
         assert (found > 0.8).all()
         assert (found > expected - 0.08).all()
 
+    @pytest.mark.parametrize("n_programs", [None, 3])
+    def test_of_panels_alone_the_total_is_that_of_all_genes_of_the_model(self, n_programs):
+        """Nothing else was measured: a value is a share of the genes of all panels together."""
+        slides = {"a": self.panel(1, ["PINK", "FLAT", "REST"]), "b": self.panel(2, ["BLUE", "FLAT", "REST"])}
+        net = px.tl.train(slides, totals="panel", n_programs=n_programs, **self.OPTIONS)
+        sdata = coloured_slide(5)
+        px.tl.predict(sdata, net, mask_key=False)
+        px.tl.aggregate(sdata, "spots")
+        found, truth = sdata["spots_genes"].to_df(), sdata["spots_counts"].to_df()
+        assert found.sum(axis=1).to_numpy() == pytest.approx(10_000, rel=0.04)
+        expected = 1e4 * truth[found.columns].div(truth[found.columns].sum(axis=1), axis=0)
+        np.testing.assert_allclose(found.mean(), expected.mean(), rtol=0.1)
+
     def test_a_block_of_each_panel_validates(self):
         """Had the last slide validated alone, genes that it alone measured would have been left out."""
         slides = {"a": self.panel(1, ["PINK", "FLAT", "REST"]), "b": self.panel(2, ["BLUE", "FLAT", "REST"])}

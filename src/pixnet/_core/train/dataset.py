@@ -183,6 +183,8 @@ class CropDataset(Dataset[Crop]):
         panels = [self.panel(crop.section, name) for crop, name, _ in targets]
         if any(panel is not None for panel in panels):
             shares = _with_means(shares, panels, [len(t.rows) for *_, t in targets], seed)
+        if self.panels_alone:  # of all genes of the model
+            shares = sparse.csr_array(sparse.diags_array(1 / np.maximum(shares.sum(axis=1), 1e-12)) @ shares)
         return MeasuredShapes(shares, float(np.concatenate(areas).mean()), seed)
 
     def panel(self, section: int, name: str) -> np.ndarray | None:
@@ -192,6 +194,11 @@ class CropDataset(Dataset[Crop]):
     def within_panel(self, section: int, name: str) -> bool:
         """Return whether expression in an element of a section is a share of its panel."""
         return next(t.within_panel for t in self.sections[section].targets if t.name == name)
+
+    @property
+    def panels_alone(self) -> bool:
+        """Whether the totals of all tables are those of their panels."""
+        return all(t.within_panel for section in self.sections for t in section.targets)
 
     @cached_property
     def _by_element(self) -> dict[str, list[tuple[int, sparse.csr_array, np.ndarray]]]:
