@@ -32,8 +32,7 @@ class PixNet(nn.Module):
     The densities are those of transcripts in linear space, so they add up over any shape. A head of genes has a channel
     for each gene, and the last, ``__total__``, is the density of all transcripts, which averages 10,000 over the
     training shapes. A head of programs (``n_programs=``) has a few nonnegative channels that add up to that total, and
-    ``loadings`` that say which share of each program every gene has: any number of genes for the cost of a few
-    channels.
+    ``loadings`` with the share of each program that every gene has: many genes for the cost of a few channels.
 
     Parameters
     ----------
@@ -44,8 +43,7 @@ class PixNet(nn.Module):
     stride
         Image pixels per map pixel: 4, 2 or 1. None: the largest that keeps the map at 4 µm/px or finer.
     encoder
-        A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module that follows the encoder protocol. None:
-        ``"efficientnet_lite0"``.
+        A registered encoder's name (`encoders`), ``"timm/NAME"``, or a module. None: ``"efficientnet_lite0"``.
     decoder
         ``"pixel_mlp"``: all maps of the encoder are stacked at the output stride, and a perceptron runs on each pixel.
         ``"paper"``: the published U-Net (see `paper`). None: ``"pixel_mlp"``.
@@ -62,8 +60,8 @@ class PixNet(nn.Module):
     n_programs
         Number of programs that the map holds in place of genes; 2 or more. None: a channel for each gene.
     zoom
-        Factor by which an image is enlarged before the encoder sees it: 1, 2 or 4. Encoders know tissue at 0.25 to
-        1 µm/px. None: 2 where ``mpp`` is 1.5 or coarser, else 1.
+        Factor by which an image is enlarged for the encoder, which knows tissue at 0.25 to 1 µm/px: 1, 2 or 4. None: 2
+        where ``mpp`` is 1.5 or coarser, else 1.
     window, halo
         Size in image pixels of the windows, anchored at the slide's origin, in which a slide is predicted, and what
         they see beyond each edge. None: 1024 / ``zoom``, and 320 / ``zoom`` rounded up to a multiple of 64. An encoder
@@ -76,8 +74,7 @@ class PixNet(nn.Module):
     TypeError
         If genes are not strings.
     ValueError
-        If an argument is out of range, if genes repeat or one is named ``__total__``, or if ``widths`` do not fit the
-        decoder.
+        If an argument is out of range, genes repeat, one is named ``__total__``, or ``widths`` do not fit the decoder.
 
     References
     ----------
@@ -172,8 +169,8 @@ class PixNet(nn.Module):
         unfolded by depth-to-space blocks, the three intermediate ones are fused in by separable attention at the three
         finest levels, and a 1x1 convolution gives the map, whose sum over a shape is compared with the log of the
         shape's library-normalised counts: ``MSE + 0.5 (1 - PCC)``, AdamW at 5e-4 with weight decay 1e-4. The model
-        carries these settings in ``training_options``; `pixnet.tl.train` uses them unless told otherwise, and logs
-        them. :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
+        carries these settings in ``training_options``, which `pixnet.tl.train` uses and logs.
+        :doc:`/concepts/encoders` lists what was chosen where the paper is silent or ambiguous.
 
         Parameters
         ----------
@@ -184,9 +181,8 @@ class PixNet(nn.Module):
         mpp, members, zoom, window, halo, pretrained
             As for `PixNet` (µm/px, px). Windows with their halo are whole blocks of the ViT.
         stride
-            Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder then has
-            the levels from 4 to 32 in place of those from 1 to 32, the first filters of the list, and the same three
-            fusions.
+            Image pixels per map pixel: 1 as published. 4 takes a sixteenth of the memory and time: the decoder has the
+            levels from 4 to 32, the first filters of the list, and the same three fusions.
         widths
             Filters of the levels, finest first; as many of them as there are levels are used.
         quantity
