@@ -99,8 +99,8 @@ def train(
         that has both. None: the recorded or only shapes, and the table that annotates them.
     genes
         Gene or genes to predict. None: all that the training tables have (any of them where they are of panels, else
-        all of them) and that are detected in at least 1 % of the shapes; the 250 of highest mean (`pixnet.pp.select_genes`) where ``n_programs=0`` or ``quantity="log_sum"`` asks
-        for a channel for each gene.
+        all of them) and that are detected in at least 1 % of the shapes; the 250 of highest mean
+        (`pixnet.pp.select_genes`) where ``n_programs=0`` or ``quantity="log_sum"`` asks for a channel for each gene.
     layer
         Layer of the tables that holds raw counts. None: X.
     total_key
@@ -144,8 +144,7 @@ def train(
     options
         Settings of training: `TrainingOptions`, which replace the model's own, or a mapping of some of them. The single
         settings that follow come before these.
-    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout,
-    ema
+    patience, lr, weight_decay, loss, gene_weights, total_weight, batch_shapes, batch_crops, variants, stain, dropout, ema
         Settings of training: see `TrainingOptions`. None: those of ``options``, else the model's own, else the
         defaults.
     adapt_norms, tune_encoder, refit
