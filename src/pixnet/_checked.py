@@ -17,7 +17,8 @@ from pixnet._names import listed
 T = TypeVar("T")
 
 _SHORT = reprlib.Repr()
-"""Shows the first few of the thousands of genes that a setting may name."""
+_SHORT.maxstring = _SHORT.maxother = 200
+"""Shows the first few of the thousands of genes that a setting may name, and other values whole."""
 
 _WRONG_NAMES = {"missing", "missing_argument", "unexpected_keyword_argument", "unexpected_positional_argument"}
 

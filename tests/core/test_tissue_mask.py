@@ -19,7 +19,7 @@ SCALES = st.sampled_from([0.125, 0.25, 1 / 3, 0.5, 1.0, 2.0, 3.0, 4.0]) | st.flo
 )
 @settings(max_examples=80, deadline=None)
 def test_rows_and_columns_give_what_points_give(seed, scales, flipped, shift, window):
-    """A mask that is rotated by nothing worth the name is looked up point by point, another one by rows and columns."""
+    """The tiniest rotation makes the mask be looked up point by point; without one, rows and columns are multiplied."""
     rng = np.random.default_rng(seed)
     mask = rng.random(rng.integers(1, 50, 2)) > 0.5
     upright = np.diag([-scales[0] if flipped else scales[0], scales[1], 1.0])

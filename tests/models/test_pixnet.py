@@ -72,6 +72,20 @@ def test_a_subset_of_channels_is_the_same_numbers(tiny):
         torch.testing.assert_close(tiny(image, torch.tensor([2, 0, 3])), tiny(image)[:, [2, 0, 3]])
 
 
+def test_genes_of_panels_add_up_to_the_total(tmp_path):
+    model = PixNet(["A", "B", "C"], mpp=0.5, quantity="panel_density", pretrained=False).eval()
+    torch.nn.init.normal_(model.members[0].last.weight, std=0.5)
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        found, part = model(image), model(image, torch.tensor([2, 0, 3]))
+    assert found[:, 0].std() > 0.01 * found[:, 0].mean()
+    torch.testing.assert_close(found[:, :3].sum(dim=1), found[:, 3])
+    torch.testing.assert_close(part, found[:, [2, 0, 3]])
+    model.save(tmp_path / "panel.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(px.models.load(tmp_path / "panel.safetensors").eval()(image), found)
+
+
 def test_baseline_is_the_mean_composition(tiny):
     share = torch.tensor([0.01, 0.002, 1e-5])
     tiny.start(MeasuredShapes(sparse.csr_array(share[None].numpy()), 1.0, 0))
@@ -296,3 +310,5 @@ def test_settings_of_many_genes_read_in_one_line():
     assert "'G0', 'G1'" in repr(config)
     assert "n_programs=4" in repr(config)
     assert len(repr(config)) < 400
+    encoder = "timm/hf-hub:somebody/a-name-that-is-longer-than-thirty-characters"
+    assert encoder in repr(replace(config, encoder=encoder))

@@ -420,7 +420,7 @@ class TestPanels:
         px.tl.predict(sdata, net, mask_key=False)
         px.tl.aggregate(sdata, "spots")
         found, truth = sdata["spots_genes"].to_df(), sdata["spots_counts"].to_df()
-        assert found.sum(axis=1).to_numpy() == pytest.approx(10_000, rel=0.04)
+        assert found.sum(axis=1).to_numpy() == pytest.approx(10_000, rel=1e-4)
         expected = 1e4 * truth[found.columns].div(truth[found.columns].sum(axis=1), axis=0)
         np.testing.assert_allclose(found.mean(), expected.mean(), rtol=0.1)
 
@@ -433,6 +433,22 @@ class TestPanels:
         assert (self.scores(net)["pearson"][["PINK", "BLUE"]] > 0.8).all()
         known = net.evidence.frame(net.genes)["validation_pearson"]
         assert (known[["PINK", "BLUE"]] > 0.5).all()
+
+    def test_a_total_that_no_table_tells_is_refused(self):
+        a, whole = self.panel(1, ["PINK", "FLAT"]), coloured_slide(2)
+        with pytest.raises(ValueError, match="all tables are of panels .* take quantity='panel_density'"):
+            px.tl.train(a, totals="panel", quantity="density", **self.OPTIONS)
+        untrained = px.models.PixNet(["PINK", "FLAT"], encoder="patch-test", mpp=0.5)
+        options = {k: v for k, v in self.OPTIONS.items() if k not in {"encoder", "hidden", "window", "halo"}}
+        with pytest.raises(ValueError, match="take quantity='panel_density'"):
+            px.tl.train(a, model=untrained, totals="panel", **options)
+        with pytest.raises(ValueError, match="is for tables that are all of panels"):
+            px.tl.train({"a": a, "b": whole}, totals={"a": "panel"}, quantity="panel_density", **self.OPTIONS)
+
+    def test_the_last_slide_validates_where_its_panel_is_that_of_others(self):
+        slides = {name: self.panel(seed, ["PINK", "FLAT"]) for seed, name in enumerate("ab")}
+        net = px.tl.train(slides, totals="panel", **self.OPTIONS | {"max_epochs": 1})
+        assert list(net.provenance["validation"]) == ["b"]
 
     def test_a_panel_beside_a_whole_transcriptome(self):
         slides = {"a": self.panel(1, ["PINK", "BLUE"]), "b": coloured_slide(2)}

@@ -13,7 +13,7 @@ from pixnet._names import check_genes
 Stride = Literal[1, 2, 4]
 Zoom = Literal[1, 2, 4]
 Decoder = Literal["pixel_mlp", "paper"]
-Quantity = Literal["density", "log_sum"]
+Quantity = Literal["density", "panel_density", "log_sum"]
 Width = Annotated[int, Field(ge=1, le=8192)]
 
 MAX_MAP_UM = 4.0
@@ -88,7 +88,8 @@ class ModelConfig:
     members
         Decoders side by side; the map is their mean.
     quantity
-        ``"density"``: a gene's channel is the density of its transcripts. ``"log_sum"``: it sums to a shape's log.
+        ``"density"``: a gene's channel is the density of its transcripts. ``"panel_density"``: so it is, and the genes
+        add up to the total. ``"log_sum"``: it sums to a shape's log.
     n_programs
         Number of programs that the map holds in place of genes; None: a channel for each gene.
     zoom

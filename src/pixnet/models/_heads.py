@@ -178,6 +178,22 @@ class GeneHead(Head):
         return [*_positions(self.genes, old.genes), old.n_logits - 1]
 
 
+class PanelHead(GeneHead):
+    """One channel for each gene, and their sum: what tables of panels tell, which do not count all transcripts."""
+
+    unit = "density of transcripts of the model's genes (__total__, their sum, averages 1e4 over the training shapes)"
+
+    def wanted(self, channels: Tensor | None) -> Tensor | None:
+        """All genes are needed for the share of any."""
+        return None
+
+    def forward(self, logits: Tensor, channels: Tensor | None = None) -> Tensor:
+        """Return densities, which add up to the total."""
+        genes, total = _split(logits)
+        found = genes.softmax(dim=1) * total
+        return torch.cat([found if channels is None else found[:, channels[:-1]], total], dim=1)
+
+
 class LogSumHead(GeneHead):
     """The published quantity: a channel whose sum over a shape is the shape's log1p CP10k, per µm².
 
@@ -325,7 +341,8 @@ def build_head(config: ModelConfig) -> Head:
     """Return the head that a configuration asks for."""
     if config.n_programs is not None:
         return ProgramHead(config.genes, config.n_programs)
-    return {"density": GeneHead, "log_sum": LogSumHead}[config.quantity](config.genes)
+    heads = {"density": GeneHead, "panel_density": PanelHead, "log_sum": LogSumHead}
+    return heads[config.quantity](config.genes)
 
 
 def factorise(shares: sparse.csr_array, n_programs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

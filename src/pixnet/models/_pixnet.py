@@ -54,9 +54,9 @@ class PixNet(nn.Module):
     members
         Decoders side by side on the one encoder; the map is their mean. None: 1.
     quantity
-        Quantity that a gene's channel holds. ``"density"``: linear density of its transcripts. ``"log_sum"``: a value
-        per µm² whose sum over a shape is its log1p CP10k (the published way; right at the size of the training shapes),
-        and may be negative. The total is a linear density in both cases. None: ``"density"``.
+        Quantity that a gene's channel holds. ``"density"``: linear density of its transcripts. ``"panel_density"``: the
+        same, with the sum of the genes as the total (of tables of panels). ``"log_sum"``: a value per µm² whose sum
+        over a shape is its log1p CP10k (as published, at the size of the training shapes). None: ``"density"``.
     n_programs
         Number of programs that the map holds in place of genes; 2 or more. None: a channel for each gene.
     zoom

@@ -205,7 +205,7 @@ def _check_update(update: PixNet | None) -> None:
         return
     if not hasattr(update, "evidence"):
         raise TypeError(f"update is {type(update).__name__}; a PixNet is needed, which gets the evidence of all folds")
-    if not update.history or update.quantity != "density":
+    if not update.history or update.quantity == "log_sum":
         why = f"predicts {update.quantity!r}" if update.history else "was not trained"
         raise ValueError(f"update= {why}; give a model of densities that pixnet.tl.train made of all objects")
 

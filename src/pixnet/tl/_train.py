@@ -17,7 +17,14 @@ from pixnet._sdata.inputs import SpatialDatas, is_same, named_objects
 from pixnet._sdata.placement import check_placement
 from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_section
 from pixnet._settings import settings
-from pixnet.tl._training_genes import Tables, check_panels, choose_genes, number_of_programs
+from pixnet.tl._training_genes import (
+    Tables,
+    alone_with_genes,
+    check_panels,
+    choose_genes,
+    number_of_programs,
+    quantity_of,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,10 +120,10 @@ def train(
     mask_key
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
-        Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects; of a single
-        one, and of each where tables are of panels, a block in space, a fifth of its shapes at one end. It chooses the
-        number of passes; the model is then trained again on everything, validation included, for as many
-        (``refit=False`` leaves that out).
+        Names of objects in ``sdata`` to hold out, or further objects. None: the last of several objects. Of a single
+        one, and of each where the panel of the last has genes that no other has, a block in space: a fifth of its
+        shapes at one end. Validation chooses the number of passes; the model is then trained again on everything,
+        validation included, for as many (``refit=False`` leaves that out).
     model
         A model to start from; it is not changed. It excludes ``encoder``, ``mpp`` and the other settings of the model.
         A model that was never trained, such as `pixnet.models.PixNet.paper` gives, starts from the mean composition of
@@ -210,14 +217,17 @@ def train(
     objects = named_objects(sdata)
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
-    if validation is None and any(m.panels for m in slides):
-        held_out = {}  # the last object may be the only one with some of the genes: a block of each is held out
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
+    if validation is None and alone_with_genes(held_out, tables, genes):
+        held_out = {}  # a block of each object, so that these genes can be learned
     by_gene = n_programs == 0 or (n_programs is None and quantity == "log_sum")
     chosen, tables = choose_genes(genes, model, tables, held_out, every=not by_gene)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
     if model is None:
         build["n_programs"] = None if by_gene else number_of_programs(n_programs, len(chosen), n_shapes)
+        build |= given(quantity=quantity_of(tables, quantity, build["n_programs"]))
+    elif not model.history or model.quantity != "density":  # a trained model knows the total already
+        quantity_of(tables, model.config.quantity, model.config.n_programs)
     check_panels(tables, quantity if model is None else model.quantity)
 
     import torch

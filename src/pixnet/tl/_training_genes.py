@@ -10,6 +10,7 @@ from pixnet._sdata.measured import MeasuredTable, columns_with_counts, rank_gene
 
 if TYPE_CHECKING:
     from pixnet.models import PixNet
+    from pixnet.models._config import Quantity
 
 Tables = Mapping[str, Mapping[str, MeasuredTable]]
 """Measured tables of each object and shapes element."""
@@ -60,6 +61,23 @@ def choose_genes(
     return [chosen[i] for i in columns], tables
 
 
+def alone_with_genes(held_out: Mapping[str, Any], tables: Tables, genes: str | Sequence[str] | None) -> bool:
+    """Return whether held-out objects alone measured some of the genes, where tables are of panels."""
+    if not any(t.within_panel for found in tables.values() for t in found.values()):
+        return False
+    here, elsewhere = (
+        {
+            gene
+            for name, found in tables.items()
+            if (name in held_out) == held
+            for t in found.values()
+            for gene in t.genes
+        }
+        for held in (True, False)
+    )
+    return bool((here if genes is None else here & set(check_genes(genes))) - elsewhere)
+
+
 def number_of_programs(n_programs: int | None, n_genes: int, n_shapes: int) -> int | None:
     """Return the number of programs of a new model, None for a channel for each gene; refuse more than there are shapes."""
     if n_programs is None:
@@ -70,6 +88,23 @@ def number_of_programs(n_programs: int | None, n_genes: int, n_shapes: int) -> i
             "shapes or less"
         )
     return n_programs
+
+
+def quantity_of(tables: Tables, quantity: Quantity | None, n_programs: int | None) -> Quantity | None:
+    """Return the quantity of a model for these tables: of panels alone, the total is that of the genes of the model."""
+    panels = all(t.within_panel for found in tables.values() for t in found.values())
+    if n_programs is not None:  # which add up to the total, whatever it counts
+        return quantity
+    if panels and quantity == "density":
+        raise ValueError(
+            "quantity='density' predicts the total of all transcripts, and all tables are of panels (totals=), which do not "
+            "tell it; take quantity='panel_density'"
+        )
+    if quantity == "panel_density" and not panels:
+        raise ValueError(
+            "quantity='panel_density' is for tables that are all of panels; say which are with totals='panel'"
+        )
+    return "panel_density" if panels and quantity is None else quantity
 
 
 def check_panels(tables: Tables, quantity: str | None) -> None:

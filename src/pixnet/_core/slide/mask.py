@@ -64,7 +64,7 @@ class TissueMask:
         whole = max(1, math.ceil(np.abs(linear).sum(axis=0).max() - 1e-6))
         k = whole * max(1, math.ceil(4 / whole))
         out = np.empty((height, width), dtype=bool)
-        rows = max(1, int(4e6 // max(1, width * k * k)))  # bounds the samples held at once
+        rows = max(1, int(4e6 // max(1, width * k * k)))  # bounds what is held at once
         for start in range(0, height, rows):
             part = y0 + start, x0, min(rows, height - start), width
             counts = self._upright(*part, k) if not linear[0, 1] and not linear[1, 0] else self._turned(*part, k)
@@ -81,7 +81,7 @@ class TissueMask:
         return inside[0][:, None] * inside[1][None, :] >= 0.5 - 1e-9
 
     def _upright(self, y0: int, x0: int, height: int, width: int, k: int) -> np.ndarray:
-        """Return how many of ``k`` x ``k`` points in each pixel are tissue, by rows and by columns: the mask is not rotated."""
+        """Return how many of ``k`` x ``k`` points in each pixel are tissue, where the mask is not rotated: rows times columns."""
         points, seen = [], []
         for axis, start, size in ((1, y0, height), (0, x0, width)):
             at = start + (np.arange(size * k) + 0.5) / k

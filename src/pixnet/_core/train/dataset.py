@@ -183,22 +183,18 @@ class CropDataset(Dataset[Crop]):
         panels = [self.panel(crop.section, name) for crop, name, _ in targets]
         if any(panel is not None for panel in panels):
             shares = _with_means(shares, panels, [len(t.rows) for *_, t in targets], seed)
-        if self.panels_alone:  # of all genes of the model
-            shares = sparse.csr_array(sparse.diags_array(1 / np.maximum(shares.sum(axis=1), 1e-12)) @ shares)
         return MeasuredShapes(shares, float(np.concatenate(areas).mean()), seed)
 
     def panel(self, section: int, name: str) -> np.ndarray | None:
         """Return the genes that were measured in an element of a section; None: all."""
         return next(t.panel for t in self.sections[section].targets if t.name == name)
 
-    def within_panel(self, section: int, name: str) -> bool:
-        """Return whether expression in an element of a section is a share of its panel."""
-        return next(t.within_panel for t in self.sections[section].targets if t.name == name)
-
-    @property
-    def panels_alone(self) -> bool:
-        """Whether the totals of all tables are those of their panels."""
-        return all(t.within_panel for section in self.sections for t in section.targets)
+    def compared_within(self, section: int, name: str) -> np.ndarray | None:
+        """Return the genes whose sum is the total of an element of a section; None: the total is that of all transcripts."""
+        targets = next(t for t in self.sections[section].targets if t.name == name)
+        if not targets.within_panel:
+            return None
+        return np.arange(targets.counts.shape[1]) if targets.panel is None else targets.panel
 
     @cached_property
     def _by_element(self) -> dict[str, list[tuple[int, sparse.csr_array, np.ndarray]]]:

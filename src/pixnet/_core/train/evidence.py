@@ -105,8 +105,8 @@ def predict_shapes(model: PixNet, dataset: CropDataset, device: str, rng: np.ran
         found = shape_sums(model, batch, features).get(name)
         if found is not None:
             panel = dataset.panel(batch.section, name)
-            within = dataset.within_panel(batch.section, name)
-            genes = torch.from_numpy(panel).to(device) if within and panel is not None else None
+            within = dataset.compared_within(batch.section, name)
+            genes = None if within is None else torch.from_numpy(within).to(device)
             log = model.head.log_expression(found.sums, section.pixel_um2, genes).double().cpu()
             predicted = np.expm1(np.minimum(log.numpy(), 9.3))
             umi = found.umi.double().cpu().numpy()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixnet._core.train.batches import VALIDATED_PX, Batch, SectionBatchSampler, collate
@@ -18,9 +17,6 @@ from pixnet.models._pixnet import PixNet
 
 LEAST_WEIGHT = 0.02
 """Weight of a gene whose variance is all counting noise, where one without any has 1."""
-
-NAMED_WEIGHT = 10.0
-"""Weight of how far the total is from the sum of all genes, where all tables are of panels: nothing else tells the total."""
 
 EVALUATED_CROPS = 2
 """Crops in a batch of evaluation; it affects memory only."""
@@ -61,20 +57,17 @@ class Objective:
         self.options, self.loss = options, loss or LOSSES[options.loss]
         self._weights: dict[str, Tensor] = {}
         self._dispersion: dict[str, Tensor] = {}
-        self._panels_alone = False  # no table tells the total of all transcripts: it is that of the model's genes then
 
     def prepare(self, dataset: CropDataset, default_weights: str) -> None:
         """Take from the training shapes what the losses need to know of each gene; ``default_weights`` is the head's choice."""
         if (self.options.gene_weights or default_weights) == "signal":
             self._weights = {name: found.clamp(min=LEAST_WEIGHT) for name, found in dataset.signal().items()}
-        self._panels_alone = dataset.panels_alone
         if self.options.loss == "nb+pcc":
             self._dispersion = dataset.dispersion()
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the number that is minimised."""
-        named = NAMED_WEIGHT * losses["named"] if self._panels_alone else 0.0
-        return losses["expression"] + self.options.total_weight * losses["total"] + named
+        return losses["expression"] + self.options.total_weight * losses["total"]
 
     def losses(
         self, model: PixNet, dataset: CropDataset, section: int, found: dict[str, ShapeSums]
@@ -105,8 +98,9 @@ class Objective:
         panel = dataset.panel(section, name)
         genes = None if panel is None else torch.from_numpy(panel).to(device)
         covered = shapes.covered.clamp(min=1e-6)
-        if dataset.within_panel(section, name):
-            of_panel = torch.arange(shapes.cp10k.shape[1], device=device) if genes is None else genes
+        within = dataset.compared_within(section, name)
+        if within is not None:
+            of_panel = torch.from_numpy(within).to(device)
             predicted = head.log_expression(shapes.sums, pixel_um2, of_panel)
             density = head.total(shapes.sums, of_panel) / covered
             # How much of all transcripts a panel has is not measured: only differences in depth are.
@@ -123,7 +117,7 @@ class Objective:
             values = known[name].to(device)
             return values if genes is None else values[genes]
 
-        losses = shape_loss(
+        return shape_loss(
             predicted,
             density,
             shapes.cp10k if genes is None else shapes.cp10k[:, genes],
@@ -133,13 +127,6 @@ class Objective:
             umi=shapes.umi,
             dispersion=of_genes(self._dispersion),
         )
-        if self._panels_alone:
-            every = torch.arange(len(head.genes), device=device)
-            whole, named = (
-                total.clamp(min=1e-6).log() for total in (head.total(shapes.sums), head.total(shapes.sums, every))
-            )
-            losses["named"] = F.mse_loss(whole, named)
-        return losses
 
 
 def _mean(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
