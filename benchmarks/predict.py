@@ -260,8 +260,8 @@ def encoder_throughput(model, precision) -> tuple[float, int]:
     import numpy as np
     import torch
 
+    from pixnet._core.malloc import memory_kept
     from pixnet._core.predict.device import resolve_precision
-    from pixnet._core.predict.malloc import memory_kept
     from pixnet._core.predict.placed import PlacedModel
     from pixnet._core.predict.portable_model import PortableModel
     from pixnet._core.predict.tile import TileCost

@@ -42,7 +42,7 @@ class Watershed:
 
     # All found on sections of her2st and on H&E of other laboratories, by their overlays. Lengths in µm.
     SMOOTH, SURROUNDINGS, CENTRE, APART = 0.6, 10.0, 1.9, 2.5
-    PALEST = 0.12  # even where a slide has no nucleus that would tell
+    PALEST = 0.12  # also on a slide without nuclei
     FLOOR = 0.65  # of the threshold: no nucleus is paler, wherever it is
     DEPTH, DEPTH_WEIGHT = 3.0, 0.35
     AREA_UM2 = (12.0, 400.0)

@@ -112,7 +112,7 @@ def _stream(path: Path) -> Iterator[Any]:
                 raise ValueError(f"not readable as GeoJSON, damaged or truncated ({what})") from error
         if found:
             return
-    raise ValueError("there is no feature in it")
+    raise ValueError("the file contains no feature")
 
 
 def _with_children(feature: Any) -> Iterator[Any]:

@@ -324,7 +324,7 @@ def _check_unique(image_key: str, channels: list[str]) -> None:
 def _select(gene_map: GeneMap, genes: Sequence[str] | str | None) -> Selection:
     """Return the genes asked for."""
     if not gene_map.genes:
-        raise ValueError(f"gene map {gene_map.key!r} has no gene, only {gene_map.total_name!r}")
+        raise ValueError(f"gene map {gene_map.key!r} contains no genes, only {gene_map.total_name!r}")
     return gene_map.select(genes)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixnet._core.predict.malloc import trim_memory
+from pixnet._core.malloc import trim_memory
 from pixnet._core.predict.map_grid import Box, MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.tile import Tile, TileCost

@@ -13,8 +13,8 @@ import numpy as np
 from dask._task_spec import DataNode, List, Task, TaskRef
 from dask.highlevelgraph import HighLevelGraph
 
+from pixnet._core.malloc import memory_kept
 from pixnet._core.parallel import in_threads, run, runs_here
-from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.predict.map_grid import MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.portable_model import PortableModel

@@ -18,9 +18,9 @@ from dask.base import tokenize
 from torch import nn
 from tqdm.auto import tqdm
 
+from pixnet._core.malloc import memory_kept
 from pixnet._core.parallel import runs_here
 from pixnet._core.predict.device import resolve_precision
-from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.predict.map_grid import Box
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.portable_model import PortableModel, model_hash

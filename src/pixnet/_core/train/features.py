@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pixnet._core.malloc import memory_kept
 from pixnet._core.predict.device import resolve_precision
-from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.predict.map_grid import Box
 from pixnet._core.train.augment import Version, jitter, turn, turn_back
 from pixnet._core.train.dataset import CropDataset

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pixnet._core.malloc import memory_kept
 from pixnet._core.parallel import in_threads
-from pixnet._core.predict.malloc import memory_kept
 from pixnet._core.train.batches import TRAINED_PX, Batch, SectionBatchSampler, collate
 from pixnet._core.train.covered import Features, at_covered, read_features, standardised
 from pixnet._core.train.dataset import CropDataset

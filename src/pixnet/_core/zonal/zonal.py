@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pixnet._core.coverage import ShapeArrays, Weights
+from pixnet._core.malloc import memory_kept
 from pixnet._core.parallel import run
 from pixnet._core.zonal.index import Tile, TileIndex
 from pixnet._core.zonal.reader import BLOCK_BYTES, TILE_PX, ImageReader
@@ -100,7 +101,10 @@ def zonal_statistics(
         values[index.counts == 0] = np.nan
     collected = _Collected(request, index.counts)
     off = not settings.progress or len(index) < 4
-    with tqdm(total=len(index), desc=description, unit="tile", file=sys.stderr, leave=False, disable=off) as progress:
+    with (
+        memory_kept(),
+        tqdm(total=len(index), desc=description, unit="tile", file=sys.stderr, leave=False, disable=off) as progress,
+    ):
         for tile, found in _run(reader, request, index, shapes):
             result.area[tile.rows] += found.area
             for values, part in zip(result.values.values(), found.values):

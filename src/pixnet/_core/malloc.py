@@ -11,9 +11,13 @@ import contextlib
 import ctypes
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+
+_lock = threading.Lock()
+_blocks = 0  # that are running, in this thread and in others
 
 
 @contextlib.contextmanager
@@ -22,21 +26,26 @@ def memory_kept() -> Iterator[None]:
 
     A forward pass allocates and frees hundreds of megabytes over and over. By default glibc asks the kernel for each
     large array anew, and the kernel clears its pages. glibc keeps large arrays of the main thread only, so the model
-    has to run in that thread. The setting holds for the whole process; afterwards it is close to what glibc chooses
-    itself.
+    has to run in that thread. The setting holds for the whole process, until the last of several blocks ends;
+    afterwards it is close to what glibc chooses itself.
     """
+    global _blocks
     libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+    with _lock:
+        _blocks += 1
+        if libc is not None:
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
     try:
         yield
     finally:
-        if libc is not None:
-            # the values that glibc itself arrives at in a process that frees large arrays
-            libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
-            libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
-            libc.malloc_trim(0)
+        with _lock:
+            _blocks -= 1
+            if libc is not None and not _blocks:
+                # the values that glibc itself arrives at in a process that frees large arrays
+                libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+                libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
+                libc.malloc_trim(0)
 
 
 def trim_memory() -> None:
