@@ -201,14 +201,15 @@ def _map_values(
             continue
         if name == "density" or name in asked:
             found = sums.values.pop(statistic.name)
-            area = np.float32(gene_map.pixel_um2 if statistic.extensive else 1.0)
-            layers[name] = _by_rows(partial(_scaled_values, selection, area), found, n_genes)
+            of_pixel = partial(_sums, selection, np.float32(gene_map.pixel_um2))
+            layers[name] = _by_rows(of_pixel if statistic.extensive else selection.values, found, n_genes)
             units[name] = selection.unit if name == "density" else statistic.unit(selection.unit, "um^2")
     return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
 
 
-def _scaled_values(selection: Selection, area: np.float32, read: np.ndarray) -> np.ndarray:
-    return selection.values(read) * area
+def _sums(selection: Selection, pixel_um2: np.float32, read: np.ndarray) -> np.ndarray:
+    """Return sums of pixels as integrals over µm²."""
+    return selection.values(read) * pixel_um2
 
 
 def _programs(selection: ProgramSelection, mean: np.ndarray) -> dict[str, Any]:

@@ -120,9 +120,9 @@ class SlideFeatures:
                         )
                     for level, values in found.items():
                         maps.write(level, window, values)
+                    maps.forget()  # what the stage read
                     self._done[version][index] |= self.cells_of([window])
                     yield window
-            maps.forget()
 
     def _opened(self, version: Version) -> FeatureMaps:
         if version not in self.maps:
