@@ -3,6 +3,10 @@
     python benchmarks/training.py                                   # 5 and 20 slides of 13,000 px with 3,000 spots each
     python benchmarks/training.py --slides 2 6 --size 2048 --spots 80 --passes 1        # a small version, about a minute
 
+    # another encoder, with random weights: the estimate for one Visium slide, and a small slide whole
+    python benchmarks/training.py --encoder timm/hf-hub:MahmoodLab/UNI2-h --slides 1 --estimate
+    python benchmarks/training.py --encoder timm/hf-hub:MahmoodLab/UNI2-h --slides 1 --size 1024 --spots 30 --passes 1
+
 Each number of slides runs in a process of its own. The table has its peak memory, the disk that its features take beside the
 estimate, and the seconds of features and of a pass. Peak memory should not depend on the number of slides.
 """
@@ -72,17 +76,24 @@ def slide(seed: int, size: int, n_spots: int):
     return sdata
 
 
+class Estimated(Exception):
+    """The estimate was made, and nothing else is wanted."""
+
+
 def measure(n: int, args: argparse.Namespace) -> dict:
-    """Train on a number of slides and return what it took."""
+    """Train on a number of slides and return what it took, or what it would take."""
     import pixnet as px
     from pixnet._core.train.trainer import Trainer
 
-    estimates, passes = [], []
+    estimates, minutes, passes = [], [], []
 
     class Estimate(logging.Handler):
         def emit(self, record):
-            if found := re.search(r"([\d.]+) (GB|MB) on disk", record.getMessage()):
+            if found := re.search(r"([\d.]+) (GB|MB) on disk(?:.*about ([\d.]+) min)?", record.getMessage()):
                 estimates.append(float(found[1]) / (1 if found[2] == "GB" else 1e3))
+                minutes.append(float(found[3] or "nan"))
+                if args.estimate:
+                    raise Estimated
 
     logging.getLogger("pixnet").addHandler(Estimate())
     epoch = Trainer._epoch
@@ -97,8 +108,20 @@ def measure(n: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         px.settings.scratch_dir, px.settings.progress = scratch, False
         slides = {f"slide {i}": slide(i, args.size, args.spots) for i in range(n)}
+        genes = [f"G{i}" for i in range(N_GENES)]
+        model = px.models.PixNet(genes, encoder=args.encoder, pretrained=False) if args.encoder else None
         start = time.perf_counter()
-        px.tl.train(slides, mask_key=False, max_epochs=args.passes, patience=args.passes, refit=False, seed=0)
+        try:
+            px.tl.train(
+                slides, mask_key=False, model=model, max_epochs=args.passes, patience=args.passes, refit=False, seed=0
+            )
+        except Estimated:
+            return {
+                "slides": n,
+                "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+                "estimated_gb": round(sum(estimates), 3),
+                "estimated_min": round(sum(minutes), 1),
+            }
         seconds = time.perf_counter() - start
         used = sum(path.stat().st_blocks * 512 for path in Path(scratch).rglob("*.f16"))
     return {
@@ -117,6 +140,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=13_000, help="pixels a side")
     parser.add_argument("--spots", type=int, default=3000)
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--encoder", help="with random weights; None: that of tl.train, with its own")
+    parser.add_argument("--estimate", action="store_true", help="stop once the estimate is made")
     parser.add_argument("--scratch", help="folder for the features; None: that of temporary files")
     parser.add_argument("--in-process", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
