@@ -113,7 +113,14 @@ def measure(n: int, args: argparse.Namespace) -> dict:
         start = time.perf_counter()
         try:
             px.tl.train(
-                slides, mask_key=False, model=model, max_epochs=args.passes, patience=args.passes, refit=False, seed=0
+                slides,
+                mask_key=False,
+                model=model,
+                max_epochs=args.passes,
+                patience=args.passes,
+                refit=False,
+                seed=0,
+                variants=args.variants,
             )
         except Estimated:
             return {
@@ -140,6 +147,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=13_000, help="pixels a side")
     parser.add_argument("--spots", type=int, default=3000)
     parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--variants", type=int, default=2, help="versions of each slide, as of tl.train")
     parser.add_argument("--encoder", help="with random weights; None: that of tl.train, with its own")
     parser.add_argument("--estimate", action="store_true", help="stop once the estimate is made")
     parser.add_argument("--scratch", help="folder for the features; None: that of temporary files")
