@@ -76,6 +76,13 @@ def slide(seed: int, size: int, n_spots: int):
     return sdata
 
 
+def untrained(encoder: str):
+    """Return an encoder with random weights."""
+    import pixnet as px
+
+    return px.models.PixNet(["a gene"], encoder=encoder, pretrained=False).encoder
+
+
 class Estimated(Exception):
     """The estimate was made, and nothing else is wanted."""
 
@@ -108,19 +115,21 @@ def measure(n: int, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         px.settings.scratch_dir, px.settings.progress = scratch, False
         slides = {f"slide {i}": slide(i, args.size, args.spots) for i in range(n)}
-        genes = [f"G{i}" for i in range(N_GENES)]
-        model = px.models.PixNet(genes, encoder=args.encoder, pretrained=False) if args.encoder else None
+        build = {}
+        if args.encoder:
+            px.models.register_encoder("random", lambda pretrained: untrained(args.encoder), mpp=MPP)
+            build = {"encoder": "random"}
         start = time.perf_counter()
         try:
             px.tl.train(
                 slides,
                 mask_key=False,
-                model=model,
                 max_epochs=args.passes,
                 patience=args.passes,
                 refit=False,
                 seed=0,
                 variants=args.variants,
+                **build,
             )
         except Estimated:
             return {
