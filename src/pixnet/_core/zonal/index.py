@@ -82,6 +82,12 @@ class TileIndex:
             inner = self.counts[members] == 1
             yield Tile(window, np.concatenate([members[inner], members[~inner]]), int(inner.sum()))
 
+    @property
+    def n_px(self) -> int:
+        """Number of pixels of the tiles."""
+        rows, columns = np.divmod(self._tiles, len(self._x) - 1)
+        return int((np.diff(self._y)[rows] * np.diff(self._x)[columns]).sum())
+
     def most_held(self, shapes: ShapeArrays) -> float:
         """Return how many pixels are held at a time if each tile keeps those of the shapes that reach beyond it.
 

@@ -77,6 +77,10 @@ class ImageReader:
         """Whether a task, in this process or another, reads the pixels for itself."""
         return isinstance(self.source, zarr.Array) and not isinstance(self.source.store, zarr.storage.MemoryStore)
 
+    def nbytes(self, n_px: int) -> int:
+        """Return the size of some pixels with the channels that are read."""
+        return n_px * len(self.channels) * self._itemsize
+
     def pixels(self, window: Window) -> Any:
         """Return the pixels of a window to hand to a task: an array, maybe a lazy one; None if the task reads them."""
         rows, columns = slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3])
