@@ -240,7 +240,7 @@ class PixNet(nn.Module):
 
     @property
     def quantity(self) -> str:
-        """Quantity that the model predicts for a gene: ``"density"`` or ``"log_sum"``."""
+        """Quantity that the model predicts for a gene: ``"density"``, ``"panel_density"`` or ``"log_sum"``."""
         return self.config.quantity
 
     @property
