@@ -9,7 +9,7 @@ from scipy import sparse
 
 import pixnet as px
 from pixnet._core.train.batches import SectionBatchSampler, collate
-from pixnet._core.train.crops import cover, place_crops
+from pixnet._core.train.crops import Targets, cover, kept_on_disk, place_crops
 from pixnet._core.train.dataset import Crop, CropDataset, CropTargets
 from pixnet._core.train.fit import fit
 from pixnet._core.train.objective import Objective
@@ -113,16 +113,26 @@ def test_a_block_of_a_single_one_shares_no_shape(slide):
     assert a[:, 2].max() <= b[:, 0].min() or a[:, 3].max() <= b[:, 1].min()
 
 
+def test_crops_on_disk_are_the_same(slide):
+    (section,) = sections(slide)
+    crops = [cover(crop, section, 512) for crop in place_crops(section, 512)]
+    for kept, crop in zip(kept_on_disk(crops), crops, strict=True):
+        assert (kept.origin, kept.rows) == (crop.origin, crop.rows)
+        np.testing.assert_array_equal(kept.pixels, crop.pixels)
+        for name, weights in crop.weights.items():
+            assert (kept.weights[name] != weights).nnz == 0
+            assert not kept.weights[name].data.flags.writeable
+
+
 def test_dispersion_is_that_of_the_counts():
     rng = np.random.default_rng(0)
     umi = rng.uniform(2000, 8000, 4000)
     share, dispersion = np.array([0.01, 0.03, 0.02]), np.array([0.5, 0.1, 0.0])
     rate = [rng.gamma(1 / d, d, 4000) if d else np.ones(4000) for d in dispersion]
     counts = rng.poisson(umi[:, None] * share * np.stack(rate, axis=1))
+    measured = Targets("spots", None, sparse.csr_array(counts), umi)
     crops = [  # of one section, so their shapes are taken together
-        Crop(
-            0, (0, 0), np.arange(4), {"spots": CropTargets(rows, None, sparse.csr_array(counts[rows]), None, umi[rows])}
-        )
+        Crop(0, (0, 0), np.arange(4), {"spots": CropTargets(rows, None, None, measured)})
         for rows in np.array_split(np.arange(4000), 3)
     ]
     dataset = CropDataset([], 512, crops)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import mmap
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from pixnet._settings import settings
 
@@ -35,6 +40,26 @@ def scratch_root() -> Path:
         _scratch = path
         atexit.register(_clear_scratch, path, os.getpid())
     return _scratch
+
+
+def on_disk(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return arrays of one dimension and type as parts of a memory map, whose file goes with the last of them."""
+    if not sum(a.size for a in arrays):
+        return list(arrays)
+    root = scratch_root()
+    try:
+        with tempfile.TemporaryFile(dir=root) as file:
+            for values in arrays:
+                file.write(np.ascontiguousarray(values).data)
+            file.flush()
+            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), arrays[0].dtype)
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"cannot write to settings.scratch_dir, {str(settings.scratch_dir)!r} ({error.strerror}): set it to a folder with "
+            "room (or PIXNET_SCRATCH_DIR)",
+        ) from error
+    return np.split(whole, np.cumsum([a.size for a in arrays])[:-1])
 
 
 def _clear_scratch(path: Path, owner: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
 
 from pixnet._core.coverage import ShapeArrays, coverage
+from pixnet._core.scratch import on_disk
 from pixnet._core.slide.grid import ModelGrid
 from pixnet._core.slide.mask import TissueMask
 from pixnet._core.slide.reader import SlideReader
@@ -184,3 +185,28 @@ def cover(crop: Placed, section: Section, size: int) -> Covered:
             covered[weights[targets.name].indices] = True
     pixels = np.flatnonzero(covered).astype(np.int32)
     return Covered(crop.origin, rows, pixels, {name: w[:, pixels] for name, w in weights.items()})
+
+
+def kept_on_disk(crops: Sequence[Covered]) -> list[Covered]:
+    """Return the same crops with pixels and weights on disk: those of a slide take tens of megabytes."""
+    arrays = []
+    for crop in crops:
+        arrays += [
+            crop.pixels,
+            *(
+                a
+                for w in crop.weights.values()
+                for a in (w.indices.astype(np.int32, copy=False), w.data.view(np.int32))
+            ),
+        ]
+    found = iter(on_disk(arrays))
+    return [replace(crop, pixels=next(found), weights=_replaced(crop.weights, found)) for crop in crops]
+
+
+def _replaced(weights: dict[str, sparse.csr_array], arrays: Iterator[np.ndarray]) -> dict[str, sparse.csr_array]:
+    """Return weights whose indices and values are the next of some arrays."""
+    out = {}
+    for name, w in weights.items():
+        indices, data = next(arrays), next(arrays).view(np.float32)
+        out[name] = sparse.csr_array((data, indices, w.indptr), shape=w.shape)
+    return out

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from pixnet._core.predict.map_grid import Box
 from pixnet._core.train.augment import Version
-from pixnet._core.train.crops import Covered, Section, cover, place_crops
+from pixnet._core.train.crops import Covered, Section, Targets, cover, kept_on_disk, place_crops
 from pixnet._core.train.feature_maps import FeatureMaps
 from pixnet._core.train.slide_features import SlideFeatures
 from pixnet.models._heads import MeasuredShapes
@@ -33,19 +33,26 @@ class CropTargets:
         Positions of the shapes among those of their section.
     weights
         Coverage ``(shapes, pixels)`` of the crop's pixels.
-    counts
-        Raw counts, ``(shapes, genes)``.
     depth
         UMI per covered area over its mean in the section, times 1e4, ``(shapes,)``.
-    umi
-        Total of each shape, ``(shapes,)``.
+    measured
+        What was measured in all shapes of the section.
     """
 
     rows: np.ndarray
     weights: sparse.csr_array
-    counts: sparse.csr_array
     depth: np.ndarray
-    umi: np.ndarray
+    measured: Targets
+
+    @property
+    def counts(self) -> sparse.csr_array:
+        """Raw counts, ``(shapes, genes)``."""
+        return self.measured.counts[self.rows]
+
+    @property
+    def umi(self) -> np.ndarray:
+        """Total of each shape, ``(shapes,)``."""
+        return self.measured.umi[self.rows]
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class CropDataset(Dataset[Crop]):
         crops: list[Crop] = []
         left_out: dict[str, int] = {}
         for index, section in enumerate(sections):
-            covered = [cover(crop, section, size) for crop in place_crops(section, size)]
+            covered = kept_on_disk([cover(crop, section, size) for crop in place_crops(section, size)])
             depth = {t.name: _depth(t.name, t.umi, covered) for t in section.targets}
             left_out |= {f"{section.name}/{name}": n for name, d in depth.items() if (n := int((d == 0).sum()))}
             crops += [_crop(section, index, crop, depth) for crop in covered if crop.rows]
@@ -275,13 +282,7 @@ def _depth(name: str, umi: np.ndarray, crops: Sequence[Covered]) -> np.ndarray:
 
 def _crop(section: Section, index: int, crop: Covered, depth: dict[str, np.ndarray]) -> Crop:
     targets = {
-        t.name: CropTargets(
-            rows := crop.rows[t.name],
-            crop.weights[t.name],
-            t.counts[rows],
-            depth[t.name][rows],
-            t.umi[rows],
-        )
+        t.name: CropTargets(rows := crop.rows[t.name], crop.weights[t.name], depth[t.name][rows], t)
         for t in section.targets
         if t.name in crop.rows
     }
