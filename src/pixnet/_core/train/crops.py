@@ -207,6 +207,7 @@ def _replaced(weights: dict[str, sparse.csr_array], arrays: Iterator[np.ndarray]
     """Return weights whose indices and values are the next of some arrays."""
     out = {}
     for name, w in weights.items():
-        indices, data = next(arrays), next(arrays).view(np.float32)
-        out[name] = sparse.csr_array((data, indices, w.indptr), shape=w.shape)
+        out[name] = sparse.csr_array(w.shape, dtype=w.dtype)
+        # Set one by one: the constructor copies parts of a larger array.
+        out[name].indices, out[name].data, out[name].indptr = next(arrays), next(arrays).view(np.float32), w.indptr
     return out
