@@ -114,7 +114,7 @@ def test_space_rangers_output(space_ranger):
         shapes = (
             frame.geometry.to_numpy()
             if area
-            else shapely.buffer(frame.geometry.to_numpy(), frame["radius"], quad_segs=64)
+            else shapely.buffer(frame.geometry.to_numpy(), frame["radius"].to_numpy(), quad_segs=64)
         )
         assert area is None or np.allclose(shapely.area(shapes), area, rtol=1e-3)
         for i in (0, len(table) // 2, len(table) - 1):

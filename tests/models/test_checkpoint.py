@@ -413,7 +413,9 @@ def test_nasty_files_cost_neither_time_nor_memory(tmp_path):
     assert len(seconds) == len(files)
     assert max(seconds) < 2, seconds
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6)
-    assert megabytes < (550 if old else 500), megabytes  # importing torch 2.4 takes more
+    # importing torch takes more memory before 2.6, and where it is built for GPUs
+    limit = 900 if torch.backends.cuda.is_built() else 550 if old else 500
+    assert megabytes < limit, megabytes
 
 
 def test_an_error_names_the_file_that_was_asked_for(model, tmp_path):

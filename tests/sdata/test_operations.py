@@ -253,7 +253,8 @@ OPERATIONS = {
         "`query.bounding_box(..., filter_table=False)`", lambda sdata: box_crop(sdata, filter_table=False)
     ),
     "filter": Operation(
-        "`filter_by_coordinate_system`", lambda sdata: (sdata.filter_by_coordinate_system("global"), Keys())
+        "`filter_by_coordinate_system(..., filter_tables=False)`",
+        lambda sdata: (sdata.filter_by_coordinate_system("global", filter_tables=False), Keys()),
     ),
     "transform": Operation(
         "`transform_to_coordinate_system`: images are resampled, their pixel size is gone",

@@ -578,7 +578,7 @@ def test_bad_images(sdata):
     check_refused(sdata, ValueError, "no channels", "spots", image_key="none")
     check_refused(sdata, KeyError, "no image 'regions'", "spots", image_key="regions")
     sdata["alone"] = Image2DModel.parse(np.ones((1, 9, 9)), dims=("c", "y", "x"), c_coords=[TOTAL])
-    check_refused(sdata, ValueError, "'alone' has no gene", "spots", image_key="alone")
+    check_refused(sdata, ValueError, "'alone' contains no genes", "spots", image_key="alone")
     sdata["twice"] = Image2DModel.parse(np.zeros((2, 9, 9)), dims=("c", "y", "x")).assign_coords(c=["a", "a"])
     check_refused(sdata, ValueError, "one name: 'a'", "spots", image_key="twice")
 

@@ -277,7 +277,8 @@ def _open_programs(
         have = f" (the loadings in {listed(others)} are those of another model)" if others else ""
         raise KeyError(
             f"the loadings of program map {key!r} are missing{have}: without them its programs say nothing of genes. Copy "
-            "the table from the object that the map came from (a crop keeps it with filter_table=False), or predict again"
+            "the table from the object that the map came from (SpatialData's query keeps it with filter_table=False, and "
+            "filter_by_coordinate_system with filter_tables=False), or predict again"
         )
     table_key, table = next(iter(candidates.items()))
     programs, genes = [str(n) for n in table.obs_names], [str(n) for n in table.var_names]

@@ -88,7 +88,7 @@ def draw_filled(ax: Axes, frame: Frame, key: str, values: Series, cmap: Colormap
     if key in frame.sdata.labels:
         labels = read_pixels(frame, key, panel_pixels(ax))
         names, where = np.unique(labels.values, return_inverse=True)
-        by_name = values.reindex(names).to_numpy(dtype=np.float64)
+        by_name = values.reindex(names).to_numpy(dtype=np.float64, copy=True)
         by_name[names == 0] = np.nan  # background
         picture = by_name[where].reshape(labels.values.shape)
         return draw_image(ax, picture, labels.affine, cmap=cmap, norm=norm, interpolation="nearest")
