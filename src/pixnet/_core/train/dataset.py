@@ -108,10 +108,10 @@ class CropDataset(Dataset[Crop]):
         crops: list[Crop] = []
         left_out: dict[str, int] = {}
         for index, section in enumerate(sections):
-            covered = kept_on_disk([cover(crop, section, size) for crop in place_crops(section, size)])
+            covered = [cover(crop, section, size) for crop in place_crops(section, size)]
             depth = {t.name: _depth(t.name, t.umi, covered) for t in section.targets}
             left_out |= {f"{section.name}/{name}": n for name, d in depth.items() if (n := int((d == 0).sum()))}
-            crops += [_crop(section, index, crop, depth) for crop in covered if crop.rows]
+            crops += [_crop(section, index, crop, depth) for crop in kept_on_disk(covered) if crop.rows]
         return cls(list(sections), size, crops, left_out)
 
     def __len__(self) -> int:
