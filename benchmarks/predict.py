@@ -9,7 +9,7 @@ noise around tissue colours on a white slide, tissue in a disc of 40 % of the ar
     python benchmarks/predict.py how=graph size=100000 # a huge slide, lazily: built, not run
     python benchmarks/predict.py seams                 # windows against one forward pass (needs PIXNET_DATA_DIR)
     python benchmarks/predict.py limit size=20000      # a whole slide as a multiple of what its encoder alone takes
-    python benchmarks/predict.py limit size=20000 programs=64           # the same with 18,000 genes in 64 programs
+    python benchmarks/predict.py limit size=20000 genes=18000 programs=64
 
 ``how=naive`` runs every window, background too, into one float32 array in memory that is written at the end; ``how=spots``
 runs the model on a crop around every map pixel of tissue, whose time is that of a few crops times their number.
@@ -50,6 +50,7 @@ DEFAULT = {
     "how": "pixnet",
     "size": 5_000,
     "genes": 250,
+    "programs": None,
     "precision": None,
     "workers": 0,
     "keep": 0,
@@ -57,7 +58,7 @@ DEFAULT = {
     "decoder": "pixel_mlp",
     "halo": None,
 }
-NUMBERS = {"size", "genes", "workers", "keep", "tile", "halo"}
+NUMBERS = {"size", "genes", "programs", "workers", "keep", "tile", "halo"}
 KEPT = {"MALLOC_TRIM_THRESHOLD_": 2_000_000_000, "MALLOC_MMAP_THRESHOLD_": 1_000_000_000, "MALLOC_ARENA_MAX": 1}
 """With ``keep=1``: workers keep the memory that they free, as docs/clusters.md advises."""
 COLUMNS = (
@@ -145,7 +146,8 @@ def make_model(case: dict):
         model = px.models.load("her2st")
     else:
         torch.manual_seed(0)
-        model = px.models.PixNet([f"gene{i}" for i in range(case["genes"])], mpp=0.5, decoder=case["decoder"])
+        genes = [f"gene{i}" for i in range(case["genes"])]
+        model = px.models.PixNet(genes, mpp=0.5, decoder=case["decoder"], n_programs=case["programs"])
     if case["halo"] is not None:
         model.config = replace(model.config, halo=case["halo"])
     return model.eval()
@@ -256,7 +258,7 @@ def run(case: dict) -> dict:
     return {k: v if isinstance(v, str) else round(v, 2) for k, v in found.items()}
 
 
-def encoder_throughput(model, precision=None) -> dict[str, tuple[float, int]]:
+def encoder_throughput(model) -> dict[str, tuple[float, int]]:
     """Return the best throughput of the encoder alone (Mpx/s), whole windows without halos, and their size in pixels.
 
     As torch runs it by itself, and with convolutions fused as `tl.predict` does.
@@ -270,7 +272,7 @@ def encoder_throughput(model, precision=None) -> dict[str, tuple[float, int]]:
     from pixnet._core.predict.portable_model import PortableModel
     from pixnet._core.predict.tile import TileCost
 
-    precision = resolve_precision(precision, torch.device("cpu"))
+    precision = resolve_precision(None, torch.device("cpu"))
     placed, dtype = PlacedModel(PortableModel(model), "cpu", precision, None, 1), PRECISIONS[precision]
     best = {"torch alone": (0.0, 0), "fused": (0.0, 0)}
     with memory_kept():
@@ -292,21 +294,17 @@ def encoder_throughput(model, precision=None) -> dict[str, tuple[float, int]]:
     return best
 
 
-def limit(size: int, programs: int) -> None:
+def limit(case: dict) -> None:
     """Print the time of a whole slide as a multiple of what the encoder alone would take for its tissue, in one process."""
     import spatialdata
-    import torch
 
     import pixnet as px
 
     px.settings.progress = False
-    said = messages()
-    torch.manual_seed(0)
-    genes = [f"gene{i}" for i in range(18_000 if programs else DEFAULT["genes"])]
-    model = px.models.PixNet(genes, mpp=0.5, n_programs=programs or None).eval()
+    said, model = messages(), make_model(case)
     before = encoder_throughput(model)
     with tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR")) as folder, Peak() as peak:
-        make_slide(size).write(Path(folder) / "slide.zarr")  # painting it takes as long as the model
+        make_slide(case["size"]).write(Path(folder) / "slide.zarr")  # painting it takes as long as the model
         sdata = spatialdata.read_zarr(Path(folder) / "slide.zarr")
         start, busy = time.perf_counter(), time.process_time()
         px.tl.predict(sdata, model)
@@ -316,7 +314,7 @@ def limit(size: int, programs: int) -> None:
     tissue = float(re.search(r"([\d.]+) M px predicted", found).group(1)) * model.stride**2
     forward = float(re.search(r"([\d.]+) s in the model", found).group(1))
     print(
-        f"tl.predict, {size} px, {tissue:.1f} Mpx of tissue: {wall:.1f} s, {forward:.1f} s in the model "
+        f"tl.predict, {case['size']} px, {tissue:.1f} Mpx of tissue: {wall:.1f} s, {forward:.1f} s in the model "
         f"({1 - forward / wall:.0%} outside it); CPU {cpu:.0f} s; peak {peak.peak / 1e9:.2f} GB; load {os.getloadavg()[0]:.1f}"
     )
     for name, first in before.items():
@@ -370,6 +368,15 @@ def seams() -> None:
     print(f"largest relative difference between tiles of 512 px and those of 256, 1024 and 2048 px: {largest:.1e}")
 
 
+def case_of(arguments: list[str]) -> dict:
+    """Return the settings that the command line gives."""
+    given = dict(argument.split("=", 1) for argument in arguments)
+    wrong = set(given) - set(DEFAULT)
+    if wrong:
+        raise SystemExit(f"unknown: {', '.join(sorted(wrong))}; valid: {', '.join(DEFAULT)}")
+    return {k: int(v) if k in NUMBERS else v for k, v in given.items()}
+
+
 def main(arguments: list[str]) -> None:
     """Run what the command line asks for."""
     if arguments[:1] == ["--child"]:
@@ -379,16 +386,9 @@ def main(arguments: list[str]) -> None:
         seams()
         return
     if arguments[:1] == ["limit"]:
-        given = dict(argument.split("=", 1) for argument in arguments[1:])
-        limit(int(given.get("size", 20_000)), int(given.get("programs", 0)))
+        limit({**DEFAULT, "size": 20_000, **case_of(arguments[1:])})
         return
-    cases = CASES
-    if arguments:
-        given = dict(argument.split("=", 1) for argument in arguments)
-        wrong = set(given) - set(DEFAULT)
-        if wrong:
-            raise SystemExit(f"unknown: {', '.join(sorted(wrong))}; valid: {', '.join(DEFAULT)}")
-        cases = [{k: int(v) if k in NUMBERS else v for k, v in given.items()}]
+    cases = [case_of(arguments)] if arguments else CASES
     print("| " + " | ".join([*COLUMNS, "note"]) + " |")
     print("| --- " * (len(COLUMNS) + 1) + "|", flush=True)
     for case in cases:

@@ -4,7 +4,7 @@ It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s w
 38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Of the alternatives,
 huge pages for torch (``THP_MEM_ALLOC_ENABLE=1``) took 27 s and have to be set before Python starts.
 
-It saves a fifth to a quarter of the CPU time of `pixnet.tl.aggregate`, most of which is the decoding of chunks: for 50
+It saves 20 to 28 % of the CPU time of `pixnet.tl.aggregate`, most of which is the decoding of chunks: for 50
 channels of 2,048 x 2,048 px, 1.5 s instead of 2.1 s (spots), 1.8 s instead of 2.3 s (cells) and 2.3 s instead of 2.9 s
 (bins; the least of 6, two interleaved runs).
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import mmap
 import os
 import shutil
 import tempfile
@@ -43,23 +42,24 @@ def scratch_root() -> Path:
 
 
 def on_disk(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return arrays of one dimension and type as parts of a memory map, whose file goes with the last of them."""
-    if not sum(a.size for a in arrays):
-        return list(arrays)
+    """Return flat copies of arrays in one memory map; its file has no name and goes with the last of them."""
+    ends = np.cumsum([0, *(a.nbytes for a in arrays)])
+    if not ends[-1]:
+        return [a.ravel() for a in arrays]
     root = scratch_root()
     try:
         with tempfile.TemporaryFile(dir=root) as file:
             for values in arrays:
                 file.write(np.ascontiguousarray(values).data)
             file.flush()
-            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), arrays[0].dtype)
+            mapped = np.asarray(np.memmap(file, mode="r"))
     except OSError as error:
         raise type(error)(
             error.errno,
             f"cannot write to settings.scratch_dir, {str(settings.scratch_dir)!r} ({error.strerror}): set it to a folder with "
             "room (or PIXNET_SCRATCH_DIR)",
         ) from error
-    return np.split(whole, np.cumsum([a.size for a in arrays])[:-1])
+    return [mapped[start:stop].view(a.dtype) for a, start, stop in zip(arrays, ends, ends[1:])]
 
 
 def _clear_scratch(path: Path, owner: int) -> None:

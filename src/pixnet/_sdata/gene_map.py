@@ -128,7 +128,7 @@ class GeneMap(ABC):
         found = [gene for gene in self.evidence.trusted() if gene in set(self.genes)]
         if not found:
             raise ValueError(
-                f"{self._where} has no gene that held-out shapes showed to be predicted; name genes instead"
+                f"held-out shapes did not show any gene of {self._where} to be predicted; name genes instead"
             )
         return found
 

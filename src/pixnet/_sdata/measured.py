@@ -62,8 +62,8 @@ class MeasuredTable:
     def select(self, genes: Sequence[str], *, partial: bool = False) -> MeasuredTable:
         """Return the counts of some of all the table's genes, in their order.
 
-        A gene that the table lacks is refused; with ``partial`` only if it lacks all of them, and else has no counts
-        and is not in the panel. Totals within the panel are those of its genes among these.
+        A gene that the table lacks is refused. With ``partial`` it is left out of the panel, without counts, and only a
+        table that lacks all genes is refused. Totals within the panel are those of its genes among these.
         """
         check_names_unique(self.table, self.name)
         columns = self.genes.get_indexer(list(genes))

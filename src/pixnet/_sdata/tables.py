@@ -201,13 +201,13 @@ def _map_values(
             continue
         if name == "density" or name in asked:
             found = sums.values.pop(statistic.name)
-            of_pixel = partial(_sums, selection, np.float32(gene_map.pixel_um2))
+            of_pixel = partial(_integrals, selection, np.float32(gene_map.pixel_um2))
             layers[name] = _by_rows(of_pixel if statistic.extensive else selection.values, found, n_genes)
             units[name] = selection.unit if name == "density" else statistic.unit(selection.unit, "um^2")
     return values, layers, {"unit": "CP10k", "quantity": gene_map.quantity, "layer_units": units}
 
 
-def _sums(selection: Selection, pixel_um2: np.float32, read: np.ndarray) -> np.ndarray:
+def _integrals(selection: Selection, pixel_um2: np.float32, read: np.ndarray) -> np.ndarray:
     """Return sums of pixels as integrals over µm²."""
     return selection.values(read) * pixel_um2
 

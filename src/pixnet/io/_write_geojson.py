@@ -58,7 +58,7 @@ def write_geojson(
         The file; packed with gzip if its name ends in ``.gz`` (QuPath opens ``.geojson.gz``).
     table_key
         Table that annotates the shapes, whose values are written as measurements. ``None`` takes ``"{shapes}_genes"``
-        if it is there; ``False`` takes none. Shapes that it has no row for get no measurement from it.
+        if it is there; ``False`` takes none. Shapes without a row in it get no measurements.
     genes
         Gene or genes to write; ``None``: all of the table.
     layer

@@ -41,7 +41,7 @@ def correlation(prediction: Tensor, target: Tensor) -> Tensor:
 def nb_deviance(counts: Tensor, mean: Tensor, dispersion: Tensor) -> Tensor:
     """Return half the deviance of a negative binomial with variance ``mean + dispersion * mean**2``, elementwise."""
     mean, size = mean.clamp(min=1e-6), 1 / dispersion
-    # Ratios before logs: differences of logs lose their digits where counts are large. A count of 0 has no first term.
+    # Ratios before logs: differences of logs lose their digits where counts are large. The first term of a count of 0 is 0.
     own = counts * (counts.clamp(min=1e-6) / mean).log()
     return own - (counts + size) * torch.log1p((counts - mean) / (mean + size))
 

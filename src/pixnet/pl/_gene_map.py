@@ -137,7 +137,7 @@ def gene_map(
     outlined = resolve_shapes(sdata, shapes) if shapes is not None else []
     he_key = shown_he(sdata, gene_map.source, he_key)
     under = he_key if he == "under" else None
-    # One Axes for one gene is a map: there is no room for a second picture, unless it lies under.
+    # One Axes for one gene holds the map alone; the slide can only lie under it.
     beside = he_key if he == "beside" and not (isinstance(ax, Axes) and len(genes) == 1) else None
     if isinstance(box, str) and box != "slide":
         raise ValueError(f"box is {box!r}; valid: (x0, y0, x1, y1), 'slide', None")

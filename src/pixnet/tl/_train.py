@@ -19,11 +19,12 @@ from pixnet._sdata.sections import MeasuredSlide, Totals, open_measured, open_se
 from pixnet._settings import settings
 from pixnet.tl._training_genes import (
     Tables,
-    alone_with_genes,
     check_panels,
+    check_quantity,
     choose_genes,
     number_of_programs,
-    quantity_of,
+    only_held_out_have,
+    panels_alone,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def train(
         ``"all"``: a table's total is that of all transcripts. ``"panel"``: it is that of the predicted genes that the
         table has, such as those of a Xenium panel; expression is then compared within them, and ``total_key`` is not
         used. A dict says it by the name of an object or a table. Tables of different panels, and of whole
-        transcriptomes, train together: a gene that a table did not measure has no term there. None: ``"all"``.
+        transcriptomes, train together: a gene that a table did not measure is left out of its loss. None: ``"all"``.
     mask_key
         Labels element that marks tissue. None: ``"{image_key}_tissue"``, else computed; False: everything is tissue.
     validation
@@ -218,16 +219,18 @@ def train(
     held_out = _held_out(objects, validation)
     slides = open_measured(objects | held_out, image_key, shapes, table_key, total_key, mask_key, totals)
     tables: Tables = {m.name: m.tables(layer=layer, total_key=total_key) for m in slides}
-    if validation is None and alone_with_genes(held_out, tables, genes):
+    if validation is None and only_held_out_have(held_out, tables, genes):
         held_out = {}  # a block of each object, so that these genes can be learned
     by_gene = n_programs == 0 or (n_programs is None and quantity == "log_sum")
     chosen, tables = choose_genes(genes, model, tables, held_out, every=not by_gene)
     n_shapes = sum(len(t.total) for name, found in tables.items() if name not in held_out for t in found.values())
     if model is None:
         build["n_programs"] = None if by_gene else number_of_programs(n_programs, len(chosen), n_shapes)
-        build |= given(quantity=quantity_of(tables, quantity, build["n_programs"]))
+        if quantity is None and build["n_programs"] is None and panels_alone(tables):
+            build["quantity"] = "panel_density"
+        check_quantity(tables, build.get("quantity", "density"), build["n_programs"])
     elif not model.history or model.quantity != "density":  # a trained model knows the total already
-        quantity_of(tables, model.config.quantity, model.config.n_programs)
+        check_quantity(tables, model.config.quantity, model.config.n_programs)
     check_panels(tables, quantity if model is None else model.quantity)
 
     import torch

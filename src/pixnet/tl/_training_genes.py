@@ -61,20 +61,15 @@ def choose_genes(
     return [chosen[i] for i in columns], tables
 
 
-def alone_with_genes(held_out: Mapping[str, Any], tables: Tables, genes: str | Sequence[str] | None) -> bool:
-    """Return whether held-out objects alone measured some of the genes, where tables are of panels."""
+def only_held_out_have(held_out: Mapping[str, Any], tables: Tables, genes: str | Sequence[str] | None) -> bool:
+    """Return whether tables are of panels and held-out objects alone measured some of the genes (None: of any gene)."""
     if not any(t.within_panel for found in tables.values() for t in found.values()):
         return False
-    here, elsewhere = (
-        {
-            gene
-            for name, found in tables.items()
-            if (name in held_out) == held
-            for t in found.values()
-            for gene in t.genes
-        }
-        for held in (True, False)
-    )
+    here: set[str] = set()
+    elsewhere: set[str] = set()
+    for name, found in tables.items():
+        for table in found.values():
+            (here if name in held_out else elsewhere).update(table.genes)
     return bool((here if genes is None else here & set(check_genes(genes))) - elsewhere)
 
 
@@ -90,21 +85,24 @@ def number_of_programs(n_programs: int | None, n_genes: int, n_shapes: int) -> i
     return n_programs
 
 
-def quantity_of(tables: Tables, quantity: Quantity | None, n_programs: int | None) -> Quantity | None:
-    """Return the quantity of a model for these tables: of panels alone, the total is that of the genes of the model."""
-    panels = all(t.within_panel for found in tables.values() for t in found.values())
+def panels_alone(tables: Tables) -> bool:
+    """Return whether the totals of all tables are those of their panels."""
+    return all(t.within_panel for found in tables.values() for t in found.values())
+
+
+def check_quantity(tables: Tables, quantity: Quantity, n_programs: int | None) -> None:
+    """Refuse a quantity whose total the tables do not tell, for a model that has not learned it yet."""
     if n_programs is not None:  # which add up to the total, whatever it counts
-        return quantity
-    if panels and quantity == "density":
+        return
+    if quantity == "density" and panels_alone(tables):
         raise ValueError(
             "quantity='density' predicts the total of all transcripts, and all tables are of panels (totals=), which do not "
             "tell it; take quantity='panel_density'"
         )
-    if quantity == "panel_density" and not panels:
+    if quantity == "panel_density" and not panels_alone(tables):
         raise ValueError(
             "quantity='panel_density' is for tables that are all of panels; say which are with totals='panel'"
         )
-    return "panel_density" if panels and quantity is None else quantity
 
 
 def check_panels(tables: Tables, quantity: str | None) -> None:

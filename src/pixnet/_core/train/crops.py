@@ -191,23 +191,19 @@ def kept_on_disk(crops: Sequence[Covered]) -> list[Covered]:
     """Return the same crops with pixels and weights on disk: those of a slide take tens of megabytes."""
     arrays = []
     for crop in crops:
-        arrays += [
-            crop.pixels,
-            *(
-                a
-                for w in crop.weights.values()
-                for a in (w.indices.astype(np.int32, copy=False), w.data.view(np.int32))
-            ),
-        ]
+        arrays.append(crop.pixels)
+        for weights in crop.weights.values():
+            arrays += [weights.data, weights.indices]
     found = iter(on_disk(arrays))
-    return [replace(crop, pixels=next(found), weights=_replaced(crop.weights, found)) for crop in crops]
+    return [
+        replace(crop, pixels=next(found), weights={name: _refilled(w, found) for name, w in crop.weights.items()})
+        for crop in crops
+    ]
 
 
-def _replaced(weights: dict[str, sparse.csr_array], arrays: Iterator[np.ndarray]) -> dict[str, sparse.csr_array]:
-    """Return weights whose indices and values are the next of some arrays."""
-    out = {}
-    for name, w in weights.items():
-        out[name] = sparse.csr_array(w.shape, dtype=w.dtype)
-        # Set one by one: the constructor copies parts of a larger array.
-        out[name].indices, out[name].data, out[name].indptr = next(arrays), next(arrays).view(np.float32), w.indptr
+def _refilled(weights: sparse.csr_array, arrays: Iterator[np.ndarray]) -> sparse.csr_array:
+    """Return weights whose values and indices are the next of some arrays."""
+    out = sparse.csr_array(weights.shape, dtype=weights.dtype)
+    # Set one by one: the constructor copies parts of a larger array.
+    out.data, out.indices, out.indptr = next(arrays), next(arrays), weights.indptr
     return out

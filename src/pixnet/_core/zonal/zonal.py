@@ -27,7 +27,8 @@ from pixnet._core.zonal.tile import BATCH_PX, Request, TileResult, tile_statisti
 from pixnet._settings import settings
 
 KEEP_BYTES = 512 << 20
-"""Pixels from which on freed memory is kept between tiles; giving it back takes up to 0.1 s, as long as this saves."""
+"""Size of the pixels from which on freed memory is kept between tiles. With less to read, giving the memory back (up to 0.1
+s) would cost more than is saved."""
 
 HELD_BYTES = 2 << 30
 """Memory for the pixels that statistics keep of shapes in several tiles, until their last tile is done."""
