@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from pixnet.pl._style import ACCENT, MUTED, SECOND, panels, returned, style
@@ -121,4 +122,6 @@ def _mark(panel: Axes, kept: int, validation: pd.Series | None, label: str, *, b
         ha="center",
         fontsize=8.5,
         color=SECOND,
+        path_effects=[withStroke(linewidth=3, foreground=panel.get_facecolor())],
+        zorder=4,
     )
