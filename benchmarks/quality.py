@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import istar
 import kidney
 import numpy as np
 import patients
@@ -190,6 +191,10 @@ def run_kidney(args) -> dict:
                 name = f"PixNet on spots, all genes in {k} programs"
                 results[name] = [kidney_dense(train, test, genes, ["spots"], s, out, k) for s in range(args.seeds)]
                 print(name, json.dumps(results[name]), flush=True)
+        if "istar" in args.methods:
+            below = kidney.part(kidney.load(Path(args.data)), *(UPPER if args.reverse else LOWER))
+            runs = [istar.score(train, test, below, genes, [*BINS, "spots"], seed) for seed in range(args.seeds)]
+            results["iStar's network on the same features"] = runs
         if "references" in args.methods:
             results |= kidney_references(train, test, genes, args.seeds)
     return {"protocol": "kidney", "reverse": args.reverse, "genes": len(genes), "methods": results}
