@@ -92,7 +92,45 @@ def kidney(folder: Path) -> dict[str, tuple[float, float]]:
     sdata, known = sd.read_zarr(folder / "kidney.zarr"), json.loads((folder / "kidney.json").read_text())
     px.pp.set_mpp(sdata, "he", known.pop("mpp"))
     keys = {"shapes": "spots", "table_key": "spots_counts", **known}
-    return {"train kidney": timed(lambda: px.tl.train(sdata, **keys, **passes()))}
+    features, epochs = watched()
+    found = {"train kidney": timed(lambda: px.tl.train(sdata, **keys, **passes()))}
+    found["train kidney, features"] = tuple(map(sum, zip(*features)))
+    return found | {"train kidney, a pass": tuple(map(statistics.median, zip(*epochs)))}
+
+
+def watched() -> tuple[list, list]:
+    """Return lists that training adds to: wall and CPU seconds of computing features, and of each pass."""
+    features, epochs = [], []
+
+    def watch(owner, name: str, times: list) -> None:
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            start = time.perf_counter(), time.process_time()
+            found = function(*args, **kwargs)
+            times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            return found
+
+        setattr(owner, name, call)
+
+    try:
+        from pixnet._core.train import fit, trainer
+    except ImportError:  # 1831daa, whose passes are the steps of a progress bar
+        from pixnet._core import fit
+
+        class Bar(fit.tqdm):
+            def __iter__(self):
+                for step in self.iterable:
+                    start = time.perf_counter(), time.process_time()
+                    yield step
+                    epochs.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+
+        watch(fit, "cache_features", features)
+        fit.tqdm = Bar
+    else:
+        watch(fit, "with_features", features)
+        watch(trainer.Trainer, "_epoch", epochs)
+    return features, epochs
 
 
 def write_kidney(folder: Path) -> None:
