@@ -31,7 +31,7 @@ import numpy as np
 
 IMAGE, SIDE, CHUNK = "image", 2048, 512
 SHAPES = {"spots": "1,600 spots", "cells": "20,000 cells", "bins": "262,144 bins of 4 x 4 px"}
-TOOLS = ("read", "pixnet", "sopa", "spatialdata", "exactextract")
+TOOLS = ("read", "pixnet", "sopa", "harpy", "spatialdata", "exactextract")
 SAMPLE = 400  # shapes of each element for which the oracle is asked
 SECONDS = 1500  # after which a tool is stopped
 ENOUGH = 20  # seconds after which a tool is not called once more
@@ -118,6 +118,29 @@ def tool_sopa(store: Path, shapes: str):
     def run():
         found = aggregate_channels(sdata, image_key=IMAGE, shapes_key=shapes, mode="average")
         return np.asarray(getattr(found, "X", found))  # a table in newer versions
+
+    return run
+
+
+def tool_harpy(store: Path, shapes: str):
+    """Through labels, which are made from the shapes in each call; shapes that overlap lose pixels."""
+    import harpy
+    import spatialdata as sd
+
+    sdata = sd.read_zarr(store)
+    frame = sdata[shapes]
+    if "radius" in frame:  # it takes polygons only
+        frame = frame.set_geometry(frame.geometry.buffer(frame["radius"], quad_segs=16)).drop(columns="radius")
+    frame.index = np.arange(1, len(frame) + 1)  # 0 is the background of labels
+    memory = sd.SpatialData(images={IMAGE: sdata[IMAGE]}, shapes={"shapes": sd.models.ShapesModel.parse(frame)})
+
+    def run():
+        found = harpy.im.rasterize(memory, "shapes", "labels", out_shape=(SIDE, SIDE), chunks=CHUNK, overwrite=True)
+        found = harpy.tb.allocate_intensity(found, IMAGE, "labels", calculate_center_of_mass=False, chunks=CHUNK)
+        table = found.tables["table_intensities"]
+        values = np.full((len(frame), table.n_vars), np.nan)
+        values[table.obs["cell_ID"].to_numpy(dtype=int) - 1] = table.X
+        return values
 
     return run
 
