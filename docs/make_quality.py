@@ -31,6 +31,7 @@ ORDER = (
     "MLP on spots, slid",
     "MLP on 16 um bins",
     "MLP on 32 um bins",
+    "iStar's network on the same features",
     "mean of measured neighbours",
     "section mean",
     "ceiling (perfect prediction)",
