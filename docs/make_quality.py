@@ -25,6 +25,7 @@ ORDER = (
     "PixNet on spots, all genes in 32 programs",
     "PixNet on spots, all genes in 128 programs",
     "PixNet on spots",
+    "PixNet on spots, a channel for each of all genes",
     "PixNet on spots and bins",
     "ridge on spots",
     "MLP on spots",
