@@ -336,7 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
         known = json.loads(path.read_text())
         if known["reverse"] == results["reverse"]:
             results["methods"] = known["methods"] | results["methods"]
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    # that of patients has a line for each gene and section, were it indented
+    path.write_text(json.dumps(results, indent=None if args.protocol == "patient" else 1) + "\n")
     if args.protocol == "patient":
         patients.draw(
             results["patients"], path.with_suffix(".png") if args.json else ROOT / "_static" / f"quality_{name}.png"
