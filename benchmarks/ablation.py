@@ -40,7 +40,6 @@ from pixnet._sdata.sections import open_measured, open_section
 from pixnet._sdata.slide import Slide
 from pixnet.models import PixNet
 from pixnet.tl import TrainingOptions
-from pixnet.tl._training_genes import LEAST_DETECTED
 
 REDUCED = {"max_epochs": 8, "dropout": 0.1}
 PROGRAMS: dict = {"adapt": True, "all_genes": True, "model": {"n_programs": 64}}
@@ -92,19 +91,6 @@ def sections(train, test, genes: list[str], mpp: float, stride: int) -> tuple[Se
 
     near, far = split_block(opened(train, ["spots", "bins_016um", "bins_032um"]))
     return near, far, opened(test, [*BINS, "spots"])
-
-
-def with_the_others(genes: list[str], train) -> list[str]:
-    """Return the genes, and after them all others that are detected in 1 % of the training spots."""
-    every = px.pp.select_genes(
-        train,
-        table_key="spots_counts",
-        total_key=kidney.TOTAL_KEY,
-        n_top=None,
-        exclude_prefixes=(),
-        min_fraction=LEAST_DETECTED,
-    )
-    return genes + sorted(set(every) - set(genes))
 
 
 def build(row: dict, net: PixNet, tune_encoder: bool) -> PixNet:
@@ -170,7 +156,8 @@ def main() -> None:
         )
         if (zoom, adapt, all_genes) != ready:
             ready = (zoom, adapt, all_genes)
-            learned = with_the_others(genes, train) if all_genes else genes
+            others = sorted(set(kidney.every_gene(train)) - set(genes)) if all_genes else []
+            learned = genes + others
             net = PixNet(learned, mpp=mpp, zoom=zoom)
             parts = sections(train, test, learned, mpp, net.stride)
             plain = [CropDataset.of([part], crop_size(list(parts))) for part in parts]

@@ -45,14 +45,17 @@ class Network(nn.Module):
         return self.layers(x) + LEAST
 
 
-def members_of(
-    sdata: SpatialData, shapes: str, centres: np.ndarray, radius: float | None, side: float
-) -> list[np.ndarray]:
-    """Return the superpixels whose centres lie in each shape: a disc of ``radius``, or a square of ``side`` (pixels)."""
-    tree, at = cKDTree(centres), kidney.centres(sdata, shapes)
-    if radius is not None:
-        return [np.asarray(found) for found in tree.query_ball_point(at, radius)]
-    return [np.asarray(found) for found in tree.query_ball_point(at, 0.499 * side, p=np.inf)]
+def inside(sdata: SpatialData, key: str, superpixels: np.ndarray) -> list[np.ndarray]:
+    """Return the superpixels whose centres (µm) lie in each spot or bin that the element's table measures, in its order."""
+    mpp = Slide.open(sdata).mpp
+    frame = sdata.shapes[key].loc[sdata.tables[f"{key}_counts"].obs["instance_id"]]
+    middle = frame.geometry.centroid
+    at, tree = np.column_stack([middle.x, middle.y]) * mpp, cKDTree(superpixels)
+    if key == "spots":
+        found = tree.query_ball_point(at, frame["radius"].to_numpy() * mpp)
+    else:
+        found = tree.query_ball_point(at, 0.499 * 8.0 * kidney.SCALES[key], p=np.inf)
+    return [np.asarray(f, dtype=int) for f in found]
 
 
 def fit(features: Tensor, spots: list[np.ndarray], target: np.ndarray, seed: int) -> Network:
@@ -97,8 +100,7 @@ def score(
     seen = ref.pool(net, train, [SUPERPIXELS], genes, kidney.TOTAL_KEY)[SUPERPIXELS]
     standard = ref.Standard(seen.features)
     features = torch.from_numpy(standard(seen.features))
-    spots = members_of(train, "spots", seen.centres / mpp, float(train["spots"]["radius"].iloc[0]), 0)
-    table = train.tables["spots_counts"]
+    spots, table = inside(train, "spots", seen.centres), train.tables["spots_counts"]
     known = [i for i, found in enumerate(spots) if len(found)]
     counts = np.column_stack([table[:, genes].X.toarray(), table.obs[kidney.TOTAL_KEY]]).astype(np.float32)[known]
     low, high = counts.min(axis=0), counts.max(axis=0)
@@ -116,21 +118,14 @@ def score(
     }
     found["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     for key in keys:
-        side = 8.0 * kidney.SCALES.get(key, 0) / mpp
-        radius = float(test["spots"]["radius"].iloc[0]) if key == "spots" else None
-        inside = members_of(test, key, own.centres / mpp, radius, side)
-        rows = np.repeat(np.arange(len(inside)), [len(i) for i in inside])
-        which = sparse.csr_matrix(
-            (np.ones(len(rows)), (rows, np.concatenate(inside))), shape=(len(inside), len(amounts))
-        )
+        held, table = inside(test, key, own.centres), test.tables[f"{key}_counts"]
+        rows = np.repeat(np.arange(len(held)), [len(i) for i in held])
+        which = sparse.csr_matrix((np.ones(len(rows)), (rows, np.concatenate(held))), shape=(len(held), len(amounts)))
         sums = which @ amounts
         log = np.log1p(1e4 * sums[:, :-1] / np.maximum(sums[:, -1:], 1e-6))
-        table = test.tables[f"{key}_counts"]
-        order = table.obs.set_index("instance_id").index.get_indexer(test.shapes[key].index)
-        table = table[order]
         total = np.maximum(table.obs[kidney.TOTAL_KEY].to_numpy(dtype=float), 1)
         measured = np.log1p(1e4 * table[:, genes].X.toarray() / total[:, None])
-        covered = np.array([len(i) > 0 for i in inside])
+        covered = np.array([len(i) > 0 for i in held])
         r = ref.pearson(log[covered], measured[covered])
         found[key] = {"pcc_mean": round(float(np.nanmean(r)), 4), "shapes": int(covered.sum())}
     return found

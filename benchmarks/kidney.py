@@ -9,6 +9,7 @@ import shapely
 from spatialdata import SpatialData
 
 import pixnet as px
+from pixnet.tl._training_genes import LEAST_DETECTED
 
 TOTAL_KEY = "total_counts"
 SCALES = {"bins_008um": 1, "bins_016um": 2, "bins_032um": 4, "bins_056um": 7}
@@ -37,3 +38,15 @@ def part(sdata: SpatialData, low: float, high: float, least_umi: float = 0.0) ->
         keep &= table.obs[TOTAL_KEY].to_numpy() > least_umi * k * k
         elements[f"{key}_counts"] = table[keep].copy()
     return SpatialData.init_from_elements(elements, attrs=dict(sdata.attrs))
+
+
+def every_gene(train: SpatialData) -> list[str]:
+    """Return all genes that `tl.train` takes for programs: detected in 1 % of the training spots."""
+    return px.pp.select_genes(
+        train,
+        table_key="spots_counts",
+        total_key=TOTAL_KEY,
+        n_top=None,
+        exclude_prefixes=(),
+        min_fraction=LEAST_DETECTED,
+    )

@@ -2,10 +2,10 @@
 
     python benchmarks/panels.py
 
-Two synthetic slides of 50 genes, measured in spots. One model sees all genes of both; one sees genes 1 to 30 of the first and 21 to 50
+Two synthetic slides of 50 genes, measured in spots or in cells. One model sees all genes of both; one sees genes 1 to 30 of the first and 21 to 50
 of the second (`totals="panel"`). Panels halve what is known of a gene that is in one of them only, so models of one slide alone, with
 all its genes, stand beside them. All predict a third slide, whose true expression is known: Pearson's r of log1p CP10k over its
-spots, gene by gene.
+shapes, gene by gene.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from pixnet._correlation import pearson
 
 def with_genes(sdata, genes: list[str]):
     """Return a slide whose table measured some genes only."""
-    part = sdata.subset(["he", "spots"])
-    part["spots_counts"] = sdata["spots_counts"][:, genes].copy()
+    (shapes,) = sdata.shapes
+    part = sdata.subset(["he", shapes])
+    part[f"{shapes}_counts"] = sdata[f"{shapes}_counts"][:, genes].copy()
     return part
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-um", type=float, default=2500)
+    parser.add_argument("--shapes", choices=["spots", "cells"], default="spots")
     parser.add_argument("--programs", type=int, default=0, help="0: a channel for each gene")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -43,7 +45,7 @@ def main() -> None:
 
 def painted(args, seed: int, folder: Path):
     """Return a synthetic slide from a store: painting it anew takes longer than the model on it."""
-    sdata = px.datasets.synthetic_tissue(args.size_um, n_genes=50, seed=seed, shapes="spots")
+    sdata = px.datasets.synthetic_tissue(args.size_um, n_genes=50, seed=seed, shapes=[args.shapes])
     sdata.write(folder / f"{seed}.zarr")
     return spatialdata.read_zarr(folder / f"{seed}.zarr")
 
@@ -51,8 +53,9 @@ def painted(args, seed: int, folder: Path):
 def compare(args, folder: Path) -> dict:
     """Train both models with every seed, predict the third slide and compare them with its truth."""
     first, second, test = (painted(args, seed, folder) for seed in (1, 2, 3))
-    genes = list(first["spots_counts"].var_names)
-    truth = np.log1p(px.tl.aggregate(test, "spots", image_key="truth", genes=genes, inplace=False).X)
+    shapes, table_key = args.shapes, f"{args.shapes}_counts"
+    genes = list(first[table_key].var_names)
+    truth = np.log1p(px.tl.aggregate(test, shapes, image_key="truth", genes=genes, inplace=False).X)
     panels = {"first": with_genes(first, genes[:30]), "second": with_genes(second, genes[20:])}
     trained = {
         "all": ({"first": first, "second": second}, None),
@@ -64,9 +67,9 @@ def compare(args, folder: Path) -> dict:
     for seed in range(args.seeds):
         for name, (slides, totals) in trained.items():
             common = {"genes": genes, "totals": totals, "seed": seed, "n_programs": args.programs}
-            model = px.tl.train(slides, shapes="spots", table_key="spots_counts", **common)
+            model = px.tl.train(slides, shapes=shapes, table_key=table_key, **common)
             px.tl.predict(test, model, key_added="map", store="genes", overwrite=True)
-            table = px.tl.aggregate(test, "spots", image_key="map", genes=genes, inplace=False)
+            table = px.tl.aggregate(test, shapes, image_key="map", genes=genes, inplace=False)
             known = np.isfinite(table.X).all(axis=1) & np.isfinite(truth).all(axis=1)
             found[name].append(pearson(np.log1p(table.X[known]), truth[known]).tolist())
     mean = {name: np.mean(runs, axis=0) for name, runs in found.items()}

@@ -30,7 +30,6 @@ from spatialdata import SpatialData
 import pixnet as px
 from pixnet._sdata.slide import Slide
 from pixnet.models import PixNet
-from pixnet.tl._training_genes import LEAST_DETECTED
 
 ROOT = Path(__file__).parents[1] / "docs"
 BINS = list(kidney.SCALES)
@@ -116,15 +115,7 @@ def kidney_channels(train: SpatialData, test: SpatialData, genes: list[str], see
     """Train a channel for each of all genes; score ``genes`` at every scale, and all in spots. Maps hold some at a time."""
     start = time.perf_counter()
     spots = {"shapes": "spots", "table_key": "spots_counts", "total_key": kidney.TOTAL_KEY}
-    every = px.pp.select_genes(
-        train,
-        table_key="spots_counts",
-        total_key=kidney.TOTAL_KEY,
-        n_top=None,
-        exclude_prefixes=(),
-        min_fraction=LEAST_DETECTED,
-    )
-    model = px.tl.train(train, **spots, genes=every, n_programs=0, seed=seed)
+    model = px.tl.train(train, **spots, genes=kidney.every_gene(train), n_programs=0, seed=seed)
     found: dict = {"train_s": round(time.perf_counter() - start), "model_genes": len(model.genes)}
 
     def scores(key: str, genes: list[str]) -> np.ndarray:
@@ -336,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
         known = json.loads(path.read_text())
         if known["reverse"] == results["reverse"]:
             results["methods"] = known["methods"] | results["methods"]
-    # that of patients has a line for each gene and section, were it indented
+    # indented, the correlations of the patients would take a line each
     path.write_text(json.dumps(results, indent=None if args.protocol == "patient" else 1) + "\n")
     if args.protocol == "patient":
         patients.draw(

@@ -15,6 +15,7 @@ predict
 kidney, her2st, folds
     `tl.train` of 250 genes on the spots of the kidney's upper half, and on C2 to C4 of her2st; `tl.cross_validate` over
     C2 to C5. Minutes each: name them with ``--only``. ``--passes 2`` makes that many passes in place of all.
+    The kidney's time is also given in two parts: the features, and the mean of a pass.
 
 The table gives the least and the median over repeats of wall time, and the least CPU time, each with its ratio new / old.
 """
