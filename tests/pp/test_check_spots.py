@@ -59,6 +59,13 @@ def test_well_placed(sdata, warnings):
     assert warnings == []
 
 
+@pytest.mark.parametrize("seed", [1, 4])
+def test_well_placed_cells(seed, warnings):
+    sdata = px.datasets.synthetic_tissue(800, n_genes=13, seed=seed, shapes=["cells"])
+    px.pp.check_spots(sdata, "cells")
+    assert warnings == []
+
+
 def test_training_checks_too(sdata, warnings, monkeypatch):
     n = len(sdata["spots"])
     obs = pd.DataFrame({"region": pd.Categorical(["spots"] * n), "instance_id": np.arange(n)}, index=map(str, range(n)))

@@ -38,9 +38,9 @@ def check_spots(
     Coordinates that are mirrored, turned, in µm, or whose x and y are exchanged, train a model on the wrong pixels
     without any error. Where tissue is round, most of them still lie on it. So two things are compared for the eight
     orientations and for small shifts: how many shapes are on tissue, and how well the transcripts that were measured in
-    each follow the haematoxylin under it, which is high where cells are dense. The placement as given should fit best.
-    A warning is logged where another fits clearly better, or where few shapes are on tissue. Look at the picture as
-    well.
+    each, per area, follow the haematoxylin under it, which is high where cells are dense. The placement as given should
+    fit best. A warning is logged where another fits clearly better, or where few shapes are on tissue. Look at the
+    picture as well.
 
     Parameters
     ----------
@@ -69,8 +69,8 @@ def check_spots(
     -------
     DataFrame
         Index ``placement``: ``"as given"`` first, then the others, the best first, and of the shifts only the best.
-        Column ``on_tissue``: share of the shapes whose centre is on tissue. Column ``correlation``: of transcripts and
-        haematoxylin (Spearman; NaN without counts, or with fewer than 30 shapes).
+        Column ``on_tissue``: share of the shapes whose centre is on tissue. Column ``correlation``: of transcripts per
+        area and haematoxylin (Spearman; NaN without counts, or with fewer than 30 shapes).
 
     Raises
     ------
