@@ -9,7 +9,7 @@ noise around tissue colours on a white slide, tissue in a disc of 40 % of the ar
     python benchmarks/predict.py how=graph size=100000 # a huge slide, lazily: built, not run
     python benchmarks/predict.py seams                 # windows against one forward pass (needs PIXNET_DATA_DIR)
     python benchmarks/predict.py limit size=20000      # a whole slide as a multiple of what its encoder alone takes
-    python benchmarks/predict.py limit size=20000 genes=18000 programs=64
+    python benchmarks/predict.py limit size=20000 genes=18000 programs=64 precision=float32
 
 ``how=naive`` runs every window, background too, into one float32 array in memory that is written at the end; ``how=spots``
 runs the model on a crop around every map pixel of tissue, whose time is that of a few crops times their number.
@@ -258,7 +258,7 @@ def run(case: dict) -> dict:
     return {k: v if isinstance(v, str) else round(v, 2) for k, v in found.items()}
 
 
-def encoder_throughput(model) -> dict[str, tuple[float, int]]:
+def encoder_throughput(model, precision: str | None) -> dict[str, tuple[float, int]]:
     """Return the best throughput of the encoder alone (Mpx/s), whole windows without halos, and their size in pixels.
 
     As torch runs it by itself, and with convolutions fused as `tl.predict` does.
@@ -272,7 +272,7 @@ def encoder_throughput(model) -> dict[str, tuple[float, int]]:
     from pixnet._core.predict.portable_model import PortableModel
     from pixnet._core.predict.tile import TileCost
 
-    precision = resolve_precision(None, torch.device("cpu"))
+    precision = resolve_precision(precision, torch.device("cpu"))
     placed, dtype = PlacedModel(PortableModel(model), "cpu", precision, None, 1), PRECISIONS[precision]
     best = {"torch alone": (0.0, 0), "fused": (0.0, 0)}
     with memory_kept():
@@ -302,14 +302,14 @@ def limit(case: dict) -> None:
 
     px.settings.progress = False
     said, model = messages(), make_model(case)
-    before = encoder_throughput(model)
+    before = encoder_throughput(model, case["precision"])
     with tempfile.TemporaryDirectory(dir=os.environ.get("PIXNET_SCRATCH_DIR")) as folder, Peak() as peak:
         make_slide(case["size"]).write(Path(folder) / "slide.zarr")  # painting it takes as long as the model
         sdata = spatialdata.read_zarr(Path(folder) / "slide.zarr")
         start, busy = time.perf_counter(), time.process_time()
-        px.tl.predict(sdata, model)
+        px.tl.predict(sdata, model, precision=case["precision"])
         wall, cpu = time.perf_counter() - start, time.process_time() - busy
-    after = encoder_throughput(model)  # of a machine that others use: its best
+    after = encoder_throughput(model, case["precision"])  # of a machine that others use: its best
     found = next(text for text in reversed(said) if "in the model" in text)
     tissue = float(re.search(r"([\d.]+) M px predicted", found).group(1)) * model.stride**2
     forward = float(re.search(r"([\d.]+) s in the model", found).group(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = ["datasets", "io", "models", "pl", "pp", "settings", "tl"]
+
+# Large arrays in huge pages: the peak of `tl.predict` is lower. torch reads it once, when it first allocates.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMESPACES = frozenset({"datasets", "io", "models", "pl", "pp", "tl"})
 

@@ -1,5 +1,8 @@
 """Keeping freed memory: one setting for the whole process, whoever asks for it."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -62,3 +65,12 @@ def test_aggregation_keeps_memory_where_there_is_much_to_read(library, monkeypat
     found = zonal_statistics(image, boxes, channels=range(3), statistics=[Mean()], tile_px=20)
     np.testing.assert_array_equal(found.values["mean"], 1)
     assert ("trim" in library.calls) is large
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_torch_is_asked_for_huge_pages_unless_the_user_says_otherwise(before, after):
+    name = "THP_MEM_ALLOC_ENABLE"
+    env = {key: value for key, value in os.environ.items() if key != name} | ({} if before is None else {name: before})
+    code = f"import os, sys, pixnet; print(os.environ[{name!r}], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [after, "False"]

@@ -1,8 +1,8 @@
 """Freed memory, kept by the process between one forward pass or tile and the next.
 
 It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s without (medians of 3 interleaved runs;
-38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Of the alternatives,
-huge pages for torch (``THP_MEM_ALLOC_ENABLE=1``) took 27 s and have to be set before Python starts.
+38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Memory that is kept falls
+to pieces of the wrong size; in huge pages, which `import pixnet` has torch ask for, there is 0.4 to 0.9 GB less of it.
 
 It saves 20 to 28 % of the CPU time of `pixnet.tl.aggregate`, most of which is the decoding of chunks: for 50
 channels of 2,048 x 2,048 px, 1.5 s instead of 2.1 s (spots), 1.8 s instead of 2.3 s (cells) and 2.3 s instead of 2.9 s
@@ -50,13 +50,6 @@ def memory_kept() -> Iterator[None]:
                 libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
                 libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
                 libc.malloc_trim(0)
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system: stages of an encoder need arrays of other sizes, which do not fit into it."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
 
 
 @functools.cache

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixnet._core.malloc import trim_memory
 from pixnet._core.predict.map_grid import Box, MapGrid
 from pixnet._core.predict.placed import PlacedModel
 from pixnet._core.predict.tile import Tile, TileCost
@@ -143,7 +142,6 @@ class StagedUnits:
         below: tuple[Tensor, Box] | None = None
         for k in range(len(self.reach)):
             below = self._stage(k, unit, kept, below, maps, cost, ahead)
-            trim_memory()
         return UnitFeatures(kept, maps)
 
     def windows(self, k: int, unit: Unit, kept: Box) -> list[Window]:
