@@ -5,7 +5,7 @@
 Two synthetic slides of 50 genes, measured in spots or in cells. One model sees all genes of both; one sees genes 1 to 30 of the first and 21 to 50
 of the second (`totals="panel"`). Panels halve what is known of a gene that is in one of them only, so models of one slide alone, with
 all its genes, stand beside them. All predict a third slide, whose true expression is known: Pearson's r of log1p CP10k over its
-shapes, gene by gene; of all genes, and once more of those of the panel alone, which is what panels measure.
+shapes, gene by gene: as the table of the map has them, and once more as shares of the panel alone, which is what panels measure.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pixnet._correlation import pearson
 PANELS = slice(0, 30), slice(20, 50)
 
 
-def compare_genes(predicted: np.ndarray, truth: np.ndarray, of: slice) -> np.ndarray:
-    """Return Pearson's r of the log1p CP10k of each gene among some; NaN for the others."""
-    shares = (np.log1p(1e4 * x[:, of] / x[:, of].sum(axis=1, keepdims=True)) for x in (predicted, truth))
+def compare_within(panel: slice, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return Pearson's r of each gene's log1p share of a panel; NaN for genes that it lacks."""
+    shares = (np.log1p(1e4 * x[:, panel] / x[:, panel].sum(axis=1, keepdims=True)) for x in (predicted, truth))
     r = np.full(predicted.shape[1], np.nan)
-    r[of] = pearson(*shares)
+    r[panel] = pearson(*shares)
     return r
 
 
@@ -81,7 +81,8 @@ def compare(args, folder: Path) -> dict:
             px.tl.predict(test, model, key_added="map", store="genes", overwrite=True)
             table = px.tl.aggregate(test, shapes, image_key="map", genes=genes, inplace=False)
             known = np.isfinite(table.X).all(axis=1) & np.isfinite(truth).all(axis=1)
-            found[name].append([compare_genes(table.X[known], truth[known], of) for of in (slice(None), *PANELS)])
+            x, y = table.X[known], truth[known]
+            found[name].append([pearson(np.log1p(x), np.log1p(y)), *(compare_within(p, x, y) for p in PANELS)])
     mean = {name: np.mean(runs, axis=0) for name, runs in found.items()}
     parts = {
         "1 to 20, in the first": (slice(0, 20), "first", 1),
