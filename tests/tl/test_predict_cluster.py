@@ -23,6 +23,7 @@ from torch import nn
 
 import pixnet as px
 from pixnet._core.predict.map_grid import Box
+from pixnet._core.predict.portable_model import clear_cache
 from pixnet._core.train.augment import Version
 from pixnet._core.train.feature_maps import FeatureMaps
 from pixnet._core.train.feature_store import Wanted, forget_features, slide_features
@@ -115,6 +116,7 @@ def _loaded():
 def test_workers_write_the_same_bytes(client, backed, model):
     expected = locally(backed, model, tile_size=64)
     client.run(torch.set_num_threads, 1)
+    client.run(clear_cache)  # other tests leave models and encoders on the workers
     px.tl.predict(backed, model, mask_key=False, tile_size=64)
     assert tree_hash(backed.path / "images" / "he_genes") == expected
     held = client.run(_loaded)
