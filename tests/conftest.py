@@ -17,6 +17,14 @@ def _quiet(tmp_path_factory):
     px.settings.scratch_dir = tmp_path_factory.mktemp("scratch")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _float32():
+    """The same arithmetic on all machines: some CPUs compute in bfloat16 by default, which rounds by 0.4 %."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pixnet._core.predict.device._native_bfloat16", lambda device: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real data, or skip."""
