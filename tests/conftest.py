@@ -17,9 +17,9 @@ def _quiet(tmp_path_factory):
     px.settings.scratch_dir = tmp_path_factory.mktemp("scratch")
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _float32():
-    """The same arithmetic on all machines: some CPUs compute in bfloat16 by default, which rounds by 0.4 %."""
+@pytest.fixture(scope="module")
+def float32():
+    """Compute in float32 also on a CPU that computes in bfloat16 by default, which rounds by 0.4 %."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pixnet._core.predict.device._native_bfloat16", lambda device: False)
         yield

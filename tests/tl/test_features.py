@@ -24,6 +24,8 @@ from pixnet._sdata.slide import Slide
 
 from .conftest import QUICK, coloured_slide
 
+pytestmark = pytest.mark.usefixtures("float32")
+
 
 @pytest.fixture(autouse=True)
 def _nothing_is_there_yet():

@@ -22,6 +22,8 @@ from pixnet.models._heads import GeneHead, MeasuredShapes, ProgramHead, factoris
 
 from .conftest import QUICK, coloured_slide
 
+pytestmark = pytest.mark.usefixtures("float32")
+
 GENES = [f"G{i}" for i in range(12)]
 
 
