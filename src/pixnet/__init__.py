@@ -19,7 +19,8 @@ except PackageNotFoundError:  # running from a source tree that is not installed
 
 __all__ = ["datasets", "io", "models", "pl", "pp", "settings", "tl"]
 
-# Large arrays in huge pages: the peak of `tl.predict` is lower. torch reads it once, when it first allocates.
+# torch then asks for huge pages for large arrays, which lowers the peak memory of `tl.predict`. It reads the variable
+# when it first allocates an array.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMESPACES = frozenset({"datasets", "io", "models", "pl", "pp", "tl"})

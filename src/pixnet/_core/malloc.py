@@ -1,8 +1,9 @@
 """Freed memory, kept by the process between one forward pass or tile and the next.
 
 It saves a third of the CPU time of `pixnet.tl.predict`: 23 s with it and 37 s without (medians of 3 interleaved runs;
-38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Memory that is kept falls
-to pieces of the wrong size; in huge pages, which `import pixnet` has torch ask for, there is 0.4 to 0.9 GB less of it.
+38 %) for 3,072 x 3,072 px of her2st C5 with the shipped model in float32, on 2 cores with AVX2. Stages of
+the encoder need arrays of different sizes, so kept memory becomes fragmented. With huge pages, which `import pixnet` has
+torch ask for, the peak is 0.3 to 1 GB lower.
 
 It saves 20 to 28 % of the CPU time of `pixnet.tl.aggregate`, most of which is the decoding of chunks: for 50
 channels of 2,048 x 2,048 px, 1.5 s instead of 2.1 s (spots), 1.8 s instead of 2.3 s (cells) and 2.3 s instead of 2.9 s
